@@ -1,0 +1,93 @@
+"""Pair losses against goldens and closed forms (float64, computed elsewhere)."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxalign import losses
+
+# Golden fixture: sums of log-probabilities for two pairs; the per-pair losses were
+# computed in float64 by TRL 0.24.0's own loss methods.
+G1 = {
+    "chosen_logps": [-10.0, -20.0],
+    "rejected_logps": [-12.0, -19.0],
+    "ref_chosen_logps": [-11.0, -21.0],
+    "ref_rejected_logps": [-11.5, -20.5],
+}
+GOLDENS = [
+    ("dpo", {"beta": 0.1}, [0.6209570478, 0.7184596480]),
+    ("dpo", {"beta": 0.1, "label_smoothing": 0.1}, [0.6359570478, 0.7134596480]),
+]
+# Loss and d loss / d margin where policy and reference agree.
+AT_START = [
+    ("dpo", {"beta": 0.1}, math.log(2.0), -0.05),
+    ("dpo", {"beta": 0.1, "label_smoothing": 0.1}, math.log(2.0), -0.05 * 0.8),
+]
+
+
+def fixture() -> list[jax.Array]:
+    return [jnp.array(v) for v in G1.values()]
+
+
+@pytest.mark.parametrize(("name", "settings", "expected"), GOLDENS)
+def test_golden(name, settings, expected):
+    found = getattr(losses, name)(*fixture(), **settings)
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "settings", "value", "slope"), AT_START)
+def test_value_and_gradient_where_policy_is_reference(name, settings, value, slope):
+    equal = [jnp.array([-7.0])] * 4
+    loss = getattr(losses, name)
+    np.testing.assert_allclose(loss(*equal, **settings), [value], rtol=1e-6)
+    grads = jax.grad(lambda *a: loss(*a, **settings).sum(), argnums=(0, 1, 2, 3))(
+        *equal
+    )
+    np.testing.assert_allclose(grads[0], [slope], rtol=1e-5)
+    np.testing.assert_allclose(grads[1], [-slope], rtol=1e-5)
+    # The reference is a constant, whoever passes it.
+    np.testing.assert_array_equal(grads[2:], np.zeros((2, 1)))
+
+
+@pytest.mark.parametrize(("name", "settings"), [(n, s) for n, s, _ in GOLDENS])
+def test_masked_pairs_cost_nothing_even_when_they_are_not_numbers(name, settings):
+    arrays = [a.at[1].set(jnp.nan) for a in fixture()]
+    where = jnp.array([1.0, 0.0])
+    loss = getattr(losses, name)
+    total, grads = jax.value_and_grad(
+        lambda w: loss(w, *arrays[1:], where=where, **settings).sum()
+    )(arrays[0])
+    alone = loss(*(a[:1] for a in arrays), **settings)
+    np.testing.assert_array_equal(total, alone[0])
+    assert grads[1] == 0.0 and np.isfinite(grads[0])
+
+
+@pytest.mark.parametrize(("name", "settings"), [(n, s) for n, s, _ in GOLDENS])
+def test_jit_and_no_jit_agree(name, settings):
+    loss = getattr(losses, name)
+    np.testing.assert_allclose(
+        jax.jit(lambda *a: loss(*a, **settings))(*fixture()),
+        loss(*fixture(), **settings),
+        rtol=1e-6,
+    )
+
+
+def test_conservative_dpo_has_its_minimum_where_the_closed_form_says():
+    margin = jnp.array(math.log(0.9 / 0.1) / 0.1)  # 21.97225
+    zero = jnp.zeros(())
+    slope = jax.grad(
+        lambda m: losses.dpo(m, zero, zero, zero, beta=0.1, label_smoothing=0.1)
+    )
+    assert abs(slope(margin)) < 1e-7
+    assert slope(margin - 1.0) < 0 < slope(margin + 1.0)
+
+
+def test_shapes_must_agree():
+    with pytest.raises(AssertionError, match="shape"):
+        losses.dpo(*(jnp.zeros(n) for n in (2, 2, 2, 3)), beta=0.1)

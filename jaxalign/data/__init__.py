@@ -1,0 +1,26 @@
+"""Data for training: the tokenised cache, the packing plan and the feed.
+
+Imports neither TensorFlow nor seqio: preparing a cache is ``jaxalign.prepare``'s.
+"""
+
+from jaxalign.data.cache import CacheWriter, Index, Row, TokenizedCache
+from jaxalign.data.convert import to_arrays
+from jaxalign.data.feed import EvaluationBatches, Feed
+from jaxalign.data.plan import Placement, Plan, RowShape, common_shape, pack
+from jaxalign.data.rows import build_index
+
+__all__ = [
+    "CacheWriter",
+    "EvaluationBatches",
+    "Feed",
+    "Index",
+    "Placement",
+    "Plan",
+    "Row",
+    "RowShape",
+    "TokenizedCache",
+    "build_index",
+    "common_shape",
+    "pack",
+    "to_arrays",
+]

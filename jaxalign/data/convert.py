@@ -1,0 +1,211 @@
+"""One bin as the arrays of :mod:`jaxalign.batch`: truncate, shift, pack, number.
+
+Targets stand side by side in the decoder rows. Decoder inputs are the targets shifted
+right *inside each segment*, starting with 0 (T5X), so that packing changes no number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+
+import numpy as np
+
+from jaxalign import batch as batch_lib
+from jaxalign.data.plan import Placement, RowShape
+from jaxalign.data.rows import Row
+
+# What an empty place holds where 0 would mean something.
+_EMPTY = {
+    "prompt_id": -1,
+    "response_kl_prompt": -1,
+    "response_label": batch_lib.NO_LABEL,
+}
+
+
+def empty_batch(
+    shape: RowShape, batch_size: int, columns: Sequence[str] = ()
+) -> dict[str, np.ndarray]:
+    """A batch of empty rows: every mask 0, every token padding.
+
+    Args:
+      shape: of a row.
+      batch_size: ``B``.
+      columns: names of ``batch.REFERENCE_FIELDS`` to include.
+    """
+    axes = shape.axes() | {"B": batch_size}
+    return {
+        name: np.full([axes[a] for a in letters], _EMPTY.get(name, 0), dtype)
+        for name, (letters, dtype) in batch_lib.FIELDS.items()
+        if name not in batch_lib.REFERENCE_FIELDS or name in columns
+    }
+
+
+def to_arrays(
+    rows: Sequence[Row],
+    placement: Placement,
+    shape: RowShape,
+    columns: Mapping[str, np.ndarray] | None = None,
+    *,
+    reward_stats: tuple[float, float] | None = None,
+    prompt_ids: Sequence[int] | None = None,
+    out: Mapping[str, np.ndarray] | None = None,
+) -> dict[str, np.ndarray]:
+    """Lays one bin out as unbatched arrays.
+
+    Args:
+      rows: the rows of ``placement.row_ids``, in that order.
+      placement: where their responses stand, and the truncation lengths. A cut prompt
+        keeps its last token (EOS); a cut response loses its EOS, as it does not end
+        there.
+      shape: of the arrays.
+      columns: reference log-probs by name, one per response in the rows' order.
+      reward_stats: mean and standard deviation that standardise rewards.
+      prompt_ids: identities for ``prompt_id``; None: ``placement.row_ids``.
+      out: empty arrays to write into (one row of :func:`empty_batch`).
+
+    Returns:
+      The arrays of ``batch.FIELDS`` without their leading axis.
+
+    Raises:
+      ValueError: when rows, placement, columns and shape do not belong together.
+    """
+    columns = columns or {}
+    if out is None:
+        out = {k: v[0] for k, v in empty_batch(shape, 1, tuple(columns)).items()}
+    responses = sum(len(row.responses) for row in rows)
+    prompts = sum(len(row.prompts) for row in rows)
+    pairs = sum(len(row.pairs) for row in rows)
+    if (len(rows), responses) != (len(placement.row_ids), len(placement.decoder_rows)):
+        raise ValueError(
+            f"The placement is of {len(placement.row_ids)} rows with "
+            f"{len(placement.decoder_rows)} responses; got {len(rows)} rows with "
+            f"{responses}: it was planned from another cache."
+        )
+    if prompts > shape.prompts or responses > shape.responses or pairs > shape.pairs:
+        raise ValueError(
+            f"A bin of {prompts} prompts, {responses} responses and {pairs} pairs does "
+            f"not fit {shape}."
+        )
+
+    first_prompt = _prompts(rows, placement, out, prompt_ids)
+    _tokens(rows, placement, out)
+
+    # Numbers of responses, in the rows' order.
+    partner = mismatched([row.prompts[0].tobytes() for row in rows])
+    of_response: dict[str, list[float]] = {
+        "response_prompt": [],
+        "response_kl_prompt": [],
+        "response_kind": [],
+        "response_reward": [],
+        "response_label": [],
+    }
+    pair_list: list[tuple[int, int, float]] = []
+    first_response = 0
+    for i, row in enumerate(rows):
+        other = partner[i]
+        for prompt in row.response_prompt:
+            of_response["response_prompt"].append(first_prompt[i] + prompt)
+            of_response["response_kl_prompt"].append(
+                first_prompt[other] + min(prompt, len(rows[other].prompts) - 1)
+                if other >= 0
+                else -1
+            )
+        of_response["response_kind"] += row.response_kind
+        of_response["response_reward"] += row.response_reward
+        of_response["response_label"] += row.response_label
+        pair_list += [
+            (first_response + c, first_response + r, m) for c, r, m in row.pairs
+        ]
+        first_response += len(row.responses)
+    rewards = np.array(of_response["response_reward"], np.float64)
+    if reward_stats is not None:
+        rewards = (rewards - reward_stats[0]) / reward_stats[1]
+    of_response["response_reward"] = np.where(np.isnan(rewards), 0.0, rewards)
+    for name, values in (*of_response.items(), *columns.items()):
+        out[name][:responses] = values
+    out["response_mask"][:responses] = 1
+    if pair_list:
+        chosen, rejected, margin = zip(*pair_list, strict=True)
+        out["pair_chosen"][:pairs] = chosen
+        out["pair_rejected"][:pairs] = rejected
+        out["pair_margin"][:pairs] = margin
+        out["pair_mask"][:pairs] = 1
+    return dict(out)
+
+
+def _prompts(
+    rows: Sequence[Row],
+    placement: Placement,
+    out: Mapping[str, np.ndarray],
+    prompt_ids: Sequence[int] | None,
+) -> list[int]:
+    """Writes the encoder row; returns the first prompt's number of each row."""
+    tokens, segments = out["encoder_input_tokens"], out["encoder_segment_ids"]
+    ids = placement.row_ids if prompt_ids is None else prompt_ids
+    first_prompt, number, start = [], 0, 0
+    for row, row_id in zip(rows, ids, strict=True):
+        first_prompt.append(number)
+        for prompt in row.prompts:
+            end = start + min(len(prompt), placement.inputs)
+            tokens[start:end] = prompt[: end - start]
+            tokens[end - 1] = prompt[-1]
+            out["prompt_id"][number] = row_id
+            number += 1
+            segments[start:end] = number
+            start = end
+    out["prompt_mask"][:number] = 1
+    return first_prompt
+
+
+def _tokens(
+    rows: Sequence[Row], placement: Placement, out: Mapping[str, np.ndarray]
+) -> None:
+    """Writes the decoder rows."""
+    inputs, targets = out["decoder_input_tokens"], out["decoder_target_tokens"]
+    segments = out["decoder_segment_ids"]
+    cursor = [0] * len(targets)
+    responses = [response for row in rows for response in row.responses]
+    where = placement.decoder_rows.tolist()
+    for number, (k, response) in enumerate(zip(where, responses, strict=True), 1):
+        start = cursor[k]
+        end = cursor[k] = start + min(len(response), placement.targets)
+        targets[k, start:end] = response[: end - start]
+        inputs[k, start + 1 : end] = response[: end - start - 1]
+        segments[k, start:end] = number
+    out["decoder_loss_weights"][:] = segments > 0
+
+
+def mismatched(prompts: Sequence[Hashable]) -> list[int]:
+    """For each prompt of a bin the index of another, different one (KTO's ``y'|x``).
+
+    Neighbours are exchanged and an odd last three rotate. Where that would match equal
+    prompts, equal ones are put side by side and all rotate by the size of the largest
+    group. Either way the map is a permutation, so the mismatched responses are the
+    bin's own (huggingface/trl#1402), unless one prompt makes up more than half: then
+    some are taken twice.
+
+    Returns:
+      Indices; -1 where every prompt is the same.
+
+    >>> mismatched(["a", "b", "c", "d", "e"])
+    [1, 0, 3, 4, 2]
+    >>> mismatched(["a", "a", "b", "b"])
+    [2, 3, 0, 1]
+    """
+    count = len(prompts)
+    partner = [i ^ 1 for i in range(count)]
+    if count % 2 and count > 1:
+        partner[-3:] = [count - 2, count - 1, count - 3]
+    if count > 1 and all(prompts[i] != prompts[j] for i, j in enumerate(partner)):
+        return partner
+    groups: dict[Hashable, list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        groups.setdefault(prompt, []).append(i)
+    if len(groups) < 2:
+        return [-1] * count
+    order = [i for group in groups.values() for i in group]
+    turn = max(map(len, groups.values()))
+    for position, i in enumerate(order):
+        after = (3 * order)[position + turn : position + turn + count]
+        partner[i] = next(j for j in after if prompts[j] != prompts[i])
+    return partner

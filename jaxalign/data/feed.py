@@ -1,0 +1,372 @@
+"""The feed: the global batch at step ``s`` as a pure function of (cache, seed, s).
+
+Every process computes its own rows of the same batch, resuming at any step costs
+nothing, and another number of processes changes nothing. Grain supplies the index
+arithmetic (shuffle, repeat, mix) and the prefetching threads.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+
+from jaxalign import batch as batch_lib
+from jaxalign.data import convert
+from jaxalign.data.cache import TokenizedCache
+from jaxalign.data.plan import Plan, common_shape
+
+_EMPTY_SLOT = (-1, -1)
+_LAST_STEP = 2**31 - 1
+
+
+class Feed:
+    """Batches from one or several caches.
+
+    Args:
+      sources: ``(cache, plan, rate)``. Rates are the shares of *rows of the cache*
+        (examples, as in seqio's mixtures), in any unit; a source whose bins hold
+        fewer examples gives more bins. Plans are widened to their common shape.
+      batch_size: ``B``, bins in a global batch.
+      seed: of the shuffling.
+      shuffle: a new order each epoch; False: the plan's order, again and again.
+      reward_stats: mean and deviation that standardise ``response_reward``; then every
+        answer must have a reward.
+      columns: arrays by name (``batch.REFERENCE_FIELDS``), one for each source, indexed
+        by flat response id (:class:`jaxalign.data.cache.Index`).
+
+    Attributes:
+      shape: the :class:`RowShape` of a batch row.
+      batch_size, seed: as given.
+      fingerprint: SHA-256 over all that determines the batches but ``columns``.
+
+    Raises:
+      ValueError: when sources do not belong together, a column is missing or does not
+        cover its cache, or rewards are asked for and absent.
+
+    Example::
+
+        cache = TokenizedCache(path)
+        plan = pack(cache.index, inputs=256, targets=512, packing=2)
+        feed = Feed([(cache, plan, 1.0)], batch_size=8, seed=0)
+        for batch in feed.iterate(start_step=100): ...
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[tuple[TokenizedCache, Plan, float]],
+        *,
+        batch_size: int,
+        seed: int = 0,
+        shuffle: bool = True,
+        reward_stats: tuple[float, float] | None = None,
+        columns: Mapping[str, Sequence[np.ndarray]] | None = None,
+    ):
+        if not sources:
+            raise ValueError("A feed needs at least one (cache, plan, rate).")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+        self.caches = [cache for cache, _, _ in sources]
+        self.shape = common_shape([plan for _, plan, _ in sources])
+        self.plans = [plan.with_shape(self.shape) for _, plan, _ in sources]
+        self.batch_size, self.seed = batch_size, seed
+        self._reward_stats = reward_stats
+        rates = [float(rate) for _, _, rate in sources]
+        _check_sources(self.caches, self.plans, rates, reward_stats)
+        self._columns = _check_columns(columns or {}, self.caches)
+        sizes = [cache.index.num_rows for cache in self.caches]
+        self._row_starts = np.cumsum([0, *sizes])
+        totals = [cache.index.num_responses for cache in self.caches]
+        self._response_starts = np.cumsum([0, *totals])
+
+        streams = []
+        for i, plan in enumerate(self.plans):
+            bins = grain.MapDataset.range(len(plan))
+            if shuffle:
+                # Grain adds the epoch to the seed: hashing keeps the epochs of one
+                # seed apart from those of the next.
+                digest = hashlib.sha256(f"{seed}/{i}".encode()).digest()
+                bins = bins.shuffle(seed=int.from_bytes(digest[:4], "little"))
+            streams.append(bins.repeat().map(lambda bin_id, i=i: (i, int(bin_id))))
+        bin_rates = [
+            rate * len(plan) / size
+            for rate, plan, size in zip(rates, self.plans, sizes, strict=True)
+        ]
+        self._stream = (
+            grain.MapDataset.mix(streams, weights=bin_rates)
+            if len(streams) > 1
+            else streams[0]
+        )
+        identity = {
+            "caches": [[c.fingerprint, c.content_fingerprint] for c in self.caches],
+            "plans": [plan.fingerprint for plan in self.plans],
+            "rates": rates,
+            "batch_size": batch_size,
+            "seed": seed,
+            "shuffle": shuffle,
+            "reward_stats": reward_stats,
+        }
+        self.fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps that hold as many bins as there are, rounded up."""
+        return -(-sum(map(len, self.plans)) // self.batch_size)
+
+    @property
+    def num_responses(self) -> int:
+        """Responses of all sources: the length of a whole column."""
+        return int(self._response_starts[-1])
+
+    @property
+    def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shape and dtype of every array of a global batch."""
+        row = convert.empty_batch(self.shape, 1, tuple(self._columns))
+        return {
+            name: jax.ShapeDtypeStruct((self.batch_size, *a.shape[1:]), a.dtype)
+            for name, a in row.items()
+        }
+
+    def batch(self, step: int, rows: slice | None = None) -> dict[str, np.ndarray]:
+        """The global batch at a step, or some of its rows.
+
+        Args:
+          step: from 0.
+          rows: of the global batch, e.g. one process's; None: all.
+
+        Returns:
+          The arrays of ``batch.FIELDS`` as numpy.
+        """
+        return self._convert(self._slots(step, rows))
+
+    def iterate(
+        self, start_step: int = 0, rows: slice | None = None, *, threads: int = 2
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """Batches from a step on, without end, prepared ahead by threads.
+
+        Args:
+          start_step: the first batch's step.
+          rows: as in :meth:`batch`.
+          threads: preparing batches; 0 prepares each when it is asked for.
+        """
+        steps = grain.MapDataset.range(start_step, _LAST_STEP)
+        return _ahead(steps.map(lambda step: self.batch(int(step), rows)), threads)
+
+    def response_ids(self, step: int, rows: slice | None = None) -> np.ndarray:
+        """``[B, R]`` int64 flat response ids of a batch; -1: no response.
+
+        Ids of later sources continue those of earlier ones (:meth:`split_column`).
+        """
+        return self._response_ids(self._slots(step, rows))
+
+    def row_ids(self, step: int, rows: slice | None = None) -> np.ndarray:
+        """``[B, R, 2]``: of which row each response is, and its number there; or -1.
+
+        Rows count over all sources, as in the batch's ``prompt_id``.
+        """
+        flat = self.response_ids(step, rows)
+        starts = np.concatenate(
+            [
+                cache.index.response_offsets[:-1] + start
+                for cache, start in zip(
+                    self.caches, self._response_starts[:-1], strict=True
+                )
+            ]
+        )
+        row = np.searchsorted(starts, flat, side="right") - 1
+        pairs = np.stack([row, flat - starts[row]], axis=-1)
+        return np.where(flat[..., None] < 0, -1, pairs)
+
+    def split_column(self, values: np.ndarray) -> list[np.ndarray]:
+        """Splits ``[num_responses]`` values by source, as ``columns`` takes them."""
+        if len(values) != self.num_responses:
+            raise ValueError(
+                f"A column has {self.num_responses} entries, got {len(values)}."
+            )
+        return np.split(np.asarray(values), self._response_starts[1:-1])
+
+    def with_columns(self, columns: Mapping[str, Sequence[np.ndarray]]) -> Feed:
+        """The same feed with other ``columns``; batches and fingerprint stay."""
+        feed = copy.copy(self)
+        feed._columns = _check_columns(columns, self.caches)
+        return feed
+
+    def evaluation_batches(self, rows: slice | None = None) -> EvaluationBatches:
+        """Every bin once, in the plans' order; empty rows fill the last batch."""
+        return EvaluationBatches(self, rows)
+
+    def _slots(self, step: int, rows: slice | None) -> list[tuple[int, int]]:
+        """(source, bin) of each asked row of a step's batch."""
+        if step < 0:
+            raise ValueError(f"Steps count from 0, got {step}.")
+        wanted = range(self.batch_size)[rows or slice(None)]
+        return [self._stream[step * self.batch_size + i] for i in wanted]
+
+    def _convert(self, slots: Sequence[tuple[int, int]]) -> dict[str, np.ndarray]:
+        batch = convert.empty_batch(self.shape, len(slots), tuple(self._columns))
+        for i, (source, bin_id) in enumerate(slots):
+            if bin_id < 0:
+                continue
+            cache, placement = self.caches[source], self.plans[source][bin_id]
+            flat = _flat_responses(cache, placement.row_ids)
+            convert.to_arrays(
+                [cache[row] for row in placement.row_ids.tolist()],
+                placement,
+                self.shape,
+                {name: column[source][flat] for name, column in self._columns.items()},
+                reward_stats=self._reward_stats,
+                prompt_ids=placement.row_ids + self._row_starts[source],
+                out={name: array[i] for name, array in batch.items()},
+            )
+        return batch
+
+    def _response_ids(self, slots: Sequence[tuple[int, int]]) -> np.ndarray:
+        ids = np.full((len(slots), self.shape.responses), -1, np.int64)
+        for i, (source, bin_id) in enumerate(slots):
+            if bin_id >= 0:
+                placement = self.plans[source][bin_id]
+                flat = _flat_responses(self.caches[source], placement.row_ids)
+                ids[i, : len(flat)] = flat + self._response_starts[source]
+        return ids
+
+
+class EvaluationBatches(Sequence):
+    """Every bin of a feed once, in order, in batches of the training shape.
+
+    A finite sequence of batches. The reference pass runs over it too: results scatter
+    to ``response_ids``::
+
+        column = np.full(feed.num_responses, np.nan, np.float32)
+        for batch, ids in batches.with_response_ids():
+            column[ids[ids >= 0]] = logps(batch)[ids >= 0]
+    """
+
+    def __init__(self, feed: Feed, rows: slice | None = None):
+        self._feed, self._rows = feed, rows
+        self._all = [
+            (source, bin_id)
+            for source, plan in enumerate(feed.plans)
+            for bin_id in range(len(plan))
+        ]
+
+    def __len__(self) -> int:
+        return self._feed.steps_per_epoch
+
+    def __getitem__(self, i: int) -> dict[str, np.ndarray]:
+        return self._feed._convert(self._slots(i))
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        return (batch for batch, _ in self.with_response_ids())
+
+    def response_ids(self, i: int) -> np.ndarray:
+        """``[B, R]`` int64 flat response ids of batch ``i``; -1: no response."""
+        return self._feed._response_ids(self._slots(i))
+
+    def with_response_ids(
+        self, threads: int = 2
+    ) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:
+        """``(batch, response ids)`` in order, prepared ahead by threads."""
+        steps = grain.MapDataset.range(len(self))
+        pairs = steps.map(lambda i: (self[int(i)], self.response_ids(int(i))))
+        return _ahead(pairs, threads)
+
+    def _slots(self, i: int) -> list[tuple[int, int]]:
+        if not 0 <= i < len(self):
+            raise IndexError(f"Batch {i} of {len(self)}.")
+        size = self._feed.batch_size
+        slots = self._all[i * size : (i + 1) * size]
+        slots = slots + [_EMPTY_SLOT] * (size - len(slots))
+        return slots[self._rows or slice(None)]
+
+
+def _ahead(dataset: grain.MapDataset, threads: int) -> Iterator[Any]:
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+    return iter(dataset.to_iter_dataset(options))
+
+
+def _flat_responses(cache: TokenizedCache, row_ids: np.ndarray) -> np.ndarray:
+    """Flat response ids of rows, in their order."""
+    offsets = cache.index.response_offsets
+    return np.concatenate(
+        [np.arange(offsets[i], offsets[i + 1]) for i in row_ids.tolist()]
+    )
+
+
+def _check_sources(
+    caches: Sequence[TokenizedCache],
+    plans: Sequence[Plan],
+    rates: Sequence[float],
+    reward_stats: tuple[float, float] | None,
+) -> None:
+    for cache, plan, rate in zip(caches, plans, rates, strict=True):
+        index = cache.index
+        if (len(plan.row_ids), len(plan.decoder_rows)) != (
+            index.num_rows,
+            index.num_responses,
+        ):
+            raise ValueError(
+                f"The plan covers {len(plan.row_ids)} rows with "
+                f"{len(plan.decoder_rows)} responses, {cache!r} has {index.num_rows} "
+                f"with {index.num_responses}: plan this cache."
+            )
+        if not 0 < rate < float("inf"):
+            raise ValueError(f"The rate of {cache!r} must be positive, got {rate}.")
+        if cache.vocabulary_fingerprint != caches[0].vocabulary_fingerprint:
+            raise ValueError(
+                f"{cache!r} and {caches[0]!r} were made with different vocabularies: "
+                "prepare them with the same one."
+            )
+        answers = index.response_kind == batch_lib.ANSWER
+        bare = int((answers & np.isnan(index.response_reward)).sum())
+        if reward_stats is not None and bare:
+            raise ValueError(
+                f"{bare} of {int(answers.sum())} answers in {cache!r} have no reward: "
+                "expected the 'trajectory' schema with a 'reward' field in every row."
+            )
+    if reward_stats is not None and not reward_stats[1] > 0:
+        raise ValueError(
+            f"reward_stats has deviation {reward_stats[1]}, must be positive."
+        )
+
+
+def _check_columns(
+    columns: Mapping[str, Sequence[np.ndarray]], caches: Sequence[TokenizedCache]
+) -> dict[str, list[np.ndarray]]:
+    checked = {}
+    for name, arrays in columns.items():
+        if name not in batch_lib.REFERENCE_FIELDS:
+            near = difflib.get_close_matches(name, batch_lib.REFERENCE_FIELDS, 1, 0)
+            raise ValueError(
+                f"Unknown column {name!r}; did you mean {near[0]!r}? Known: "
+                f"{batch_lib.REFERENCE_FIELDS}."
+            )
+        if isinstance(arrays, np.ndarray) and arrays.ndim == 1:
+            arrays = [arrays]
+        if len(arrays) != len(caches):
+            raise ValueError(
+                f"Column {name!r} has {len(arrays)} arrays for {len(caches)} sources: "
+                "give one for each."
+            )
+        for array, cache in zip(arrays, caches, strict=True):
+            size = cache.index.num_responses
+            if array is None or np.shape(array) != (size,):
+                raise ValueError(
+                    f"Column {name!r} is missing for {cache!r}: expected {size} "
+                    f"values, got {None if array is None else np.shape(array)}. Run "
+                    "the reference pass over this cache."
+                )
+            unknown = int(np.isnan(array).sum())
+            if unknown:
+                raise ValueError(
+                    f"Column {name!r} lacks {unknown} of {size} values of {cache!r} "
+                    "(nan): the reference pass did not finish."
+                )
+        checked[name] = [np.asarray(array, np.float32) for array in arrays]
+    return checked

@@ -1,0 +1,315 @@
+"""The packing plan: which examples share an encoder row, from lengths alone.
+
+A *bin* is one row of a batch: prompts side by side in the encoder row and their
+responses in ``K`` decoder rows. Bins are computed once and stay the same over epochs
+(epochs only shuffle their order), so what shares a row, and hence the mismatched prompt
+that KTO uses, is a function of the cache and the lengths and of nothing else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from jaxalign.data.bin_packing import Packer
+from jaxalign.data.rows import Index
+
+
+@dataclasses.dataclass(frozen=True)
+class RowShape:
+    """The axis sizes of one batch row (:mod:`jaxalign.batch`).
+
+    Attributes:
+      encoder_length: ``Le``, tokens.
+      decoder_rows: ``K``.
+      decoder_length: ``Ld``, tokens of each decoder row.
+      prompts: ``P``.
+      responses: ``R``.
+      pairs: ``Q``, at least 1 so that no array is empty.
+    """
+
+    encoder_length: int
+    decoder_rows: int
+    decoder_length: int
+    prompts: int
+    responses: int
+    pairs: int
+
+    def axes(self) -> dict[str, int]:
+        """Sizes by the letters of ``batch.FIELDS``, without the batch's own ``B``."""
+        return dict(zip("EKDPRQ", dataclasses.astuple(self), strict=True))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Placement:
+    """One bin: rows of the cache in order, and where their responses stand.
+
+    Attributes:
+      row_ids: ``[n]`` rows of the cache.
+      decoder_rows: ``[r]`` the decoder row of each response, in the rows' order.
+      inputs: prompts are cut to this many tokens, keeping their last (EOS).
+      targets: responses are cut to this many tokens, losing their EOS.
+    """
+
+    row_ids: np.ndarray
+    decoder_rows: np.ndarray
+    inputs: int
+    targets: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Plan:
+    """All bins of a cache, a sequence of :class:`Placement`.
+
+    Attributes:
+      row_ids: ``[N]`` rows of the cache, bin after bin.
+      bin_offsets: ``[bins + 1]`` into ``row_ids``.
+      decoder_rows: ``[T]`` decoder row of each response, in the order of ``row_ids``.
+      response_offsets: ``[bins + 1]`` into ``decoder_rows``.
+      shape: the static shape that holds every bin.
+      inputs, targets: truncation lengths of one prompt and one response.
+      truncated: ``{"prompts": n, "responses": m}`` cut to those lengths.
+      tokens: ``{"encoder": n, "decoder": m}`` used over all bins.
+    """
+
+    row_ids: np.ndarray
+    bin_offsets: np.ndarray
+    decoder_rows: np.ndarray
+    response_offsets: np.ndarray
+    shape: RowShape
+    inputs: int
+    targets: int
+    truncated: dict[str, int]
+    tokens: dict[str, int]
+
+    def __len__(self) -> int:
+        return len(self.bin_offsets) - 1
+
+    def __getitem__(self, i: int) -> Placement:
+        if not 0 <= i < len(self):
+            raise IndexError(f"Bin {i} of a plan of {len(self)} bins.")
+        rows = slice(self.bin_offsets[i], self.bin_offsets[i + 1])
+        responses = slice(self.response_offsets[i], self.response_offsets[i + 1])
+        return Placement(
+            self.row_ids[rows], self.decoder_rows[responses], self.inputs, self.targets
+        )
+
+    @property
+    def bins(self) -> list[np.ndarray]:
+        """The rows of the cache in each bin."""
+        return np.split(self.row_ids, self.bin_offsets[1:-1])
+
+    def occupancy(self) -> dict[str, float]:
+        """The share of encoder and decoder positions that hold tokens."""
+        s = self.shape
+        positions = {
+            "encoder": len(self) * s.encoder_length,
+            "decoder": len(self) * s.decoder_rows * s.decoder_length,
+        }
+        return {side: self.tokens[side] / n for side, n in positions.items()}
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over composition, shape and truncation lengths."""
+        digest = hashlib.sha256()
+        numbers = (*dataclasses.astuple(self.shape), self.inputs, self.targets)
+        digest.update(repr(numbers).encode())
+        for name in ("row_ids", "bin_offsets", "decoder_rows", "response_offsets"):
+            digest.update(getattr(self, name).astype("<i8").tobytes())
+        return digest.hexdigest()
+
+    def with_shape(self, shape: RowShape) -> Plan:
+        """The same bins in larger arrays, e.g. :func:`common_shape` of a mixture."""
+        for field in dataclasses.fields(RowShape):
+            own, new = getattr(self.shape, field.name), getattr(shape, field.name)
+            if new < own:
+                raise ValueError(
+                    f"The plan needs {field.name}={own}, the new shape has {new}: "
+                    "take common_shape() of all plans."
+                )
+        return dataclasses.replace(self, shape=shape)
+
+
+def common_shape(plans: Sequence[Plan]) -> RowShape:
+    """The smallest shape that holds every bin of every plan."""
+    sizes = [dataclasses.astuple(plan.shape) for plan in plans]
+    return RowShape(*(max(column) for column in zip(*sizes, strict=True)))
+
+
+def pack(
+    index: Index,
+    *,
+    inputs: int,
+    targets: int,
+    packing: int | None,
+    decoder_rows: int | None = None,
+    min_prompts: int = 1,
+    max_prompts: int | None = None,
+) -> Plan:
+    """Decides which rows of a cache share a bin; each row stands in exactly one.
+
+    Args:
+      index: of the cache.
+      inputs: tokens of one prompt (``TASK_FEATURE_LENGTHS['inputs']``).
+      targets: tokens of one response (``TASK_FEATURE_LENGTHS['targets']``).
+      packing: a bin's encoder row holds ``packing * inputs`` tokens and each of its
+        decoder rows ``packing * targets``. None or 0: one row of the cache a bin, in
+        the cache's order.
+      decoder_rows: ``K``; None: the largest number of responses of a row.
+      min_prompts: 2 asks for two different prompts in every bin, as KTO needs; where
+        their number is odd one bin may remain with one.
+      max_prompts: prompts in a bin at most; None: four times what an average bin holds
+        and at least 8, because ``P`` and ``R`` are set by the fullest bin.
+
+    Raises:
+      ValueError: naming numbers and settings, when a row cannot fit or too many rows
+        find no different prompt to share a bin with.
+    """
+    for name, value in (("inputs", inputs), ("targets", targets)):
+        if value < 1:
+            raise ValueError(f"TASK_FEATURE_LENGTHS[{name!r}] is {value}, must be > 0.")
+    if min_prompts not in (1, 2):
+        raise ValueError(f"min_prompts must be 1 or 2, got {min_prompts}.")
+    if index.num_rows == 0:
+        raise ValueError("The cache has no rows: nothing to pack.")
+    if decoder_rows is None:
+        decoder_rows = int(np.diff(index.response_offsets).max())
+    prompts = np.diff(index.prompt_offsets)
+    widest = int(prompts.max())
+    if max_prompts is not None and max_prompts < max(widest, min_prompts):
+        raise ValueError(
+            f"max_prompts={max_prompts}, but a row of the cache has {widest} prompts "
+            f"and min_prompts={min_prompts}."
+        )
+    encoder = np.add.reduceat(
+        np.minimum(index.prompt_lengths, inputs), index.prompt_offsets[:-1]
+    )
+    parts, part_of_response = _split_responses(index, targets, decoder_rows)
+    capacity = (
+        packing * inputs if packing else widest * inputs,
+        packing * targets if packing else targets,
+    )
+    _check_fit(encoder, parts, capacity, packing)
+
+    different = len(np.unique(index.prompt_hash))
+    if packing and different >= min_prompts:
+        bins_at_least = max(
+            1, encoder.sum() / capacity[0], parts.sum() / capacity[1] / decoder_rows
+        )
+        packer = Packer(
+            encoder,
+            parts,
+            prompts,
+            index.prompt_hash,
+            capacity=capacity,
+            max_prompts=max_prompts
+            or max(8, widest, int(4 * prompts.sum() / bins_at_least)),
+        )
+        packer.fill(two_groups=min_prompts == 2)
+        if packer.alone:
+            packer.match_lonely()
+        bins, alone, decoder_row = packer.bins, len(packer.alone), packer.decoder_row
+    else:
+        bins, alone = [[i] for i in range(index.num_rows)], index.num_rows
+        decoder_row = np.tile(np.arange(decoder_rows), (index.num_rows, 1))
+    if min_prompts == 2 and (alone > 1 or alone == len(bins)):
+        raise ValueError(
+            f"min_prompts=2 (KTO compares each response with another prompt of its "
+            f"row), but {alone} of {index.num_rows} examples found no different prompt "
+            f"to share a row with: packing={packing} with inputs={inputs} and "
+            f"targets={targets}, and {different} different prompts in the cache. "
+            "Expected packing >= 2 and at least two different prompts; raise packing "
+            "or lower TASK_FEATURE_LENGTHS."
+        )
+
+    row_ids = np.array([i for items in bins for i in items], np.int64)
+    bin_offsets = np.cumsum([0] + [len(items) for items in bins])
+    responses = np.diff(index.response_offsets)
+    of_row = np.repeat(np.arange(index.num_rows), responses)
+    order = _ranges(index.response_offsets[row_ids], responses[row_ids])
+    response_offsets = np.concatenate([[0], np.cumsum(responses[row_ids])])[bin_offsets]
+
+    def fullest(counts: np.ndarray) -> int:
+        return int(np.add.reduceat(counts[row_ids], bin_offsets[:-1]).max())
+
+    return Plan(
+        row_ids=row_ids,
+        bin_offsets=bin_offsets,
+        decoder_rows=decoder_row[of_row, part_of_response][order],
+        response_offsets=response_offsets,
+        shape=RowShape(
+            encoder_length=capacity[0],
+            decoder_rows=decoder_rows,
+            decoder_length=capacity[1],
+            prompts=fullest(prompts),
+            responses=fullest(responses),
+            pairs=max(1, fullest(index.num_pairs)),
+        ),
+        inputs=inputs,
+        targets=targets,
+        truncated={
+            "prompts": int((index.prompt_lengths > inputs).sum()),
+            "responses": int((index.response_lengths > targets).sum()),
+        },
+        tokens={"encoder": int(encoder.sum()), "decoder": int(parts.sum())},
+    )
+
+
+def _split_responses(
+    index: Index, targets: int, decoder_rows: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Spreads each row's responses over decoder rows, longest first to the emptiest.
+
+    Returns:
+      ``[N, K]`` tokens of each part, descending, and ``[T]`` the part of each response.
+    """
+    lengths = np.minimum(index.response_lengths, targets).astype(np.int64)
+    counts = np.diff(index.response_offsets)
+    of_row = np.repeat(np.arange(index.num_rows), counts)
+    # Responses sorted by row, then by length, descending.
+    order = np.lexsort((-lengths, of_row))
+    loads = np.zeros((index.num_rows, decoder_rows), np.int64)
+    part = np.zeros(index.num_responses, np.int64)
+    for j in range(int(counts.max())):
+        rows = np.flatnonzero(counts > j)
+        response = order[index.response_offsets[rows] + j]
+        emptiest = np.argmin(loads[rows], axis=1)
+        loads[rows, emptiest] += lengths[response]
+        part[response] = emptiest
+    descending = np.argsort(-loads, axis=1, kind="stable")
+    rank = np.argsort(descending, axis=1, kind="stable")
+    return np.take_along_axis(loads, descending, axis=1), rank[of_row, part]
+
+
+def _check_fit(
+    encoder: np.ndarray,
+    parts: np.ndarray,
+    capacity: tuple[int, int],
+    packing: int | None,
+) -> None:
+    sides = (
+        ("encoder", "inputs", encoder, capacity[0], "its prompts"),
+        ("decoder", "targets", parts[:, 0], capacity[1], "its responses in one of "
+         f"{parts.shape[1]} decoder rows"),
+    )  # fmt: skip
+    for side, feature, needs, limit, what in sides:
+        over = np.flatnonzero(needs > limit)
+        if len(over):
+            row = int(over[np.argmax(needs[over])])
+            raise ValueError(
+                f"{len(over)} of {len(needs)} rows do not fit: row {row} of the cache "
+                f"needs {needs[row]} {side} tokens for {what}, a {side} row holds "
+                f"{limit} (packing={packing}). Raise packing"
+                + (" or decoder_rows" if side == "decoder" else "")
+                + f", or lower TASK_FEATURE_LENGTHS[{feature!r}]."
+            )
+
+
+def _ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """``concatenate([arange(s, s + n) for s, n in zip(starts, counts)])``."""
+    before = np.cumsum(counts) - counts
+    return np.repeat(starts - before, counts) + np.arange(counts.sum())

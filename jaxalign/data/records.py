@@ -1,0 +1,337 @@
+"""Rows of text as users write them: schemas, field maps, validation, JSON Lines.
+
+Four schemas say what a row must hold:
+
+============  ==================================================================
+schema        fields
+============  ==================================================================
+supervised    ``prompt``, ``completion``
+trajectory    ``prompt``, ``completion``, and ``reward`` (a number) or ``label``
+              (true: desirable) or both
+preference    ``prompt``, ``chosen``, ``rejected``, optionally ``margin``
+rationale     the same with ``rationale``, a text that explains the preference
+============  ==================================================================
+
+A fifth, ``prompts``, asks for ``prompt`` alone. A richer row serves a poorer schema
+where that is natural: ``chosen`` is a completion to imitate; ``chosen`` and
+``rejected`` are a desirable and an undesirable trajectory. Any row may carry
+``metadata``, an object that travels with it untouched.
+
+Every row is checked. A bad one becomes a :class:`BadRow` that names file, line, field,
+what was expected and what came; none is dropped without a trace.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import pathlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from jaxalign.data.bad_rows import (
+    BadRow,
+    BadRows,
+    DataError,
+    FieldError,
+    OptionError,
+    missing,
+    nearest,
+    show,
+)
+from jaxalign.data.field_map import FieldMap, Record
+from jaxalign.data.jsonl import read_jsonl
+
+SCHEMAS: dict[str, tuple[str, ...]] = {
+    "supervised": ("prompt", "completion"),
+    "trajectory": ("prompt", "completion", "reward", "label"),
+    "preference": ("prompt", "chosen", "rejected", "margin"),
+    "rationale": ("prompt", "chosen", "rejected", "margin", "rationale"),
+    "prompts": ("prompt",),
+}
+
+# A raw row to its records; None stands for a response left out on purpose.
+Transform = Callable[[Mapping[str, Any]], Sequence[Record | None]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One valid source row: its records of the schema asked for.
+
+    Attributes:
+      file: where it came from.
+      line: 1-based line (or row) number.
+      raw: the row as it was read.
+      records: dicts of the schema's fields; several when the row holds a list of
+        responses.
+      left_out: how many responses of the row a transform left out on purpose.
+    """
+
+    file: str
+    line: int
+    raw: Mapping[str, Any]
+    records: list[Record]
+    left_out: int = 0
+
+
+def convert(
+    record: Mapping[str, Any],
+    schema: str,
+    *,
+    absent: Mapping[str, FieldError] | None = None,
+    require: Sequence[str] = (),
+    desirable_above: float | None = None,
+    pair_serves: bool = True,
+) -> list[Record]:
+    """Checks one record and gives it the shape of a schema.
+
+    Args:
+      record: our field names to values as they came.
+      schema: a key of ``SCHEMAS``.
+      absent: what to say of a field that is not there.
+      require: of ``reward`` and ``label``, what a trajectory must have. A missing
+        reward is 1 or 0 by the label.
+      desirable_above: rewards above it make a missing label desirable, others
+        undesirable.
+      pair_serves: whether ``chosen`` may stand in for a missing ``completion``.
+
+    Returns:
+      One record, or two for a pair that serves as trajectories.
+
+    Raises:
+      FieldError: naming the field at fault.
+    """
+    if schema not in SCHEMAS:
+        raise ValueError(
+            f"Unknown schema {schema!r}; known: {list(SCHEMAS)}"
+            f"{nearest(schema, SCHEMAS)}."
+        )
+    check = _Checker(record, absent or {})
+    base: Record = {"prompt": check.text("prompt")}
+    if record.get("metadata") is not None:
+        base["metadata"] = check.mapping("metadata")
+    if schema == "prompts":
+        return [base]
+    has_pair = pair_serves and "chosen" in record and "completion" not in record
+    if schema == "supervised":
+        return [
+            base | {"completion": check.text("chosen" if has_pair else "completion")}
+        ]
+    if schema == "trajectory" and not has_pair:
+        completion = {"completion": check.text("completion")}
+        return [base | completion | check.feedback(require, desirable_above)]
+    pair = {"chosen": check.text("chosen"), "rejected": check.text("rejected")}
+    if pair["chosen"] == pair["rejected"]:
+        raise FieldError(
+            "rejected", "identical", "another text than chosen", "the same text"
+        )
+    if schema == "trajectory":
+        return [
+            base | {"completion": pair[name], "label": label, "reward": float(label)}
+            for name, label in (("chosen", 1), ("rejected", 0))
+        ]
+    pair["margin"] = check.number("margin") if record.get("margin") is not None else 0.0
+    if schema == "rationale":
+        pair["rationale"] = check.text("rationale")
+    return [base | pair]
+
+
+class _Checker:
+    """Typed access to the fields of one record."""
+
+    def __init__(self, record: Mapping[str, Any], absent: Mapping[str, FieldError]):
+        self.record, self.absent = record, absent
+
+    def value(self, field: str) -> Any:
+        if field in self.record:
+            return self.record[field]
+        raise self.absent.get(field) or missing(field, field, field, self.record)
+
+    def text(self, field: str) -> str:
+        value = self.value(field)
+        if not isinstance(value, str):
+            raise FieldError(field, "type", "a text", show(value))
+        if not value.strip():
+            got = "only white space" if value else "an empty text"
+            raise FieldError(field, "empty", "a text that is not empty", got)
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            got = f"a lone surrogate at character {error.start + 1}"
+            raise FieldError(
+                field, "invalid UTF-8", "text that UTF-8 can hold", got
+            ) from None
+        return value
+
+    def number(self, field: str) -> float:
+        value = self.value(field)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise FieldError(field, "type", "a finite number", show(value))
+        # Rewards live in float32; an integer beyond a double's range overflows.
+        try:
+            finite = math.isfinite(value) and abs(value) <= 3.4e38
+        except OverflowError:
+            finite = False
+        if not finite:
+            got = str(value) if isinstance(value, float) else "a number too large"
+            raise FieldError(field, "not finite", "a finite number", got)
+        return float(value)
+
+    def label(self, field: str) -> int:
+        value = self.value(field)
+        if not isinstance(value, bool | int | float) or value not in (0, 1):
+            expected = "true or 1 (desirable), false or 0 (undesirable)"
+            raise FieldError(field, "type", expected, show(value))
+        return int(value)
+
+    def mapping(self, field: str) -> Record:
+        value = self.value(field)
+        if not isinstance(value, Mapping):
+            raise FieldError(field, "type", "an object", show(value))
+        return dict(value)
+
+    def feedback(self, require: Sequence[str], desirable_above: float | None) -> Record:
+        """``reward`` and ``label``, one derived from the other where asked."""
+        # A null stands for "not given", as Parquet and many exporters write it.
+        has_reward = self.record.get("reward") is not None
+        has_label = self.record.get("label") is not None
+        found: Record = {}
+        if has_reward:
+            found["reward"] = self.number("reward")
+        if has_label:
+            found["label"] = self.label("label")
+        if not found:
+            field, other = (
+                ("label", "reward") if "label" in require else ("reward", "label")
+            )
+            told = self.absent.get(field) or missing(field, field, field, self.record)
+            got = "null" if field in self.record else told.got
+            raise FieldError(field, "missing", f"{field!r} or {other!r}", got)
+        if not has_label and desirable_above is not None:
+            found["label"] = int(found["reward"] > desirable_above)
+        if not has_reward and "reward" in require:
+            found["reward"] = float(found["label"])
+        if "label" in require and "label" not in found:
+            raise FieldError(
+                "label",
+                "missing",
+                "true or false, or DESIRABLE_ABOVE to derive it from the reward",
+                "a reward alone",
+            )
+        return found
+
+
+def examples(
+    rows: Iterable[tuple[str, int, Mapping[str, Any] | BadRow]],
+    schema: str,
+    *,
+    field_map: Mapping[str, str] | None = None,
+    transform: Transform | None = None,
+    require: Sequence[str] = (),
+    desirable_above: float | None = None,
+) -> Iterator[Example | BadRow]:
+    """Turns raw rows of any source into checked examples.
+
+    Args:
+      rows: ``(file, line, row or BadRow)``.
+      schema: a key of ``SCHEMAS``.
+      field_map: see :class:`FieldMap`; ignored with a transform.
+      transform: a data set's own function from a raw row to records.
+      require: see :func:`convert`.
+      desirable_above: see :func:`convert`.
+
+    Yields:
+      An :class:`Example` or a :class:`BadRow` for every row. An example without
+      records is a row that the transform leaves out on purpose.
+    """
+    fields = FieldMap(field_map)
+    options = {
+        "require": require,
+        "desirable_above": desirable_above,
+        # Who says where completions are does not want another field's.
+        "pair_serves": "completion" not in fields.mapped,
+    }
+    for file, line, raw in rows:
+        if isinstance(raw, BadRow):
+            yield raw
+            continue
+        try:
+            if transform is None:
+                found, absent = fields.extract(raw)
+            else:
+                found, absent = _transformed(transform, raw), {}
+            kept = [(i, record) for i, record in enumerate(found) if record is not None]
+            records = []
+            for i, record in kept:
+                try:
+                    records += convert(record, schema, absent=absent, **options)
+                except FieldError as error:
+                    if len(found) > 1:
+                        error.got += f" (item {i} of the row)"
+                    raise
+        except FieldError as error:
+            yield error.at(file, line)
+            continue
+        yield Example(file, line, raw, records, len(found) - len(kept))
+
+
+def _transformed(
+    transform: Transform, raw: Mapping[str, Any]
+) -> Sequence[Record | None]:
+    """A data set's records, its exceptions told as what is wrong with the row."""
+    try:
+        return transform(raw)
+    except (FieldError, OptionError):
+        raise
+    except KeyError as error:
+        name = str(error.args[0])
+        raise missing(name, name, name, raw) from None
+    except (TypeError, ValueError, AttributeError, IndexError) as error:
+        raise FieldError(
+            "row",
+            "shape",
+            "a row of the data set's public format",
+            f"{type(error).__name__}: {error}",
+        ) from None
+
+
+def load(
+    path: str | pathlib.Path,
+    schema: str,
+    *,
+    field_map: Mapping[str, str] | None = None,
+    on_bad_row: str = "error",
+    require: Sequence[str] = (),
+) -> tuple[list[Example], BadRows]:
+    """Reads a whole JSON Lines file: prompts to generate from, rows to score.
+
+    Args:
+      path: a ``.jsonl`` or ``.jsonl.gz`` file.
+      schema: a key of ``SCHEMAS``.
+      field_map: see :class:`FieldMap`.
+      on_bad_row: ``error`` or ``skip``.
+      require: see :func:`convert`.
+
+    Returns:
+      The examples, and the bad rows that were skipped.
+
+    Raises:
+      DataError: listing the bad rows, unless they are skipped.
+    """
+    check_on_bad_row(on_bad_row)
+    good, bad = [], BadRows()
+    rows = ((str(path), n, row) for n, row in read_jsonl(path))
+    for item in examples(rows, schema, field_map=field_map, require=require):
+        if isinstance(item, BadRow):
+            bad.add(item)
+        else:
+            good.append(item)
+    if bad.total and on_bad_row == "error":
+        raise DataError(bad)
+    return good, bad
+
+
+def check_on_bad_row(value: str) -> None:
+    """Raises ValueError unless ``value`` is ``error`` or ``skip``."""
+    if value not in ("error", "skip"):
+        raise ValueError(f"ON_BAD_ROW must be 'error' or 'skip', got {value!r}.")

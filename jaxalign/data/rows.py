@@ -1,0 +1,211 @@
+"""Rows of the tokenised cache and the index over them.
+
+A row is one example of any schema: prompts, the responses to them, and what is known
+about each response. The index holds everything about all rows but their tokens, which
+is what planning the packing needs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import msgpack
+import numpy as np
+
+from jaxalign import batch as batch_lib
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Row:
+    """One example: prompts, responses to them and what is known about each.
+
+    Attributes:
+      key: unique in the cache, for people and for joins, e.g. ``"train.jsonl:17"``.
+      prompts: int32 token ids, EOS included; ``prompts[0]`` is the task's prompt.
+      responses: int32 token ids, EOS included, never empty.
+      response_prompt: for each response, the index of its prompt.
+      response_kind: ``batch.ANSWER`` or ``batch.RATIONALE``.
+      response_reward: scalar rewards; nan where there is none.
+      response_label: ``batch.DESIRABLE``, ``UNDESIRABLE`` or ``NO_LABEL``.
+      pairs: ``(chosen response, rejected response, margin)``.
+      metadata: small JSON values passed through, e.g. the raw prompt.
+    """
+
+    key: str
+    prompts: list[np.ndarray]
+    responses: list[np.ndarray]
+    response_prompt: list[int]
+    response_kind: list[int]
+    response_reward: list[float]
+    response_label: list[int]
+    pairs: list[tuple[int, int, float]] = dataclasses.field(default_factory=list)
+    metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def to_bytes(self) -> bytes:
+        """The msgpack record of this row."""
+        return msgpack.packb(
+            (
+                self.key,
+                [np.asarray(ids, "<i4").tobytes() for ids in self.prompts],
+                [np.asarray(ids, "<i4").tobytes() for ids in self.responses],
+                [int(p) for p in self.response_prompt],
+                [int(k) for k in self.response_kind],
+                [float(r) for r in self.response_reward],
+                [int(v) for v in self.response_label],
+                [(int(c), int(r), float(m)) for c, r, m in self.pairs],
+                self.metadata,
+            )
+        )
+
+    @classmethod
+    def from_bytes(cls, record: bytes) -> Row:
+        """The inverse of :meth:`to_bytes`; token arrays are read-only."""
+        key, prompts, responses, *numbers, pairs, metadata = msgpack.unpackb(
+            record, strict_map_key=False
+        )
+        return cls(
+            key,
+            [np.frombuffer(ids, "<i4") for ids in prompts],
+            [np.frombuffer(ids, "<i4") for ids in responses],
+            *numbers,
+            [tuple(pair) for pair in pairs],
+            metadata,
+        )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Index:
+    """Everything about the rows but their tokens, as numpy arrays.
+
+    ``N`` rows, ``M`` prompts and ``T`` responses, each numbered over the whole cache:
+    row ``i`` has responses ``response_offsets[i]:response_offsets[i + 1]``. That *flat
+    response id* is the join key of every column added later, such as reference
+    log-probs.
+    """
+
+    prompt_offsets: np.ndarray  # [N + 1] int64
+    prompt_lengths: np.ndarray  # [M] int32
+    prompt_hash: np.ndarray  # [N] uint64, of the tokens of prompts[0]
+    response_offsets: np.ndarray  # [N + 1] int64
+    response_lengths: np.ndarray  # [T] int32
+    response_prompt: np.ndarray  # [T] int32
+    response_kind: np.ndarray  # [T] int32
+    response_reward: np.ndarray  # [T] float64
+    response_label: np.ndarray  # [T] int32
+    num_pairs: np.ndarray  # [N] int32
+
+    @property
+    def num_rows(self) -> int:
+        """``N``."""
+        return len(self.prompt_hash)
+
+    @property
+    def num_responses(self) -> int:
+        """``T``."""
+        return len(self.response_lengths)
+
+
+DTYPES = {
+    "prompt_offsets": np.int64,
+    "prompt_lengths": np.int32,
+    "prompt_hash": np.uint64,
+    "response_offsets": np.int64,
+    "response_lengths": np.int32,
+    "response_prompt": np.int32,
+    "response_kind": np.int32,
+    "response_reward": np.float64,
+    "response_label": np.int32,
+    "num_pairs": np.int32,
+}
+
+
+def prompt_hash(ids: np.ndarray) -> int:
+    """A 64-bit hash of a prompt's tokens, equal on every machine."""
+    raw = np.asarray(ids, "<i4").tobytes()
+    return int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "little")
+
+
+def build_index(rows: Iterable[Row]) -> Index:
+    """The index of rows held in memory."""
+    columns = Columns()
+    for row in rows:
+        columns.add(row)
+    return columns.index()
+
+
+class Columns:
+    """Collects the index while rows arrive."""
+
+    def __init__(self) -> None:
+        self.lists: dict[str, list[Any]] = {name: [] for name in DTYPES}
+        self.lists["prompt_offsets"].append(0)
+        self.lists["response_offsets"].append(0)
+
+    def add(self, row: Row) -> None:
+        """Takes in the next row."""
+        lists = self.lists
+        lists["prompt_lengths"] += map(len, row.prompts)
+        lists["prompt_offsets"].append(len(lists["prompt_lengths"]))
+        lists["prompt_hash"].append(prompt_hash(row.prompts[0]))
+        lists["response_lengths"] += map(len, row.responses)
+        lists["response_offsets"].append(len(lists["response_lengths"]))
+        lists["response_prompt"] += row.response_prompt
+        lists["response_kind"] += row.response_kind
+        lists["response_reward"] += row.response_reward
+        lists["response_label"] += row.response_label
+        lists["num_pairs"].append(len(row.pairs))
+
+    def index(self) -> Index:
+        """The index of the rows so far."""
+        return Index(**{k: np.array(self.lists[k], t) for k, t in DTYPES.items()})
+
+
+def check_row(row: Row, vocab_size: int) -> None:
+    """Raises a ValueError that says which field of which row breaks the schema."""
+
+    def fail(what: str) -> None:
+        raise ValueError(f"Row {row.key!r}: {what}")
+
+    if not row.prompts or not row.responses:
+        fail("needs at least one prompt and one response.")
+    for name in ("prompts", "responses"):
+        for i, ids in enumerate(getattr(row, name)):
+            ids = np.asarray(ids)
+            if ids.ndim != 1 or not ids.size or ids.dtype.kind not in "iu":
+                fail(
+                    f"{name}[{i}] must be a non-empty vector of integer token ids, "
+                    f"got {ids.dtype} of shape {ids.shape}."
+                )
+            low, high = ids.min(), ids.max()
+            if low < 0 or high >= vocab_size:
+                fail(
+                    f"{name}[{i}] has ids in [{low}, {high}], outside the vocabulary "
+                    f"of {vocab_size}."
+                )
+    count = len(row.responses)
+    for name, allowed in (
+        ("response_prompt", range(len(row.prompts))),
+        ("response_kind", (batch_lib.ANSWER, batch_lib.RATIONALE)),
+        ("response_label", (0, 1, batch_lib.NO_LABEL)),
+        ("response_reward", None),
+    ):
+        values = getattr(row, name)
+        if len(values) != count:
+            fail(f"{name} has {len(values)} entries for {count} responses.")
+        for v in values:
+            if allowed is None and math.isinf(v):
+                fail(f"{name} must be finite, or nan for none; got {v}.")
+            if allowed is not None and v not in allowed:
+                fail(f"{name} must be one of {list(allowed)}, got {v}.")
+    for chosen, rejected, margin in row.pairs:
+        if not (0 <= chosen < count and 0 <= rejected < count and chosen != rejected):
+            fail(
+                f"pair ({chosen}, {rejected}) must name two of {count} responses, "
+                "counted from 0."
+            )
+        if not math.isfinite(margin):
+            fail(f"the margin of pair ({chosen}, {rejected}) is {margin}.")

@@ -1,0 +1,213 @@
+"""From DATA to a tokenised cache on disk, made once and found again.
+
+The folder's name ends in a fingerprint of everything that decides its rows: the
+source's content, schema, field map, task code, vocabulary and split. Whoever asks for
+the same gets the folder that is there; a change makes another one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import os
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from jaxalign.data import records as records_lib
+from jaxalign.data.bad_rows import BadRow
+from jaxalign.data.cache import TokenizedCache
+from jaxalign.data.field_map import FieldMap
+from jaxalign.data.rows import Row
+from jaxalign.prepare import rows as rows_lib
+from jaxalign.prepare import sources, writing
+from jaxalign.vocabularies import Vocabulary
+
+# Part of every fingerprint: raise it when the same source must give other rows.
+VERSION = 1
+SPLITS = ("train", "validation")
+
+
+def prepare(
+    data: str,
+    *,
+    schema: str,
+    vocabulary: Vocabulary | None,
+    cache_dir: str | os.PathLike[str],
+    split: str = "train",
+    task: str | None = None,
+    task_options: Mapping[str, Any] | None = None,
+    module: str | None = None,
+    field_map: Mapping[str, str] | None = None,
+    on_bad_row: str = "error",
+    require: Sequence[str] = (),
+    desirable_above: float | None = None,
+    eval_fraction: float = 0.0,
+    seed: int = 0,
+    max_rows: int | None = None,
+    sequence_length: Mapping[str, int] | None = None,
+) -> dict[str, pathlib.Path]:
+    """Prepares DATA for the feed, or finds what an earlier call prepared.
+
+    Args:
+      data: a file or glob of files (``.jsonl``, ``.jsonl.gz``, ``.parquet``,
+        ``.tfrecord``); the name of a data set in ``jaxalign.tasks``, alone or as
+        ``name:file`` for an exported file of it; ``tfds:builder``; a registered seqio
+        task or mixture; or a prepared folder, which is used as it is.
+      schema: ``supervised``, ``trajectory``, ``preference`` or ``rationale``.
+      vocabulary: turns text into ids. None is allowed for a prepared folder and for a
+        seqio task, which bring their own.
+      cache_dir: where prepared folders live.
+      split: of a builder or task; files have none.
+      task: the data set that the file ``data`` is an export of, as in ``name:file``.
+      task_options: options of that data set's record functions.
+      module: a Python module to import first, which registers seqio tasks.
+      field_map: our field names to the file's, see ``data.field_map.FieldMap``.
+      on_bad_row: ``error`` (nothing is written) or ``skip`` (counted and listed in the
+        summary).
+      require: of ``reward`` and ``label``, what trajectories must have.
+      desirable_above: rewards above it make a missing label desirable.
+      eval_fraction: share of *prompts* set aside as ``validation``; all rows with one
+        prompt go to one side.
+      seed: decides that split, and the order of answers in rationale prompts.
+      max_rows: reads only the first so many rows.
+      sequence_length: for seqio tasks whose preprocessors ask for it.
+
+    Returns:
+      ``{"train": folder}``, with ``"validation"`` when ``eval_fraction`` is positive.
+
+    Raises:
+      DataError: listing bad rows by file, line and field.
+      FileNotFoundError, ValueError: for DATA or options that make no sense.
+    """
+    if schema not in records_lib.SCHEMAS or schema == "prompts":
+        # ``convert`` words the message for unknown names.
+        records_lib.convert({"prompt": "-"}, schema)
+        raise ValueError("The schema 'prompts' has no responses to prepare.")
+    records_lib.check_on_bad_row(on_bad_row)
+    if not 0.0 <= eval_fraction < 1.0:
+        raise ValueError(f"EVAL_FRACTION must be in [0, 1), got {eval_fraction}.")
+    prepared = _already_prepared(data, schema, vocabulary)
+    if prepared:
+        return prepared
+    if module:
+        importlib.import_module(module)
+    source = sources.find_source(data, split=split, task=task)
+    if field_map and (source.task or source.seqio_name):
+        raise ValueError(
+            f"FIELD_MAP is for plain files, but {source.name!r} is a data set whose "
+            "fields are known; leave one of them out."
+        )
+    if task_options and not source.task:
+        raise ValueError(
+            f"TASK_OPTIONS {dict(task_options)} need a data set of jaxalign.tasks, "
+            f"and {data!r} is none."
+        )
+    FieldMap(field_map)  # says what is wrong with it before any file is read
+    transform = source.task.transform(schema, task_options) if source.task else None
+    if source.seqio_name:
+        from jaxalign.prepare import seqio_tasks
+
+        vocabulary = seqio_tasks.vocabulary_of(source.seqio_name, vocabulary)
+    elif vocabulary is None:
+        raise ValueError(f"Preparing {data!r} needs a vocabulary, got None.")
+    fingerprint = _fingerprint(
+        version=VERSION,
+        source=source.identity,
+        schema=schema,
+        vocabulary=vocabulary.fingerprint,
+        task_options=dict(task_options or {}),
+        field_map=dict(field_map or {}),
+        on_bad_row=on_bad_row,
+        require=list(require),
+        desirable_above=desirable_above,
+        eval_fraction=eval_fraction,
+        seed=seed,
+        max_rows=max_rows,
+        sequence_length=dict(sequence_length or {}),
+    )
+    folder = pathlib.Path(cache_dir).expanduser()
+    folder = folder / f"{source.name}-{schema}-{fingerprint[:16]}"
+    splits = SPLITS if eval_fraction else SPLITS[:1]
+    targets = {name: folder / name for name in splits}
+    if all(_is_current(path, fingerprint) for path in targets.values()):
+        return targets
+
+    def examples() -> Iterator[records_lib.Example | BadRow]:
+        return records_lib.examples(
+            source.rows(),
+            schema,
+            field_map=field_map,
+            transform=transform,
+            require=require,
+            desirable_above=desirable_above,
+        )
+
+    def build(example: records_lib.Example) -> list[Row]:
+        key = f"{source.short_name(example.file)}:{example.line}"
+        return rows_lib.build_rows(
+            example.records, schema, vocabulary, key=key, seed=seed
+        )
+
+    def token_rows() -> Iterator[list[Row] | BadRow]:
+        return seqio_tasks.token_rows(
+            source.seqio_name, schema, split=split, sequence_length=sequence_length
+        )
+
+    writing.write_splits(
+        token_rows if source.seqio_name else examples,
+        None if source.seqio_name else build,
+        targets,
+        schema=schema,
+        vocabulary=vocabulary,
+        fingerprint=fingerprint,
+        source={"data": data, **source.identity},
+        on_bad_row=on_bad_row,
+        eval_fraction=eval_fraction,
+        seed=seed,
+        max_rows=max_rows,
+    )
+    return targets
+
+
+def _fingerprint(**parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _is_current(path: pathlib.Path, fingerprint: str) -> bool:
+    """Whether an undamaged cache with that fingerprint stands at ``path``."""
+    try:
+        return TokenizedCache(path).fingerprint == fingerprint
+    except (FileNotFoundError, ValueError):
+        return False
+
+
+def _already_prepared(
+    data: str, schema: str, vocabulary: Vocabulary | None
+) -> dict[str, pathlib.Path]:
+    """The caches in the folder ``data``; empty when it is no prepared folder."""
+    folder = pathlib.Path(data).expanduser()
+    found = {n: folder / n for n in SPLITS if (folder / n / "cache.json").is_file()}
+    if (folder / "cache.json").is_file():
+        found = {"train": folder}
+    if folder.is_dir() and not found:
+        raise FileNotFoundError(
+            f"The folder {data} holds no cache.json (nor train/cache.json): name a "
+            "data file in it, or a folder that was prepared."
+        )
+    for path in found.values():
+        cache = TokenizedCache(path)
+        if cache.schema != schema:
+            raise ValueError(
+                f"{path} was prepared for the schema {cache.schema!r}, and {schema!r} "
+                "is asked for: prepare its source again."
+            )
+        theirs = cache.vocabulary_fingerprint
+        if vocabulary is not None and vocabulary.fingerprint != theirs:
+            raise ValueError(
+                f"{path} was prepared with {cache.vocabulary!r}, and {vocabulary!r} "
+                "is asked for: set VOCABULARY to the former or prepare its source "
+                "again."
+            )
+    return found

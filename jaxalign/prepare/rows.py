@@ -1,0 +1,179 @@
+"""Checked records to tokenised rows of the cache.
+
+The records of one source row that share a prompt become one cache row: its prompt is
+stored, and later encoded, once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxalign import batch
+from jaxalign.data.records import Record
+from jaxalign.data.rows import Row
+from jaxalign.vocabularies import Vocabulary
+
+
+def build_rows(
+    records: Sequence[Record],
+    schema: str,
+    vocabulary: Vocabulary,
+    *,
+    key: str,
+    seed: int = 0,
+) -> list[Row]:
+    """Tokenises the records of one source row.
+
+    Args:
+      records: checked records of ``schema``.
+      schema: ``supervised``, ``trajectory``, ``preference`` or ``rationale``.
+      vocabulary: turns text into ids; EOS is added here.
+      key: identity of the source row.
+      seed: decides, together with the key, which answer a rationale prompt shows
+        first.
+
+    Returns:
+      One row for each distinct prompt. ``metadata["prompt"]`` holds the prompt's text
+      where the ids do not give it back.
+    """
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        groups.setdefault(record["prompt"], []).append(record)
+    rows = []
+    for i, (prompt, group) in enumerate(groups.items()):
+        name = key if i == 0 else f"{key}#{i}"
+        rows.append(_build_row(prompt, group, schema, vocabulary, name, seed))
+    return rows
+
+
+def _build_row(
+    prompt: str,
+    group: list[Record],
+    schema: str,
+    vocabulary: Vocabulary,
+    key: str,
+    seed: int,
+) -> Row:
+    builder = _RowBuilder(prompt, vocabulary)
+    for i, record in enumerate(group):
+        builder.metadata |= record.get("metadata", {})
+        if schema in ("supervised", "trajectory"):
+            builder.add_response(
+                record["completion"],
+                reward=record.get("reward", math.nan),
+                label=record.get("label", batch.NO_LABEL),
+            )
+            continue
+        # A response in several pairs is stored and scored once.
+        chosen = builder.shared_response(record["chosen"])
+        rejected = builder.shared_response(record["rejected"])
+        builder.pairs.append((chosen, rejected, record.get("margin", 0.0)))
+        if schema == "rationale":
+            swap = chosen_comes_second(key, i, seed)
+            question = rationale_prompt(record, swap)
+            builder.prompts.append(builder.encode(question))
+            builder.add_response(
+                rationale_text(record["rationale"], swap),
+                prompt=len(builder.prompts) - 1,
+                kind=batch.RATIONALE,
+            )
+    return builder.row(key)
+
+
+class _RowBuilder:
+    """Collects the prompts and responses of one row."""
+
+    def __init__(self, prompt: str, vocabulary: Vocabulary):
+        self.vocabulary = vocabulary
+        self.prompts = [self.encode(prompt)]
+        self.responses: list[dict[str, Any]] = []
+        self.pairs: list[tuple[int, int, float]] = []
+        self.metadata: dict[str, Any] = {}
+        self._known: dict[str, int] = {}
+        if vocabulary.decode(self.prompts[0]) != prompt:
+            self.metadata["prompt"] = prompt
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.array(
+            [*self.vocabulary.encode(text), self.vocabulary.eos_id], np.int32
+        )
+
+    def add_response(
+        self,
+        text: str,
+        *,
+        reward: float = math.nan,
+        label: int = batch.NO_LABEL,
+        prompt: int = 0,
+        kind: int = batch.ANSWER,
+    ) -> int:
+        self.responses.append(
+            {
+                "tokens": self.encode(text),
+                "prompt": prompt,
+                "kind": kind,
+                "reward": reward,
+                "label": label,
+            }
+        )
+        return len(self.responses) - 1
+
+    def shared_response(self, text: str) -> int:
+        if text not in self._known:
+            self._known[text] = self.add_response(text)
+        return self._known[text]
+
+    def row(self, key: str) -> Row:
+        responses = self.responses
+        return Row(
+            key=key,
+            prompts=self.prompts,
+            responses=[r["tokens"] for r in responses],
+            response_prompt=[r["prompt"] for r in responses],
+            response_kind=[r["kind"] for r in responses],
+            response_reward=[r["reward"] for r in responses],
+            response_label=[r["label"] for r in responses],
+            pairs=self.pairs,
+            metadata=self.metadata,
+        )
+
+
+def chosen_comes_second(key: str, index: int, seed: int) -> bool:
+    """Whether a rationale prompt shows the rejected answer first; a fair coin.
+
+    A fixed order would teach the policy that the first answer wins.
+    """
+    digest = hashlib.sha256(f"{seed}:{key}:{index}".encode()).digest()
+    return bool(digest[0] & 1)
+
+
+def rationale_prompt(record: Record, chosen_second: bool) -> str:
+    """The prompt whose response is the rationale (arXiv 2407.14477).
+
+    It shows the question and both answers, without saying which one was preferred.
+    """
+    first, second = record["chosen"], record["rejected"]
+    if chosen_second:
+        first, second = second, first
+    return (
+        f"Question: {record['prompt']}\n\n"
+        "Which response is preferable and follows the question? Explain why.\n\n"
+        f"Response A: {first}\n\nResponse B: {second}"
+    )
+
+
+def rationale_text(rationale: str, chosen_second: bool) -> str:
+    """``[chosen]`` and ``[rejected]`` in a rationale, named as its prompt shows them.
+
+    >>> rationale_text("[chosen] is right, [rejected] is not.", chosen_second=True)
+    'Response B is right, Response A is not.'
+    """
+    chosen, rejected = ("B", "A") if chosen_second else ("A", "B")
+    return rationale.replace("[chosen]", f"Response {chosen}").replace(
+        "[rejected]", f"Response {rejected}"
+    )

@@ -1,0 +1,261 @@
+"""Raw rows from files and builders, as ``(file, line, dict or BadRow)``.
+
+JSON Lines and Parquet are read without TensorFlow; TFRecord and TFDS import it when
+they are asked for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+import hashlib
+import pathlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+from jaxalign.data.bad_rows import BadRow, FieldError, nearest
+from jaxalign.data.jsonl import read_jsonl
+from jaxalign.prepare import tasks as tasks_lib
+
+RawRow = tuple[str, int, Mapping[str, Any] | BadRow]
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where rows come from.
+
+    Attributes:
+      name: short, for folder names and messages.
+      identity: JSON-ready; equal only when the rows are equal.
+      rows: makes a fresh iterator over the rows.
+      task: the data set whose record functions read the rows, if any.
+      seqio_name: the registered seqio task or mixture, whose rows are token ids.
+    """
+
+    name: str
+    identity: dict[str, Any]
+    rows: Callable[[], Iterable[RawRow]] | None = None
+    task: tasks_lib.Task | None = None
+    seqio_name: str | None = None
+
+    def short_name(self, file: str) -> str:
+        """The file's name for row keys; its path where names are not distinct."""
+        names = self.identity.get("names", [])
+        name = pathlib.Path(file).name
+        return name if name in names else file
+
+
+def find_source(data: str, *, split: str = "train", task: str | None = None) -> Source:
+    """Finds what DATA names.
+
+    Args:
+      data: a file (``.jsonl``, ``.jsonl.gz``, ``.parquet``, ``.tfrecord``) or a glob of
+        them; ``task`` or ``task:file`` for a data set of ``jaxalign.tasks`` and an
+        exported file of it; ``tfds:builder``; or a registered seqio task or mixture.
+      split: of a builder or task.
+      task: the data set that ``data`` is a file of; the same as ``task:file``.
+
+    Raises:
+      FileNotFoundError: when nothing has that name, with the nearest names.
+    """
+    if task is not None:
+        return _files(_expand(data), tasks_lib.get_task(task))
+    if data.startswith("tfds:"):
+        return _tfds(data.removeprefix("tfds:"), split, None)
+    files = _expand(data)
+    if files:
+        return _files(files, None)
+    name, _, rest = data.partition(":")
+    if rest and name.isidentifier() and name in tasks_lib.known_tasks():
+        if files := _expand(rest):
+            return _files(files, tasks_lib.get_task(name))
+        raise FileNotFoundError(_no_file(rest))
+    looks_like_file = "/" in data or pathlib.Path(data).suffix in _READERS
+    if looks_like_file:
+        raise FileNotFoundError(_no_file(data))
+    known = tasks_lib.known_tasks()
+    if data in known:
+        return _task(known[data], split)
+    if _is_seqio(data):
+        return Source(data, {"seqio": data, "split": split}, seqio_name=data)
+    raise FileNotFoundError(
+        f"No file, task or seqio task is called {data!r}"
+        f"{nearest(data, [*known, *_seqio_names()])}. Tasks: {list(known)}. A seqio "
+        "task of your own needs its module in MIXTURE_OR_TASK_MODULE."
+    )
+
+
+def _task(task: tasks_lib.Task, split: str) -> Source:
+    if isinstance(task.source, tasks_lib.Tfds):
+        return _tfds(task.source.name, split, task)
+    if task.source is None:
+        raise FileNotFoundError(
+            f"Task {task.name!r} reads an exported file: say DATA='{task.name}:FILE'."
+        )
+    make = task.source
+
+    def rows() -> Iterator[RawRow]:
+        for i, raw in enumerate(make(split), start=1):
+            yield task.name, i, raw
+
+    identity = {"task": task.name, "split": split, "code": task.fingerprint}
+    return Source(task.name, identity, rows, task)
+
+
+def _files(files: list[pathlib.Path], task: tasks_lib.Task | None) -> Source:
+    if not files:
+        raise FileNotFoundError("No file matches DATA.")
+    # Row keys carry the short name where it tells the files apart.
+    short = len({f.name for f in files}) == len(files)
+
+    def rows() -> Iterator[RawRow]:
+        for file in files:
+            for line, row in _reader(file)(file):
+                yield str(file), line, row
+
+    identity: dict[str, Any] = {"files": [_digest(f) for f in files]}
+    identity["names"] = [f.name if short else str(f) for f in files]
+    if task is not None:
+        identity |= {"task": task.name, "code": task.fingerprint}
+    for file in files:
+        _reader(file)
+    return Source(files[0].name.split(".")[0], identity, rows, task)
+
+
+def _digest(file: pathlib.Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _expand(pattern: str) -> list[pathlib.Path]:
+    path = pathlib.Path(pattern).expanduser()
+    if path.is_file():
+        return [path]
+    found = glob.glob(str(path)) if any(c in pattern for c in "*?[") else []
+    return sorted(p for p in map(pathlib.Path, found) if p.is_file())
+
+
+def _no_file(data: str) -> str:
+    path = pathlib.Path(data).expanduser()
+    beside = sorted(p.name for p in path.parent.glob("*") if p.suffix in _READERS)
+    shown = f"{beside[:8]}{nearest(path.name, beside)}" if beside else "none"
+    return f"No file {data!r}; data files in that folder: {shown}."
+
+
+def _reader(path: pathlib.Path) -> Callable[[pathlib.Path], Iterator[Any]]:
+    suffix = path.suffix if path.suffix != ".gz" else pathlib.Path(path.stem).suffix
+    if suffix not in _READERS or (path.suffix == ".gz" and suffix in _PACKED):
+        raise ValueError(
+            f"{path} is of no known kind; expected one of {sorted(_READERS)}"
+            f"{nearest(suffix, _READERS)}."
+        )
+    return _READERS[suffix]
+
+
+def _read_parquet(path: pathlib.Path) -> Iterator[tuple[int, Any]]:
+    import pyarrow.parquet
+
+    line = 0
+    with pyarrow.parquet.ParquetFile(path) as file:
+        for batch in file.iter_batches(batch_size=1024):
+            for row in batch.to_pylist():
+                line += 1
+                yield line, plain_row(row, str(path), line)
+
+
+def _read_tfrecord(path: pathlib.Path) -> Iterator[tuple[int, Any]]:
+    import tensorflow as tf
+
+    records = tf.data.TFRecordDataset(str(path)).as_numpy_iterator()
+    for line, record in enumerate(records, start=1):
+        try:
+            example = tf.train.Example.FromString(record)
+        except Exception as error:  # protobuf's DecodeError has no stable home
+            yield (
+                line,
+                BadRow(
+                    str(path), line, "row", "type", "a tf.train.Example", str(error)
+                ),
+            )
+            continue
+        row = {}
+        for name, feature in example.features.feature.items():
+            kind = feature.WhichOneof("kind")
+            values = list(getattr(feature, kind).value) if kind else []
+            row[name] = values[0] if len(values) == 1 else values
+        yield line, plain_row(row, str(path), line)
+
+
+_READERS = {
+    ".jsonl": read_jsonl,
+    ".json": read_jsonl,
+    ".ndjson": read_jsonl,
+    ".parquet": _read_parquet,
+    ".tfrecord": _read_tfrecord,
+    ".tfrecords": _read_tfrecord,
+}
+_PACKED = (".parquet", ".tfrecord", ".tfrecords")
+
+
+def _tfds(name: str, split: str, task: tasks_lib.Task | None) -> Source:
+    import tensorflow_datasets as tfds
+
+    try:
+        builder = tfds.builder(name)
+    except Exception as error:  # network, namespace and import errors of many kinds
+        hint = nearest(name, tfds.list_builders(with_community_datasets=False))
+        file = f"'{task.name}:FILE.jsonl'" if task else "a file"
+        raise FileNotFoundError(
+            f"TFDS has no builder {name!r} here{hint}. Export the data set to JSON "
+            f"Lines and say DATA={file}. TFDS said: {str(error).splitlines()[0]}"
+        ) from error
+
+    def rows() -> Iterator[RawRow]:
+        builder.download_and_prepare()
+        dataset = tfds.as_numpy(builder.as_dataset(split=split, shuffle_files=False))
+        for line, row in enumerate(dataset, start=1):
+            yield name, line, plain_row(row, name, line)
+
+    identity = {"tfds": builder.info.full_name, "split": split}
+    if task is not None:
+        identity |= {"task": task.name, "code": task.fingerprint}
+    label = task.name if task else name.replace("/", "_").replace(":", "_")
+    return Source(label, identity, rows, task)
+
+
+def plain_row(row: Mapping[str, Any], file: str, line: int) -> Any:
+    """A row of Python values, or the BadRow when its bytes are no UTF-8."""
+    try:
+        return {key: _plain(value, key) for key, value in row.items()}
+    except FieldError as error:
+        return error.at(file, line)
+
+
+def _plain(value: Any, field: str) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _plain(v, field) for k, v in value.items()}
+    if hasattr(value, "tolist"):  # numpy arrays and scalars
+        value = value.tolist()
+    if isinstance(value, bytes):
+        try:
+            return value.decode("utf-8")
+        except UnicodeDecodeError as error:
+            got = f"byte 0x{value[error.start]:02x} at byte {error.start + 1}"
+            raise FieldError(field, "invalid UTF-8", "UTF-8 text", got) from None
+    if isinstance(value, list | tuple):
+        return [_plain(v, field) for v in value]
+    return value
+
+
+def _is_seqio(name: str) -> bool:
+    return name in _seqio_names()
+
+
+def _seqio_names() -> list[str]:
+    # Only looked up when nothing else has the name: the import takes seconds.
+    try:
+        from jaxalign.prepare import seqio_tasks
+
+        return seqio_tasks.registered_names()
+    except ImportError:
+        return []

@@ -1,0 +1,184 @@
+"""What happened to the rows: kept, rejected, lengths, unknown tokens, truncation."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from jaxalign.data.bad_rows import BadRows
+from jaxalign.data.cache import TokenizedCache
+from jaxalign.data.rows import Index, Row
+from jaxalign.vocabularies import UNK_ID
+
+_PERCENTILES = (50, 90, 99)
+
+
+@dataclasses.dataclass
+class Tally:
+    """Counts over one cache while its rows are written."""
+
+    rows: int = 0
+    responses: int = 0
+    pairs: int = 0
+    tokens: dict[str, int] = dataclasses.field(
+        default_factory=lambda: {"prompts": 0, "responses": 0}
+    )
+    unknown: dict[str, int] = dataclasses.field(
+        default_factory=lambda: {"prompts": 0, "responses": 0}
+    )
+    lengths: dict[str, list[int]] = dataclasses.field(
+        default_factory=lambda: {"prompts": [], "responses": []}
+    )
+
+    def add(self, row: Row) -> None:
+        """Counts one cache row."""
+        self.rows += 1
+        self.responses += len(row.responses)
+        self.pairs += len(row.pairs)
+        for name in ("prompts", "responses"):
+            for ids in getattr(row, name):
+                self.tokens[name] += len(ids)
+                self.unknown[name] += int(np.count_nonzero(ids == UNK_ID))
+                self.lengths[name].append(len(ids))
+
+    def summary(self, source: Mapping[str, Any]) -> dict[str, Any]:
+        """The JSON-ready summary that is stored with the cache.
+
+        Args:
+          source: counts over the rows read, shared by all splits.
+        """
+        return {
+            "source": dict(source),
+            "rows": self.rows,
+            "responses": self.responses,
+            "pairs": self.pairs,
+            "prompt_tokens": lengths_summary(self.lengths["prompts"]),
+            "response_tokens": lengths_summary(self.lengths["responses"]),
+            "unknown_token_rate": {
+                name: self.unknown[name] / max(self.tokens[name], 1)
+                for name in self.tokens
+            },
+        }
+
+
+def source_counts(
+    read: int, kept: int, left_out: int, responses_left_out: int, bad: BadRows
+) -> dict[str, Any]:
+    """Counts over the rows read: every one of them is kept, left out or rejected."""
+    return {
+        "rows_read": read,
+        "rows_kept": kept,
+        "rows_left_out": left_out,
+        "rows_rejected": bad.total,
+        "responses_left_out": responses_left_out,
+        "rejected_by_problem": dict(bad.by_problem),
+        "first_rejected": [str(row) for row in bad.first],
+    }
+
+
+def lengths_summary(lengths: Any) -> dict[str, int]:
+    """Percentiles, maximum and total of token counts, EOS included."""
+    values = np.asarray(lengths)
+    found = np.percentile(values, _PERCENTILES, method="higher")
+    result = {f"p{p}": int(v) for p, v in zip(_PERCENTILES, found, strict=True)}
+    return result | {"max": int(values.max()), "total": int(values.sum())}
+
+
+def truncation(index: Index, *, inputs: int, targets: int) -> dict[str, int]:
+    """How many prompts and responses are longer than the lengths given."""
+    return {
+        "prompts_truncated": int((index.prompt_lengths > inputs).sum()),
+        "prompts": len(index.prompt_lengths),
+        "responses_truncated": int((index.response_lengths > targets).sum()),
+        "responses": len(index.response_lengths),
+    }
+
+
+def describe(
+    cache: TokenizedCache,
+    *,
+    inputs: int | None = None,
+    targets: int | None = None,
+    packing: int | None = None,
+) -> str:
+    """The summary of a cache as a table.
+
+    Args:
+      cache: a prepared cache.
+      inputs: the length prompts are cut to (TASK_FEATURE_LENGTHS); with ``targets``
+        the table also says what is truncated and how full packed rows are.
+      targets: the length responses are cut to.
+      packing: as for ``jaxalign.data.plan.pack``.
+    """
+    s = cache.summary
+    source = s.get("source", {})
+    lines = [
+        ("cache", str(cache.path)),
+        ("schema", cache.schema),
+        ("fingerprint", cache.fingerprint[:16]),
+    ]
+    if source:
+        left_out = source["rows_left_out"]
+        detail = f"{source['rows_kept']:,} kept, {source['rows_rejected']:,} rejected"
+        if left_out:
+            detail += f", {left_out:,} left out by the task"
+        lines.append(("rows read", f"{source['rows_read']:,}: {detail}"))
+        if source["responses_left_out"]:
+            count = f"{source['responses_left_out']:,} of rows kept"
+            lines.append(("  responses left out", count))
+        for problem, count in source["rejected_by_problem"].items():
+            lines.append(("  rejected", f"{count:,} x {problem}"))
+    index = cache.index
+    pairs = int(index.num_pairs.sum())
+    lines.append(("rows in this split", f"{len(cache):,}"))
+    count = f"{index.num_responses:,}"
+    lines.append(("responses", count + (f" in {pairs:,} pairs" if pairs else "")))
+    rewards = index.response_reward[~np.isnan(index.response_reward)]
+    if len(rewards):
+        lines.append(("reward", f"mean {rewards.mean():.4g}, sd {rewards.std():.4g}"))
+    labels = index.response_label[index.response_label >= 0]
+    if len(labels):
+        lines.append(("desirable", f"{labels.mean():.1%} of {len(labels):,} labels"))
+    for name, lengths in (
+        ("prompt tokens", index.prompt_lengths),
+        ("response tokens", index.response_lengths),
+    ):
+        found = lengths_summary(lengths)
+        text = "  ".join(f"{k} {v:,}" for k, v in found.items())
+        lines.append((name, text))
+    for name, rate in s.get("unknown_token_rate", {}).items():
+        lines.append((f"unknown in {name}", f"{rate:.4%}"))
+    if inputs and targets:
+        lines += _feed_lines(index, inputs, targets, packing)
+    width = max(len(name) for name, _ in lines)
+    table = "\n".join(f"{name:<{width}}  {text}" for name, text in lines)
+    rejected = source.get("first_rejected", [])
+    if rejected:
+        more = source["rows_rejected"] - len(rejected)
+        tail = [f"... and {more} more"] if more else []
+        table += "\n" + "\n".join([*rejected, *tail])
+    return table
+
+
+def _feed_lines(
+    index: Index, inputs: int, targets: int, packing: int | None
+) -> list[tuple[str, str]]:
+    from jaxalign.data import plan
+
+    cut = truncation(index, inputs=inputs, targets=targets)
+    lines = [
+        (f"truncated {name}", f"{cut[f'{name}_truncated']:,} of {cut[name]:,} at {n}")
+        for name, n in (("prompts", inputs), ("responses", targets))
+    ]
+    packed = plan.pack(index, inputs=inputs, targets=targets, packing=packing)
+    full = packed.occupancy()
+    lines.append(
+        (
+            f"occupancy, packing {packing or 'off'}",
+            f"encoder {full['encoder']:.1%}, decoder {full['decoder']:.1%}",
+        )
+    )
+    return lines

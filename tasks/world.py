@@ -1,0 +1,25 @@
+"""The embedded village (``jaxalign.world``) as the data set ``world``, any schema."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from jaxalign import world
+from jaxalign.prepare.tasks import add_task
+
+
+def _drawn(schema: str) -> Callable[[Mapping[str, Any]], list[dict[str, Any]]]:
+    def records(raw: Mapping[str, Any]) -> list[dict[str, Any]]:
+        return [world.draw(schema, raw["prompt"], raw["key"])]
+
+    return records
+
+
+add_task(
+    "world",
+    doc="The embedded village: generated, with an exact judge of any response.",
+    records={schema: _drawn(schema) for schema in world.SCHEMAS},
+    # A function of the world's own file, so that editing the world is noticed.
+    source=world.draws,
+)

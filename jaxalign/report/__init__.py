@@ -1,0 +1,104 @@
+"""One self-contained HTML page about one or several runs.
+
+The page needs no network and no plotting library: curves are small SVGs, the style
+follows the reader's light or dark setting, and numbers appear under the pointer.
+"""
+
+from __future__ import annotations
+
+import datetime
+import html
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from jaxalign.report import curves, sections, style
+from jaxalign.report import runs as run_files
+from jaxalign.training.run_directory import write_atomically
+
+__all__ = ["write_report"]
+
+
+def write_report(run_dirs: Sequence[str | Path], output: str | Path | None = None):
+    """Writes the report of the runs: settings, curves, calibration, samples, results.
+
+    What a run lacks is named on the page; nothing but a missing directory is an error.
+    A folder that is no run itself stands for the runs in it. ``results.json`` is taken
+    from the folders given, from their runs and from the output's folder.
+
+    Args:
+      run_dirs: run directories; ten have their own colour.
+      output: the HTML file; by default ``report.html`` in the directory given, or in
+        the folder that holds them all.
+
+    Returns:
+      The file's path.
+
+    Raises:
+      ValueError: without a run directory.
+      FileNotFoundError: for a directory that does not exist, with the nearest.
+
+    >>> write_report([])
+    Traceback (most recent call last):
+        ...
+    ValueError: write_report: expected at least one run directory, got none.
+    """
+    given = [Path(path) for path in run_dirs]
+    if not given:
+        raise ValueError("write_report: expected at least one run directory, got none.")
+    paths = run_files.find(given)
+    if output is None:
+        common = os.path.commonpath([path.resolve() for path in given])
+        output = Path(common) / "report.html"
+    output = Path(output)
+    runs = run_files.load(paths)
+    tables = run_files.results([*given, *paths, output.parent])
+    title = given[0].resolve().name if len(given) == 1 else f"{len(runs)} runs"
+    write_atomically(output, _page(title, runs, tables))
+    return output
+
+
+def _page(title: str, runs: list[run_files.Run], tables: list) -> str:
+    now = datetime.datetime.now().astimezone()
+    legend = "".join(map(sections.chip, runs))
+    parts = [
+        f"<h1>{html.escape(title)}</h1>",
+        f'<p class="sub">jaxalign report, {now:%-d %B %Y, %H:%M %Z}</p>',
+        sections.headers(runs),
+        _missing(runs),
+    ]
+    if tables:
+        parts.append("<h2>Results</h2>")
+        parts += [sections.results_table(path, rows, runs) for path, rows in tables]
+    parts.append(
+        f'<h2>Curves</h2><div class="legend">{legend}<span class="how">solid: training '
+        "· dashed: evaluation · faint: unsmoothed</span></div>"
+    )
+    parts.append(curves.curves(runs))
+    last = curves.last_values(runs)
+    if last:
+        parts += ["<h2>Last values</h2>", last]
+    parts += ["<h2>Samples</h2>", sections.samples(runs)]
+    parts += ["<h2>Settings</h2>", sections.runs_table(runs), sections.configs(runs)]
+    # The policy forbids every request, so that the page cannot depend on a network.
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">'
+        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
+        "style-src 'unsafe-inline'; script-src 'unsafe-inline'\">"
+        f"<title>{html.escape(title)} · jaxalign</title><style>{style.CSS}</style>"
+        f"</head><body><main>{''.join(parts)}</main>"
+        f"<script>{style.SCRIPT}</script></body></html>\n"
+    )
+
+
+def _missing(runs: list[run_files.Run]) -> str:
+    lines = [
+        f"<li><b>{html.escape(run.name)}</b>: "
+        f"{html.escape('; '.join(dict.fromkeys(run.missing)))}</li>"
+        for run in runs
+        if run.missing
+    ]
+    if not lines:
+        return ""
+    return f'<div class="warn">Not all is here:<ul>{"".join(lines)}</ul></div>'

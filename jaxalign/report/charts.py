@@ -1,0 +1,355 @@
+"""Small SVG charts as text: curves, point ranges, calibration.
+
+Charts carry no colours of their own: a series names one of ten CSS classes ``c0 ..
+c9``, so that a page can be light or dark. Sizes are in CSS pixels of a chart shown at
+its natural width; text shrinks with it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+WIDTH, HEIGHT = 400, 220
+_LEFT, _RIGHT, _TOP, _BOTTOM = 50, 12, 10, 26
+
+# Points drawn for one curve: about what its width in pixels can show.
+_BUCKETS = 180
+# From here on a curve gets a smoothed line over its faint points.
+_SMOOTH_FROM = 60
+
+
+@dataclasses.dataclass(frozen=True)
+class Series:
+    """One curve.
+
+    Attributes:
+      label: for the readout, plain text.
+      colour: 0-9.
+      steps: x, ascending.
+      values: y; non-finite ones are gaps, marked on the axis.
+      dashed: drawn dashed with its points, as evaluation is.
+    """
+
+    label: str
+    colour: int
+    steps: np.ndarray
+    values: np.ndarray
+    dashed: bool = False
+
+
+def number(value: float, digits: int = 4) -> str:
+    """Formats for reading: ``12.3k``, ``0.001``, ``2e-05``.
+
+    >>> [number(x) for x in (0.0, 12345.0, 0.001, 0.00002, -1.5, float("nan"))]
+    ['0', '12.35k', '0.001', '2e-05', '-1.5', 'NaN']
+    """
+    if math.isnan(value):
+        return "NaN"
+    if math.isinf(value):
+        return "∞" if value > 0 else "-∞"
+    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if abs(value) >= limit:
+            return f"{value / (limit if unit != 'k' else 1e3):.{digits}g}{unit}"
+    return f"{value:.{digits}g}"
+
+
+def ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """Round numbers that cover ``[low, high]``, about `count` of them.
+
+    >>> ticks(0.0, 0.93)
+    [0.0, 0.25, 0.5, 0.75]
+    """
+    raw = (high - low) / max(count - 1, 1)
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999)
+    first = math.ceil(low / step - 1e-9)
+    last = math.floor(high / step + 1e-9)
+    return [round(i * step, 12) for i in range(first, last + 1)]
+
+
+def thin(steps: np.ndarray, values: np.ndarray, buckets: int = _BUCKETS):
+    """Keeps the extremes of each of `buckets` stretches, and their order.
+
+    Returns at most ``2 * buckets`` points; short series come back unchanged.
+    """
+    if len(steps) <= 2 * buckets:
+        return steps, values
+    edges = np.linspace(0, len(steps), buckets + 1).astype(int)
+    keep: list[int] = []
+    for start, stop in zip(edges, edges[1:], strict=False):
+        part = values[start:stop]
+        if np.isfinite(part).any():
+            both = {int(np.nanargmin(part)), int(np.nanargmax(part))}
+            keep += [start + i for i in sorted(both)]
+        else:
+            keep.append(start)
+    return steps[keep], values[keep]
+
+
+def smooth(steps: np.ndarray, values: np.ndarray):
+    """A centred moving mean over a fortieth of the series."""
+    half = max(len(values) // 80, 1)
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    index = np.arange(len(values))
+    # The window shrinks at both ends, evenly, so that the line starts on its point.
+    reach = np.minimum(half, np.minimum(index, index[::-1]))
+    mean = (total[index + reach + 1] - total[index - reach]) / (2 * reach + 1)
+    if len(steps) > 2 * _BUCKETS:
+        pick = np.unique(np.linspace(0, len(steps) - 1, _BUCKETS).astype(int))
+        return steps[pick], mean[pick]
+    return steps, mean
+
+
+def _limits(series: Sequence[Series], unit_interval: bool) -> tuple[float, float, bool]:
+    """The y range, and whether rare outliers fall outside of it."""
+    if unit_interval:
+        return 0.0, 1.0, False
+    finite = [s.values[np.isfinite(s.values)] for s in series]
+    low = float(min(v.min() for v in finite))
+    high = float(max(v.max() for v in finite))
+    # A running median drops lone spikes and keeps what lasts, a steep start included.
+    medians = [_median_of_five(v) for v in finite if len(v) >= 20]
+    clipped = False
+    if len(medians) == len(finite):
+        floor = float(min(v.min() for v in medians))
+        ceiling = float(max(v.max() for v in medians))
+        span = ceiling - floor
+        if span > 0 and high > ceiling + 2 * span:
+            high, clipped = ceiling + 0.5 * span, True
+        if span > 0 and low < floor - 2 * span:
+            low, clipped = floor - 0.5 * span, True
+    if high - low <= 1e-12 * max(abs(high), abs(low)):
+        pad = abs(high) * 0.1 or 1.0
+        return low - pad, high + pad, clipped
+    if 0 < low < 0.35 * high:
+        low = 0.0
+    pad = 0.05 * (high - low)
+    return (low if low == 0 else low - pad), high + pad, clipped
+
+
+def _median_of_five(values: np.ndarray) -> np.ndarray:
+    return np.median(np.lib.stride_tricks.sliding_window_view(values, 5), axis=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Frame:
+    x0: float
+    x1: float
+    y0: float
+    y1: float
+    width: int = WIDTH
+    height: int = HEIGHT
+
+    def x(self, value: np.ndarray | float):
+        inner = self.width - _LEFT - _RIGHT
+        return _LEFT + (value - self.x0) / (self.x1 - self.x0) * inner
+
+    def y(self, value: np.ndarray | float):
+        inner = self.height - _TOP - _BOTTOM
+        share = (np.clip(value, self.y0, self.y1) - self.y0) / (self.y1 - self.y0)
+        return self.height - _BOTTOM - share * inner
+
+    def grid(self, x_label: str) -> list[str]:
+        right, bottom = self.width - _RIGHT, self.height - _BOTTOM
+        out = []
+        for tick in ticks(self.y0, self.y1):
+            y = self.y(tick)
+            kind = "zero" if tick == 0 and self.y0 < 0 else "grid"
+            out.append(
+                f'<line class="{kind}" x1="{_LEFT}" x2="{right}" y1="{y:.1f}" '
+                f'y2="{y:.1f}"/><text class="y" x="{_LEFT - 6}" y="{y + 3.5:.1f}">'
+                f"{number(tick)}</text>"
+            )
+        for tick in ticks(self.x0, self.x1):
+            x = self.x(tick)
+            if x > right - 34:  # the axis' name stands there
+                continue
+            out.append(
+                f'<line class="tick" x1="{x:.1f}" x2="{x:.1f}" y1="{bottom}" '
+                f'y2="{bottom + 4}"/><text class="x" x="{x:.1f}" y="{bottom + 16}">'
+                f"{number(tick)}</text>"
+            )
+        out.append(
+            f'<line class="axis" x1="{_LEFT}" x2="{right}" y1="{bottom}" '
+            f'y2="{bottom}"/><text class="name" x="{right}" y="{bottom + 16}">'
+            f"{html.escape(x_label)}</text>"
+        )
+        return out
+
+
+def _path(frame: _Frame, steps: np.ndarray, values: np.ndarray) -> str:
+    """Path data; a new stretch after every gap."""
+    parts, pen = [], "M"
+    for x, y, ok in zip(
+        frame.x(steps), frame.y(values), np.isfinite(values), strict=True
+    ):
+        if not ok:
+            pen = "M"
+            continue
+        parts.append(f"{pen}{x:.1f} {y:.1f}")
+        pen = "L"
+    return "".join(parts)
+
+
+def line_chart(
+    series: Sequence[Series],
+    *,
+    title: str,
+    unit_interval: bool = False,
+    smoothing: bool = True,
+) -> tuple[str, list[str]]:
+    """Curves over steps.
+
+    Args:
+      series: at least one with a finite value.
+      title: for screen readers.
+      unit_interval: fix the axis to 0..1.
+      smoothing: draw long noisy curves as a moving mean over faint points.
+
+    Returns:
+      The SVG, and notes for its caption (clipped outliers, non-finite values).
+    """
+    drawn = [s for s in series if np.isfinite(s.values).any()]
+    y0, y1, clipped = _limits(drawn, unit_interval)
+    x0 = float(min(s.steps[0] for s in series))
+    x1 = float(max(s.steps[-1] for s in series))
+    if x0 < 0.1 * x1:
+        x0 = 0.0
+    frame = _Frame(x0, x1 if x1 > x0 else x0 + 1.0, y0, y1)
+    notes = []
+    if clipped:
+        extreme = max(
+            (float(v) for s in drawn for v in s.values[np.isfinite(s.values)]), key=abs
+        )
+        notes.append(f"axis clipped; extreme {number(extreme)}")
+    raw, body = [], []
+    for s in drawn:
+        steps, values = thin(s.steps, s.values)
+        main = steps, values
+        if smoothing and not s.dashed and len(s.steps) >= _SMOOTH_FROM:
+            raw.append(
+                f'<path class="raw c{s.colour}" d="{_path(frame, steps, values)}"/>'
+            )
+            finite = np.isfinite(s.values)
+            main = smooth(s.steps[finite], s.values[finite])
+        kind = "eval" if s.dashed else "line"
+        body.append(
+            f'<path class="{kind} c{s.colour}" data-label="{html.escape(s.label)}" '
+            f'd="{_path(frame, *main)}"/>'
+        )
+        if len(main[0]) == 1 or s.dashed and len(main[0]) <= 60:
+            body += [
+                f'<circle class="dot c{s.colour}" cx="{frame.x(x):.1f}" '
+                f'cy="{frame.y(y):.1f}" r="2.4"/>'
+                for x, y in zip(*main, strict=True)
+                if np.isfinite(y)
+            ]
+    for s in series:
+        bad = s.steps[~np.isfinite(s.values)]
+        if len(bad):
+            notes.append(f"{s.label}: not finite from step {int(bad[0])}")
+            x, y = frame.x(float(bad[0])), HEIGHT - _BOTTOM
+            body.append(f'<text class="bad c{s.colour}" x="{x:.1f}" y="{y}">✕</text>')
+    scale = f"{frame.x0:.8g},{frame.x1:.8g},{frame.y0:.8g},{frame.y1:.8g}"
+    plot = f"{_LEFT},{WIDTH - _RIGHT},{_TOP},{HEIGHT - _BOTTOM}"
+    svg = (
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
+        f'class="curves{" many" * (len(raw) > 4)}" '
+        f'aria-label="{html.escape(title)}" data-scale="{scale}" data-plot="{plot}">'
+        # Faint points below every line, whoever's they are.
+        + "".join([*frame.grid("step"), *raw, *body])
+        + "</svg>"
+    )
+    return svg, notes
+
+
+def calibration_chart(
+    groups: Sequence[tuple[str, int, Sequence[tuple[float, float, float]]]],
+) -> str:
+    """Mean reward over predicted value, one circle a bin, with the identity line.
+
+    Args:
+      groups: ``(label, colour, [(value, reward, count), ...])``.
+    """
+    points = np.array([p[:2] for _, _, bins in groups for p in bins], np.float64)
+    low, high = float(points.min()), float(points.max())
+    pad = 0.08 * (high - low) or 1.0
+    frame = _Frame(low - pad, high + pad, low - pad, high + pad)
+    top = max(count for _, _, bins in groups for *_, count in bins)
+    ends = np.array([low - pad, high + pad])
+    body = frame.grid("predicted value")
+    body.append(f'<path class="ideal" d="{_path(frame, ends, ends)}"/>')
+    for label, colour, bins in groups:
+        order = sorted(bins)
+        xs, ys = (np.array([b[i] for b in order]) for i in (0, 1))
+        body.append(f'<path class="line c{colour}" d="{_path(frame, xs, ys)}"/>')
+        for value, reward, count in order:
+            text = (
+                f"{label}: value {number(value)}, mean reward {number(reward)}, "
+                f"{int(count)} responses"
+            )
+            body.append(
+                f'<circle class="dot c{colour}" cx="{frame.x(value):.1f}" '
+                f'cy="{frame.y(reward):.1f}" r="{2 + 5 * math.sqrt(count / top):.1f}">'
+                f"<title>{html.escape(text)}</title></circle>"
+            )
+    return (
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
+        f'aria-label="value calibration">{"".join(body)}</svg>'
+    )
+
+
+def point_range(
+    mean: float,
+    interval: tuple[float, float] | None,
+    limits: tuple[float, float],
+    *,
+    colour: int,
+    baseline: float | None = None,
+    width: int = 240,
+) -> str:
+    """A mean with its interval as a bar, on the common axis `limits`."""
+
+    def x(value: float) -> float:
+        return 8 + (value - limits[0]) / (limits[1] - limits[0]) * (width - 16)
+
+    body = [f'<line class="grid" x1="8" x2="{width - 8}" y1="12" y2="12"/>']
+    if baseline is not None:
+        at = x(baseline)
+        body.append(f'<line class="ideal" x1="{at:.1f}" x2="{at:.1f}" y1="0" y2="24"/>')
+    if interval is not None:
+        low, high = map(x, interval)
+        body.append(
+            f'<rect class="bar c{colour}" x="{low:.1f}" y="8" rx="2" '
+            f'width="{max(high - low, 1.5):.1f}" height="8"/>'
+        )
+    body.append(f'<circle class="dot c{colour}" cx="{x(mean):.1f}" cy="12" r="4"/>')
+    label = f"{number(mean)}"
+    if interval is not None:
+        label += f", 95% interval {number(interval[0])} to {number(interval[1])}"
+    return (
+        f'<svg viewBox="0 0 {width} 24" class="range" role="img" '
+        f'aria-label="{label}">{"".join(body)}</svg>'
+    )
+
+
+def range_axis(limits: tuple[float, float], width: int = 240) -> str:
+    """The axis below a column of `point_range`."""
+    body = []
+    for tick in ticks(*limits, count=4):
+        x = 8 + (tick - limits[0]) / (limits[1] - limits[0]) * (width - 16)
+        body.append(
+            f'<line class="tick" x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="4"/>'
+            f'<text class="x" x="{x:.1f}" y="15">{number(tick)}</text>'
+        )
+    return (
+        f'<svg viewBox="0 0 {width} 18" class="range" aria-hidden="true">'
+        f'<line class="axis" x1="8" x2="{width - 8}" y1="0.5" y2="0.5"/>'
+        + "".join(body)
+        + "</svg>"
+    )

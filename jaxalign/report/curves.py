@@ -1,0 +1,212 @@
+"""Curves of every metric, in groups, and a table of the last values."""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import re
+
+import numpy as np
+
+from jaxalign.report import charts
+from jaxalign.report.charts import number
+from jaxalign.report.runs import Run
+from jaxalign.report.sections import key
+
+esc = html.escape
+
+
+@dataclasses.dataclass(frozen=True)
+class _Group:
+    title: str
+    note: str
+    patterns: tuple[str, ...]  # full matches of names without train/ or eval/
+
+
+# A metric goes to the first group that matches it; the order within one is the
+# patterns'.
+_GROUPS = (
+    _Group(
+        "Loss",
+        "What was minimised.",
+        ("loss", "objective", "loss/.*", "nll.*", ".*perplexity", "accuracy.*"),
+    ),
+    _Group(
+        "Rewards",
+        "Implied rewards β·log(π/π_ref), as in TRL; margins are chosen minus rejected.",
+        (
+            "rewards/margins.*",
+            "rewards/accuracies",
+            "rewards/chosen",
+            "rewards/rejected",
+            "rewards/mean",
+        ),
+    ),
+    _Group(
+        "Distance from the reference policy",
+        "In nats per response; chosen log-probabilities may fall while margins grow.",
+        ("kl", "kl/.*", "logps.*"),
+    ),
+    _Group(
+        "Value network",
+        "In units of the (standardised) reward.",
+        ("value/correlation", "value/mean", "value/std", "value/.*"),
+    ),
+    _Group(
+        "Optimisation and speed",
+        "Gradient norms are taken before clipping.",
+        (
+            "learning_rate.*",
+            "grad_norm.*",
+            "tokens_per_second",
+            "steps_per_second",
+        ),
+    ),
+)
+
+_UNITS = {
+    "kl": "nats",
+    "kl/unclamped": "nats",
+    "kl/token": "nats per token",
+    "logps": "nats",
+    "logps/chosen": "nats",
+    "logps/rejected": "nats",
+    "tokens_per_second": "tokens/s",
+    "steps_per_second": "steps/s",
+    "rewards/accuracies": "share of pairs",
+    "accuracy": "share of tokens",
+}
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """``"eval/kl"`` to ``("eval", "kl")``; without a prefix it is training's."""
+    split, _, rest = name.partition("/")
+    return (split, rest) if split in ("train", "eval") and rest else ("train", name)
+
+
+def curves(runs: list[Run]) -> str:
+    """Every metric of every run, one chart a metric, in groups."""
+    names = sorted({split_name(n)[1] for run in runs for n in run.metrics} - {"time"})
+    placed: dict[str, list[str]] = {group.title: [] for group in _GROUPS}
+    rest = []
+    for name in names:
+        group = next((g for g in _GROUPS if _rank(g, name) is not None), None)
+        (placed[group.title] if group else rest).append(name)
+    out = []
+    for group in _GROUPS:
+        members = sorted(placed[group.title], key=lambda n: (_rank(group, n), n))
+        panels = [_panel(runs, name) for name in members]
+        if group.title == "Value network":
+            panels.append(_calibration(runs))
+        panels = [p for p in panels if p]
+        if panels:
+            out.append(
+                f"<h3>{group.title}</h3><p class='note'>{group.note}</p>"
+                f'<div class="grid">{"".join(panels)}</div>'
+            )
+    panels = [p for p in (_panel(runs, name) for name in rest) if p]
+    if panels:
+        out.append(
+            f"<details class='more'><summary>{len(panels)} more metrics</summary>"
+            f'<div class="grid">{"".join(panels)}</div></details>'
+        )
+    return "".join(out) or "<p>No run has recorded a metric yet.</p>"
+
+
+def _rank(group: _Group, name: str) -> int | None:
+    for i, pattern in enumerate(group.patterns):
+        if re.fullmatch(pattern, name):
+            return i
+    return None
+
+
+def _panel(runs: list[Run], name: str) -> str:
+    series, having = [], []
+    for run in runs:
+        found = False
+        for full, (steps, values) in run.metrics.items():
+            split, base = split_name(full)
+            if base == name and len(steps):
+                found = True
+                label = run.name + (" (eval)" if split == "eval" else "")
+                dashed = split == "eval"
+                series.append(charts.Series(label, run.colour, steps, values, dashed))
+        if found:
+            having.append(run)
+    unit = f" <small>{esc(_UNITS[name])}</small>" if name in _UNITS else ""
+    title = f"<figcaption><b>{esc(name)}</b>{unit}"
+    if not any(np.isfinite(s.values).any() for s in series):
+        if not series:
+            return ""
+        return f"<figure>{title}</figcaption><p>never finite</p></figure>"
+    svg, notes = charts.line_chart(
+        series,
+        title=name,
+        unit_interval="accurac" in name,
+        smoothing=not name.startswith("learning_rate"),
+    )
+    if len(having) < len(runs):
+        notes.insert(0, "only " + ", ".join(run.name for run in having))
+    note = f'<p class="caption">{esc("; ".join(notes))}</p>' if notes else ""
+    return f"<figure>{title}</figcaption>{svg}{note}</figure>"
+
+
+def _calibration(runs: list[Run]) -> str:
+    groups = [(r.name, r.colour, r.calibration) for r in runs if r.calibration]
+    if not groups:
+        return ""
+    note = "Mean reward of responses binned by predicted value; dashed: calibrated."
+    if len(groups) < len(runs):
+        note += " Only " + ", ".join(name for name, *_ in groups) + "."
+    return (
+        f"<figure><figcaption><b>value calibration</b> <small>mean reward</small>"
+        f"</figcaption>{charts.calibration_chart(groups)}"
+        f'<p class="caption">{esc(note)}</p></figure>'
+    )
+
+
+_LAST = (
+    "loss",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/margins",
+    "rewards/accuracies",
+    "kl",
+    "value/mean",
+    "value/std",
+    "value/correlation",
+    "grad_norm",
+    "tokens_per_second",
+)
+
+
+def last_values(runs: list[Run]) -> str:
+    """The last value of the main metrics, training and evaluation apart."""
+    rows = []
+    for name in _LAST:
+        for split in ("train", "eval"):
+            values = [_last(run, split, name) for run in runs]
+            if any(v is not None for v in values):
+                cells = "".join(
+                    f'<td class="num">{"—" if v is None else number(v)}</td>'
+                    for v in values
+                )
+                head = f'<th scope="row">{name} <small>{split}</small></th>'
+                rows.append(f"<tr>{head}{cells}</tr>")
+    if not rows:
+        return ""
+    head = "".join(f'<th scope="col" class="num">{key(run)}</th>' for run in runs)
+    return (
+        '<p class="note">Training values are the last tenth\'s mean, evaluation values '
+        'the last evaluation\'s.</p><div class="scroll"><table><thead><tr><th></th>'
+        f"{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def _last(run: Run, split: str, name: str) -> float | None:
+    for full, (_, values) in run.metrics.items():
+        if split_name(full) == (split, name) and len(values):
+            if split == "eval":
+                return float(values[-1])
+            return float(np.mean(values[-max(len(values) // 10, 1) :]))
+    return None

@@ -1,0 +1,1 @@
+"""Training: state, step, loop, mesh, checkpoints, optimizers, metric writers."""

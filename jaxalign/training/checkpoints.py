@@ -1,0 +1,202 @@
+"""Checkpoints: Orbax, asynchronous, self-describing.
+
+``RUN_DIR/checkpoints/<step>/`` holds three items: ``policy`` (what is generated and
+scored with), ``rest`` (other networks and the optimizer's state) and ``meta`` (JSON:
+step, data position and fingerprint, reward statistics, model, vocabulary, parameter
+fingerprints). Orbax writes to a temporary folder and renames it, so a killed writer
+leaves no half checkpoint behind.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import logging
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+from jaxalign import models, vocabularies
+from jaxalign.training.step import TrainState
+
+_log = logging.getLogger(__name__)
+_FOLDER = "checkpoints"
+
+
+def leaf_names(tree: Any) -> dict[str, Any]:
+    """The leaves of a nested dict by ``/``-joined name, in name order."""
+    named = {
+        "/".join(str(getattr(k, "key", k)) for k in path): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+    return dict(sorted(named.items()))
+
+
+def params_fingerprint(params: Any) -> str:
+    """SHA-256 over the parameter leaves' names and bytes, in name order.
+
+    Little-endian, C order, gathered over processes first: the same parameters give the
+    same fingerprint however they were sharded.
+    """
+    digest = hashlib.sha256()
+    for name, leaf in leaf_names(params).items():
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+            leaf = multihost_utils.process_allgather(leaf, tiled=True)
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(jax.device_get(leaf)).tobytes())
+    return digest.hexdigest()
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Args:
+      run_dir: the run directory.
+      keep: how many to keep; None keeps all.
+    """
+
+    def __init__(self, run_dir: str | Path, keep: int | None = 2):
+        self.directory = Path(run_dir).absolute() / _FOLDER
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            item_names=("policy", "rest", "meta"),
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=keep, create=True, cleanup_tmp_directories=True
+            ),
+        )
+
+    def steps(self) -> list[int]:
+        return sorted(self._manager.all_steps())
+
+    def save(self, state: TrainState, meta: dict[str, Any]) -> None:
+        """Starts saving; returns when the arrays have left the devices."""
+        others = {k: v for k, v in state.params.items() if k != "policy"}
+        rest = {"params": others, "opt_state": state.opt_state, "step": state.step}
+        self._manager.save(
+            int(state.step),
+            args=ocp.args.Composite(
+                policy=ocp.args.StandardSave(state.params["policy"]),
+                rest=ocp.args.StandardSave(rest),
+                meta=ocp.args.JsonSave(meta),
+            ),
+            force=True,
+        )
+
+    def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
+        """Restores the newest intact checkpoint, or None if there is none.
+
+        Args:
+          like: a state of ``ShapeDtypeStruct``s with shardings.
+
+        Raises:
+          ValueError: when the saved parameters do not have the shapes of `like`.
+        """
+        problems = []
+        for step in reversed(self.steps()):
+            try:
+                restored = self._restore_step(step, like)
+            except Exception as error:  # noqa: BLE001 - any damage: try an older one
+                problems.append(f"step {step}: {str(error).splitlines()[0]}")
+                continue
+            for problem in problems:
+                _log.warning("Skipped a damaged checkpoint, %s", problem)
+            return restored
+        if problems:
+            raise ValueError(
+                f"No checkpoint in {self.directory} could be restored into this "
+                "model and optimizer (give another --run_dir, or the settings the run "
+                "was started with): " + "; ".join(problems)
+            )
+        return None
+
+    def _restore_step(self, step: int, like: TrainState) -> Any:
+        others = {k: v for k, v in like.params.items() if k != "policy"}
+        rest = {"params": others, "opt_state": like.opt_state, "step": like.step}
+        found = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                policy=ocp.args.StandardRestore(like.params["policy"]),
+                rest=ocp.args.StandardRestore(rest),
+                meta=ocp.args.JsonRestore(),
+            ),
+        )
+        state = TrainState(
+            step=found.rest["step"],
+            params={"policy": found.policy, **found.rest["params"]},
+            opt_state=found.rest["opt_state"],
+            finite=jax.device_put(np.array(True), like.finite.sharding),
+        )
+        return state, found.meta
+
+    def wait(self) -> None:
+        """Blocks until the last save is on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        self._manager.close()
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """A trained policy as loaded from a checkpoint: all that inference needs."""
+
+    model: models.T5
+    params: Any
+    vocabulary: Any
+    meta: dict[str, Any]
+    path: Path
+
+
+def resolve(path: str | Path) -> Path:
+    """The checkpoint folder a path means: itself, or the newest of a run directory.
+
+    Raises:
+      FileNotFoundError: saying what was looked for, and where.
+    """
+    path = Path(path).absolute()
+    if (path / "meta").is_dir():
+        return path
+    steps = [p for p in (path / _FOLDER).glob("*") if p.name.isdigit()]
+    if not steps:
+        raise FileNotFoundError(
+            f"No checkpoint at {path}: expected a run directory with "
+            f"{_FOLDER}/<step>/, or one of those steps."
+        )
+    return max(steps, key=lambda p: int(p.name))
+
+
+def read_meta(path: str | Path) -> dict[str, Any]:
+    """The ``meta`` item of a checkpoint or run directory."""
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
+        return checkpointer.restore(resolve(path) / "meta")
+
+
+def load_policy(path: str | Path, shardings: Any = None) -> Policy:
+    """Loads the policy of a checkpoint or run directory.
+
+    Args:
+      path: a run directory (its newest checkpoint is taken) or a checkpoint.
+      shardings: tree of shardings for the parameters; one device by default.
+    """
+    folder = resolve(path)
+    meta = read_meta(folder)
+    model = models.T5(models.T5Config(**meta["model"]))
+    shapes = jax.eval_shape(
+        lambda: models.init_params(model, jax.random.key(0))
+    )
+    if shardings is None:
+        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        shardings = jax.tree.map(lambda _: device, shapes)
+    like = jax.tree.map(
+        lambda s, sh: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sh),
+        shapes,
+        shardings,
+    )
+    with ocp.StandardCheckpointer() as checkpointer:
+        params = checkpointer.restore(folder / "policy", like)
+    vocabulary = vocabularies.from_json(meta["vocabulary"], folder.parents[1])
+    return Policy(model, params, vocabulary, meta, folder)

@@ -1,0 +1,97 @@
+"""What a run would be, without running it: for ``--dry_run`` and ``jaxalign data``."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxalign import prepare
+from jaxalign.batch import REFERENCE_FIELDS
+from jaxalign.training import checkpoints, inputs
+from jaxalign.training import mesh as meshes
+from jaxalign.training import train as loop
+
+
+def describe(run: loop.Run) -> str:
+    """Parameters, batch and memory of a run, from its compiled but unrun step.
+
+    The data is prepared, as the shapes depend on it; nothing is trained and nothing is
+    written to the run directory.
+    """
+    ready = loop.setup(run)
+    shapes = dict(ready.inputs.train.shapes)
+    if ready.objective.uses_reference and not ready.online_reference:
+        columns = [c for c in REFERENCE_FIELDS if c in ready.objective.columns]
+        responses = shapes["response_mask"]
+        shapes |= {name: responses for name in columns}
+    sharding = meshes.batch_sharding(ready.mesh)
+    batch = {
+        name: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding)
+        for name, s in shapes.items()
+    }
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    frozen = ready.abstract_state.params["policy"] if ready.online_reference else None
+    compiled = (
+        ready.train_step().lower(ready.abstract_state, batch, key, frozen).compile()
+    )
+    memory = compiled.memory_analysis()
+    sizes = {
+        "parameters": _bytes(ready.abstract_state.params),
+        "optimizer": _bytes(ready.abstract_state.opt_state),
+        "batch": _bytes(batch),
+        "temporaries of a step, per device": int(memory.temp_size_in_bytes),
+    }
+    lines = [f"Objective: {type(ready.objective).__name__}   Mesh: {_mesh(ready.mesh)}"]
+    lines += ["", "Parameters:", *_parameter_table(ready.abstract_state.params)]
+    lines += ["", "Batch:"]
+    lines += [f"  {n:<26}{s.dtype!s:<10}{s.shape}" for n, s in sorted(batch.items())]
+    lines += ["", "Memory:"]
+    lines += [f"  {name:<36}{_human(size):>12}" for name, size in sizes.items()]
+    lines += ["", describe_data(run)]
+    return "\n".join(lines)
+
+
+def describe_data(run: loop.Run) -> str:
+    """The summary of a run's data: counts, lengths, truncation, occupancy."""
+    objective = run.objective(model=run.model)
+    caches = inputs.prepare(run.dataset, objective, run.vocabulary)
+    lengths = run.dataset.feature_lengths
+    texts = []
+    for split, of_split in caches.items():
+        for cache in of_split:
+            table = prepare.describe(cache, **lengths, packing=run.dataset.packing)
+            texts.append(f"{split}\n{table}")
+    return "\n\n".join(texts)
+
+
+def _parameter_table(params: Any) -> list[str]:
+    named = checkpoints.leaf_names(params)
+    width = max(map(len, named)) + 2
+    lines = [
+        f"  {name:<{width}}{s.shape!s:<20}{s.dtype!s:<9}{s.sharding.spec}"
+        for name, s in named.items()
+    ]
+    total = sum(math.prod(s.shape) for s in named.values())
+    return [*lines, f"  {total:,} parameters in {len(named)} arrays"]
+
+
+def _mesh(mesh: jax.sharding.Mesh) -> str:
+    return " x ".join(f"{name}={size}" for name, size in mesh.shape.items())
+
+
+def _bytes(tree: Any) -> int:
+    return sum(
+        math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def _human(size: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024 or unit == "GiB":
+            return f"{size:.1f} {unit}"
+        size /= 1024
+    raise AssertionError

@@ -1,0 +1,252 @@
+"""From what the user named to what the loop is fed: caches, plans and feeds."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxalign import batch as batches
+from jaxalign import data as data_lib
+from jaxalign import vocabularies
+from jaxalign.objectives import Objective
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """Where the examples come from and how they are cut into rows.
+
+    Attributes:
+      data: a JSONL, Parquet or TFRecord file, a registered task, ``task:file``, a
+        prepared cache's folder, or a mixture ``{any of these: rate}``.
+      mixture_or_task_name: T5X's name for a registered task; in place of `data`.
+      feature_lengths: ``{"inputs": ..., "targets": ...}``, the longest prompt and
+        response in tokens; longer ones are truncated and counted.
+      batch_size: encoder rows per step, over all devices.
+      eval_data: like `data`; None splits `eval_fraction` off `data`, by prompt.
+      eval_fraction: share of the prompts held out when there is no `eval_data`.
+      field_map: our field names to the file's.
+      desirable_above: rewards above it are thumbs up where a row has no label.
+      task_options: options of a registered data set, such as UltraFeedback's aspect.
+      module: a Python module to import first, which registers seqio tasks.
+      on_bad_row: ``"error"`` stops with a list of the bad rows; ``"skip"`` counts them.
+      packing: an encoder row holds ``packing * inputs`` tokens, and each of its
+        decoder rows ``packing * targets``; None puts one example in each row.
+      decoder_rows: decoder rows beside each encoder row; None: as many as the example
+        with the most responses has.
+      max_rows: read only so many examples; None reads all.
+      split: the split of a registered task.
+      eval_split: the split of a registered task used for evaluation, if it has one.
+      shuffle: whether rows are shuffled each epoch.
+      cache_dir: where tokenised caches and reference log-probabilities are kept.
+      seed: of shuffling and of the held-out split.
+    """
+
+    data: str | Mapping[str, float] | None = None
+    mixture_or_task_name: str | None = None
+    feature_lengths: Mapping[str, int] = dataclasses.field(
+        default_factory=lambda: {"inputs": 128, "targets": 128}
+    )
+    batch_size: int = 32
+    eval_data: str | None = None
+    eval_fraction: float = 0.05
+    field_map: Mapping[str, str] | None = None
+    desirable_above: float | None = None
+    task_options: Mapping[str, Any] | None = None
+    module: str | None = None
+    on_bad_row: str = "error"
+    packing: int | None = 2
+    decoder_rows: int | None = None
+    max_rows: int | None = None
+    split: str = "train"
+    eval_split: str | None = None
+    shuffle: bool = True
+    cache_dir: str = "~/.cache/jaxalign"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if (self.data is None) == (self.mixture_or_task_name is None):
+            raise ValueError(
+                "Give the training data as exactly one of DATA (a file: "
+                "--gin.DATA=\"'my.jsonl'\") and MIXTURE_OR_TASK_NAME (a registered "
+                f"task); got {self.data!r} and {self.mixture_or_task_name!r}."
+            )
+        lengths = dict(self.feature_lengths)
+        if set(lengths) != {"inputs", "targets"} or min(lengths.values()) < 2:
+            raise ValueError(
+                "TASK_FEATURE_LENGTHS must be {'inputs': n, 'targets': m} with "
+                f"n, m >= 2; got {lengths}."
+            )
+
+    @property
+    def cache_folder(self) -> Path:
+        return Path(self.cache_dir).expanduser()
+
+    def sources(self) -> dict[str, float]:
+        """The training data by name, with mixing rates."""
+        if isinstance(self.data, Mapping):
+            return {str(k): float(v) for k, v in self.data.items()}
+        return {str(self.data or self.mixture_or_task_name): 1.0}
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """The feeds of a run, and what the checkpoint must remember of them."""
+
+    train: data_lib.Feed
+    evaluation: data_lib.Feed | None
+    reward_stats: tuple[float, float] | None
+    vocabulary: vocabularies.Vocabulary
+    summaries: dict[str, Any]
+
+
+def prepare(
+    dataset: Dataset, objective: type[Objective] | Objective, vocabulary: Any
+) -> dict[str, list[data_lib.TokenizedCache]]:
+    """Opens or makes the tokenised caches ``{"train": [...], "validation": [...]}``.
+
+    The prepare half, and with it TensorFlow for the formats that need it, is imported
+    only here and only when `data` is not a prepared cache already.
+    """
+    opened: dict[str, list[data_lib.TokenizedCache]] = {"train": [], "validation": []}
+    held_out = dataset.eval_data is None and dataset.eval_split is None
+    common = {
+        "schema": objective.schema,
+        "vocabulary": vocabulary,
+        "cache_dir": dataset.cache_folder,
+        "field_map": dict(dataset.field_map) if dataset.field_map else None,
+        "on_bad_row": dataset.on_bad_row,
+        "require": objective.requires,
+        "desirable_above": dataset.desirable_above,
+        "task_options": dataset.task_options,
+        "module": dataset.module,
+        "max_rows": dataset.max_rows,
+        "seed": dataset.seed,
+    }
+    from jaxalign import prepare as prepare_lib
+
+    for name in dataset.sources():
+        fraction = dataset.eval_fraction if held_out else 0.0
+        paths = prepare_lib.prepare(
+            name, split=dataset.split, eval_fraction=fraction, **common
+        )
+        for split, path in paths.items():
+            opened[split].append(data_lib.TokenizedCache(path))
+    if not held_out:
+        name = dataset.eval_data or next(iter(dataset.sources()))
+        split = dataset.eval_split or dataset.split
+        paths = prepare_lib.prepare(name, split=split, eval_fraction=0.0, **common)
+        opened["validation"].append(data_lib.TokenizedCache(paths["train"]))
+    return opened
+
+
+def build(
+    dataset: Dataset,
+    objective: Objective,
+    vocabulary: vocabularies.Vocabulary,
+    reward_stats: tuple[float, float] | None = None,
+) -> Inputs:
+    """Prepares the data, plans the packing and makes the feeds.
+
+    Args:
+      dataset: what to read.
+      objective: says which schema and columns it needs.
+      vocabulary: the run's vocabulary.
+      reward_stats: ``(mean, deviation)`` from the checkpoint of a run that goes on;
+        None fits them on the training split.
+
+    Raises:
+      ValueError: when the data lacks what the objective needs, or does not fit the
+        network; before anything is compiled.
+    """
+    caches = prepare(dataset, objective, vocabulary)
+    size = objective.model.config.vocab_size
+    for cache in [*caches["train"], *caches["validation"]]:
+        _check_cache(cache, objective, vocabulary, size)
+    plans = {
+        split: [
+            data_lib.pack(
+                cache.index,
+                inputs=dataset.feature_lengths["inputs"],
+                targets=dataset.feature_lengths["targets"],
+                packing=dataset.packing,
+                decoder_rows=dataset.decoder_rows,
+                min_prompts=objective.min_prompts,
+            )
+            for cache in of_split
+            if len(cache)
+        ]
+        for split, of_split in caches.items()
+    }
+    if objective.uses_rewards and reward_stats is None:
+        reward_stats = _reward_stats(caches["train"])
+    rates = list(dataset.sources().values())
+    feeds = {}
+    for split, of_split in plans.items():
+        if not of_split:
+            continue
+        weights = rates if split == "train" else [1.0] * len(of_split)
+        feeds[split] = data_lib.Feed(
+            list(zip(caches[split], of_split, weights, strict=True)),
+            batch_size=dataset.batch_size,
+            seed=dataset.seed,
+            shuffle=dataset.shuffle and split == "train",
+            reward_stats=reward_stats if objective.uses_rewards else None,
+        )
+    return Inputs(
+        train=feeds["train"],
+        evaluation=feeds.get("validation"),
+        reward_stats=reward_stats if objective.uses_rewards else None,
+        vocabulary=vocabulary,
+        summaries={c.fingerprint: c.summary for c in caches["train"]},
+    )
+
+
+def _reward_stats(caches: list[data_lib.TokenizedCache]) -> tuple[float, float]:
+    rewards = np.concatenate([c.index.response_reward for c in caches])
+    rewards = rewards[np.isfinite(rewards)].astype(np.float64)
+    if rewards.std() == 0:
+        raise ValueError(
+            f"All {rewards.size} rewards equal {rewards.mean():g}: there is nothing to "
+            "learn from. Check FIELD_MAP's 'reward'."
+        )
+    return float(rewards.mean()), float(rewards.std())
+
+
+def _check_cache(
+    cache: data_lib.TokenizedCache, objective: Objective, vocabulary: Any, size: int
+) -> None:
+    """Refuses data that cannot serve the objective or the network."""
+    name = type(objective).__name__
+    if cache.vocabulary.fingerprint != vocabulary.fingerprint:
+        raise ValueError(
+            f"{cache.path} was tokenised with {cache.vocabulary!r}, but VOCABULARY is "
+            f"{vocabulary!r}: prepare the data again, or set VOCABULARY to match."
+        )
+    if vocabulary.vocab_size > size:
+        raise ValueError(
+            f"{vocabulary!r} has {vocabulary.vocab_size} ids, but the network has only "
+            f"{size} rows in its embedding: set models.T5Config.vocab_size to at least "
+            f"{vocabulary.vocab_size}."
+        )
+    index = cache.index
+    answers = index.response_kind == batches.ANSWER
+    if "response_label" in objective.columns:
+        missing = int(np.sum((index.response_label < 0) & answers))
+        if missing:
+            raise ValueError(
+                f"{name} needs a thumbs-up or -down for every response, but {missing} "
+                f"of {index.num_responses} in {cache.path} have no 'label': add it, or "
+                "map it with FIELD_MAP."
+            )
+    if objective.uses_rewards:
+        missing = int(np.sum(~np.isfinite(index.response_reward) & answers))
+        if missing:
+            raise ValueError(
+                f"{name} needs a scalar reward for every response, but {missing} of "
+                f"{index.num_responses} in {cache.path} have no 'reward': add it, or "
+                "map it with FIELD_MAP."
+            )

@@ -1,0 +1,405 @@
+"""Where a run's numbers go: metrics.jsonl, TensorBoard, W&B, and the terminal."""
+
+from __future__ import annotations
+
+import collections
+import json
+import logging
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+
+from jaxalign.training.run_directory import write_atomically
+
+METRICS_FILE = "metrics.jsonl"
+CALIBRATION_FILE = "calibration.json"
+
+
+class MetricWriter:
+    """Appends metrics to a run directory, one flushed JSON line per call.
+
+    ``metrics.jsonl`` holds flat objects ``{"step": 10, "time": 1.7e9, "train/loss":
+    2.3, ...}``. JSON has no number for what is not finite, so such values are written
+    as the strings ``"NaN"``, ``"Infinity"`` and ``"-Infinity"``; ``float(value)``
+    reads both kinds.
+
+    A process killed while it writes leaves half a line; opening the file drops it.
+
+    Args:
+      run_dir: the run directory, made if absent.
+      use_wandb: also log to Weights & Biases; the W&B run's id is kept in
+        ``wandb_id.txt`` so that a restart continues it.
+      enabled: write at all. By default, on the first JAX process only.
+
+    Raises:
+      ImportError: when `use_wandb` is set and ``wandb`` is not installed.
+
+    >>> import tempfile
+    >>> run_dir = tempfile.mkdtemp()
+    >>> with MetricWriter(run_dir, enabled=True) as writer:
+    ...     writer.write(1, {"train/loss": 2.5})
+    >>> read_metrics(run_dir)["train/loss"]
+    (array([1]), array([2.5]))
+    """
+
+    def __init__(
+        self,
+        run_dir: str | Path,
+        use_wandb: bool = False,
+        enabled: bool | None = None,
+    ):
+        if enabled is None:
+            import jax
+
+            enabled = jax.process_index() == 0
+        self.enabled = enabled
+        self.run_dir = Path(run_dir)
+        self._file: TextIO | None = None
+        self._tensorboard: Any = None
+        self._wandb = _wandb_run(self.run_dir) if use_wandb and enabled else None
+        if enabled:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            self._open(step=None)
+
+    def _open(self, step: int | None) -> None:
+        from tensorboardX import SummaryWriter
+
+        self._close_files()
+        _rewrite(self.run_dir / METRICS_FILE, last_step=step)
+        self._file = open(self.run_dir / METRICS_FILE, "a", encoding="utf-8")
+        # TensorBoard hides the events of an earlier process from purge_step on.
+        purge = None if step is None else step + 1
+        self._tensorboard = SummaryWriter(str(self.run_dir), purge_step=purge)
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Records scalars of one step.
+
+        Args:
+          step: steps taken when the numbers were measured.
+          metrics: by name, Python, NumPy or JAX scalars.
+
+        Raises:
+          ValueError: when a value is not one number; the name is in the message.
+        """
+        if not self.enabled:
+            return
+        if self._file is None:
+            raise ValueError(f"MetricWriter of {self.run_dir} is closed.")
+        step = int(step)
+        values = {name: _scalar(name, value) for name, value in metrics.items()}
+        line = {"step": step, "time": round(time.time(), 3)}
+        line |= {name: _encode(value) for name, value in values.items()}
+        self._file.write(json.dumps(line, allow_nan=False) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._tensorboard.add_scalar(name, value, step)
+        self._tensorboard.flush()
+        if self._wandb is not None:
+            self._wandb.log(values, step=step)
+
+    def resume_at(self, step: int) -> None:
+        """Forgets what an earlier process wrote after `step`.
+
+        Call it with the restored step (0 without a checkpoint) before the first
+        `write`: the finished file then equals an unbroken run's, except for times and
+        speeds. The file is replaced atomically.
+
+        Raises:
+          ValueError: when a line that is not the last is no JSON object.
+        """
+        if self.enabled:
+            self._open(step=int(step))
+
+    def _close_files(self) -> None:
+        """Closes metrics.jsonl and the TensorBoard file, if open."""
+        if self._file is not None:
+            self._file.close()
+            self._tensorboard.close()
+            self._file = self._tensorboard = None
+
+    def close(self) -> None:
+        """Closes everything."""
+        self._close_files()
+        if self._wandb is not None:
+            self._wandb.finish()
+            self._wandb = None
+
+    def __enter__(self) -> MetricWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def read_metrics(run_dir: str | Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Reads ``metrics.jsonl``: ``{name: (steps int64 [n], values float64 [n])}``.
+
+    ``"time"`` (Unix seconds) is among the names. Steps ascend; where a step was
+    written twice the later value counts. A torn last line is ignored, an absent file
+    gives ``{}``.
+
+    Raises:
+      ValueError: when a line that is not the last is no JSON object.
+    """
+    series: dict[str, dict[int, float]] = {}
+    for line in _lines(Path(run_dir) / METRICS_FILE):
+        step = line.pop("step")
+        for name, value in line.items():
+            series.setdefault(name, {})[step] = float(value)
+    out = {}
+    for name, points in series.items():
+        steps = np.array(sorted(points), np.int64)
+        out[name] = steps, np.array([points[s] for s in steps.tolist()], np.float64)
+    return out
+
+
+def write_calibration(
+    run_dir: str | Path,
+    step: int,
+    values: np.ndarray,
+    rewards: np.ndarray,
+    bins: int = 10,
+) -> None:
+    """Writes ``calibration.json``: what responses earned, by their predicted value.
+
+    The responses are sorted by predicted value and cut into `bins` parts of equal
+    size; a calibrated value network has ``value == reward`` in each. Format:
+    ``{"step": s, "bins": [{"value": mean, "reward": mean, "count": n}, ...]}``.
+
+    Args:
+      run_dir: the run directory.
+      step: steps taken.
+      values: predicted values ``[n]``, one per response.
+      rewards: their rewards ``[n]``, in the same unit.
+      bins: at most so many parts.
+    """
+    values, rewards = np.asarray(values, np.float64), np.asarray(rewards, np.float64)
+    order = np.argsort(values, kind="stable")
+    parts = [part for part in np.array_split(order, bins) if len(part)]
+    rows = [
+        {
+            "value": float(values[part].mean()),
+            "reward": float(rewards[part].mean()),
+            "count": len(part),
+        }
+        for part in parts
+    ]
+    text = json.dumps({"step": int(step), "bins": rows}, indent=1) + "\n"
+    write_atomically(Path(run_dir) / CALIBRATION_FILE, text)
+
+
+class Progress:
+    """One progress line: step, loss, tokens per second, time left.
+
+    A tqdm bar on a terminal; elsewhere (files, job logs) a log line at most every
+    `interval` seconds, and one at the end.
+
+    Args:
+      start_step: where this process starts; the restored step of a resumed run.
+      total_steps: where the run ends.
+      stream: the terminal, by default ``sys.stderr``.
+      interval: seconds between log lines.
+      clock: seconds, monotonic.
+      enabled: print at all; `update` measures regardless.
+
+    >>> with Progress(0, 100, enabled=False) as progress:
+    ...     speed = progress.update(10, {"loss": 2.5, "batch/tokens": 4096.0})
+    >>> sorted(speed)
+    ['steps_per_second', 'tokens_per_second']
+    """
+
+    def __init__(
+        self,
+        start_step: int,
+        total_steps: int,
+        *,
+        stream: TextIO | None = None,
+        interval: float = 10.0,
+        clock: Callable[[], float] = time.monotonic,
+        enabled: bool = True,
+    ):
+        self._total, self._clock, self._interval = total_steps, clock, interval
+        # (seconds, step) of the last updates: what the time left is judged by.
+        self._recent = collections.deque([(clock(), start_step)], maxlen=11)
+        self._compiling = True
+        self._last_log = clock()
+        self._text = ""
+        self._logged = False
+        self._enabled = enabled
+        self._bar = None
+        stream = sys.stderr if stream is None else stream
+        if enabled and stream.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(
+                total=total_steps,
+                initial=start_step,
+                file=stream,
+                dynamic_ncols=True,
+                bar_format="{percentage:3.0f}%|{bar}| {desc}",
+            )
+
+    def update(self, step: int, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Reports the steps since the previous call, whose results have arrived.
+
+        Args:
+          step: steps taken in the whole run.
+          metrics: means over those steps; ``loss`` (else ``objective``) is shown,
+            ``batch/tokens`` gives the tokens of one step.
+
+        Returns:
+          ``steps_per_second`` and ``tokens_per_second`` since the previous call.
+        """
+        now = self._clock()
+        before, previous = self._recent[-1]
+        self._recent.append((now, step))
+        if self._compiling and len(self._recent) == 3:
+            # The first stretch includes compilation: forget it once there is another.
+            self._recent.popleft()
+            self._compiling = False
+        rate = (step - previous) / max(now - before, 1e-9)
+        speed = {"steps_per_second": rate}
+        if "batch/tokens" in metrics:
+            speed["tokens_per_second"] = rate * metrics["batch/tokens"]
+        self._text = self._line(step, metrics, speed)
+        self._logged = False
+        if self._bar is not None:
+            self._bar.set_description_str(self._text, refresh=False)
+            self._bar.update(step - self._bar.n)
+        elif self._enabled and now - self._last_log >= self._interval:
+            self._log(now)
+        return speed
+
+    def _line(
+        self, step: int, metrics: Mapping[str, float], speed: Mapping[str, float]
+    ) -> str:
+        parts = [f"step {step}/{self._total}"]
+        loss = metrics.get("loss", metrics.get("objective"))
+        if loss is not None:
+            parts.append(f"loss {loss:.4g}")
+        if "tokens_per_second" in speed:
+            parts.append(f"{_quantity(speed['tokens_per_second'])} tokens/s")
+        (t0, s0), (t1, s1) = self._recent[0], self._recent[-1]
+        if s1 > s0:
+            left = (t1 - t0) / (s1 - s0) * max(self._total - step, 0)
+            parts.append(f"ETA {_duration(left)}")
+        return "  ".join(parts)
+
+    def _log(self, now: float) -> None:
+        logging.getLogger("jaxalign").info(self._text)
+        self._last_log, self._logged = now, True
+
+    def close(self) -> None:
+        """Ends the bar, or logs the last line."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+        elif self._enabled and self._text and not self._logged:
+            self._log(self._clock())
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
+
+
+def _quantity(value: float) -> str:
+    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= limit:
+            return f"{value / limit:.3g}{unit}"
+    return f"{value:.3g}"
+
+
+def _scalar(name: str, value: Any) -> float:
+    array = np.asarray(value)
+    if array.size != 1 or not (
+        np.issubdtype(array.dtype, np.number) or array.dtype == bool
+    ):
+        raise ValueError(
+            f"metric {name!r}: expected one number, got {array.dtype} of shape "
+            f"{array.shape}. Reduce it before writing."
+        )
+    return float(array.reshape(()))
+
+
+def _encode(value: float) -> float | str:
+    if math.isnan(value):
+        return "NaN"
+    if math.isinf(value):
+        return "Infinity" if value > 0 else "-Infinity"
+    return value
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """The parsed lines, without a torn last one."""
+    if not path.exists():
+        return []
+    # Bytes first: a tear may fall inside a character.
+    *whole, tail = path.read_bytes().split(b"\n")
+    out = []
+    for number, raw in enumerate([*whole, tail], start=1):
+        last = number > len(whole)
+        if last and not raw:
+            continue
+        try:
+            line = json.loads(raw)
+            if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+                raise ValueError("no object with an integer 'step'")
+        except ValueError as error:
+            if last or number == len(whole) and not tail:
+                break
+            raise ValueError(
+                f"{path}, line {number}: expected a JSON object with a 'step', got "
+                f"{raw[:80]!r} ({error}). Remove the line."
+            ) from error
+        out.append(line)
+    return out
+
+
+def _rewrite(path: Path, last_step: int | None) -> None:
+    """Drops a torn tail and, given `last_step`, later lines; atomic, or untouched."""
+    if not path.exists():
+        return
+    kept = [
+        json.dumps(line) + "\n"
+        for line in _lines(path)
+        if last_step is None or line["step"] <= last_step
+    ]
+    text = "".join(kept).encode()
+    if text == path.read_bytes():
+        return
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _wandb_run(run_dir: Path) -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise ImportError(
+            "use_wandb=True needs the 'wandb' package, which is not installed. "
+            "Install it (pip install wandb) or set use_wandb=False: metrics.jsonl and "
+            "TensorBoard events are written either way."
+        ) from error
+    run_dir.mkdir(parents=True, exist_ok=True)
+    id_file = run_dir / "wandb_id.txt"
+    run_id = id_file.read_text().strip() if id_file.exists() else None
+    run = wandb.init(dir=str(run_dir), name=run_dir.name, id=run_id, resume="allow")
+    id_file.write_text(run.id)
+    return run

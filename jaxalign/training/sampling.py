@@ -1,0 +1,78 @@
+"""Text sampled during training, for people to read."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxalign import batch as batches
+from jaxalign.decoding import Generator, Sampling
+from jaxalign.training import run_directory
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+    """Draws a few responses to held-out prompts, the same prompts every time.
+
+    Attributes:
+      num_prompts: how many prompts of the held-out split (else of the training split).
+      max_new_tokens: tokens of a response, EOS included.
+      temperature: 0 takes the most probable tokens.
+      top_k: keep so many tokens; 0 keeps all.
+      top_p: keep so much probability.
+    """
+
+    num_prompts: int = 8
+    max_new_tokens: int = 64
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def write(self, path: Path, ready: Any, params: Any, seed: int) -> None:
+        """Writes JSON lines ``{"prompt", "response", "target", "logp", "num_tokens"}``.
+
+        Args:
+          path: the file; written whole or not at all.
+          ready: the run's `Setup`.
+          params: the policy's parameters.
+          seed: of the samples; the same at every step, so that what changes between
+            two files is the policy.
+        """
+        feed = ready.inputs.evaluation or ready.inputs.train
+        cache, plan = feed.caches[0], feed.plans[0]
+        vocabulary = ready.inputs.vocabulary
+        rows = [cache[i] for i in range(min(self.num_prompts, len(cache)))]
+        generator = Generator(
+            ready.objective.model,
+            vocabulary,
+            max_prompt_length=plan.inputs,
+            max_new_tokens=self.max_new_tokens,
+            sampling=Sampling(self.temperature, self.top_k, self.top_p),
+            batch_size=max(len(rows), 1),
+            seed=seed,
+            progress=False,
+        )
+        lines = []
+        generations = generator(params, [row.prompts[0] for row in rows])
+        for row, generation in zip(rows, generations, strict=True):
+            answers = [
+                response
+                for response, kind in zip(row.responses, row.response_kind, strict=True)
+                if kind == batches.ANSWER
+            ]
+            lines.append(
+                {
+                    "prompt": vocabulary.decode(row.prompts[0]),
+                    "response": generation.texts[0],
+                    "target": vocabulary.decode(answers[0]),
+                    "logp": float(generation.logp[0]),
+                    "num_tokens": len(generation.tokens[0]),
+                }
+            )
+        if jax.process_index() == 0:
+            text = "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in lines)
+            run_directory.write_atomically(path, text)

@@ -1,0 +1,52 @@
+# `make quickstart` and `make test` need Python 3.11, 3.12 or 3.13 and nothing else.
+#
+#   make quickstart    install into .venv, then run the main job on the embedded data
+#   make test          install into .venv with the test extra, then run the tests
+#   make test-slow     the slow tests too (light environment, kills, longer runs)
+#   make lint          ruff
+#   make clean         remove .venv, runs/ and caches
+#
+# PYTHON=python3.12 chooses the interpreter, PIP_ARGS and PYTEST_ARGS add arguments.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# --no-compile: compiling all of TensorFlow to bytecode takes longer than what is
+# imported of it, which Python compiles at the first import.
+PIP_INSTALL = $(BIN)/python -m pip install --no-compile --disable-pip-version-check \
+	-c constraints.txt $(PIP_ARGS)
+INSTALL_INPUTS := setup.py pyproject.toml constraints.txt
+
+.PHONY: quickstart install test test-slow lint clean
+
+quickstart: install
+	$(BIN)/jaxalign quickstart
+
+install: $(VENV)/.installed
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-slow: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m "not gpu and not tpu" $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+
+clean:
+	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
+	  2> /dev/null || { echo "jaxalign needs Python 3.11, 3.12 or 3.13, which $(PYTHON)" \
+	  "is not. Name another: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# The stamps make a second call instant; a change of what they depend on installs again.
+$(VENV)/.installed: $(INSTALL_INPUTS) | $(BIN)/python
+	$(PIP_INSTALL) -e .
+	@touch $@
+
+$(VENV)/.installed-test: $(INSTALL_INPUTS) | $(BIN)/python
+	$(PIP_INSTALL) -e ".[test]"
+	@touch $@ $(VENV)/.installed

@@ -1,0 +1,1 @@
+"""The packaged gin files; see `jaxalign.configs` for how they are looked up."""

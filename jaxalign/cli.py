@@ -1,0 +1,262 @@
+"""The command line: ``jaxalign VERB --gin_file=... --gin.NAME=VALUE``.
+
+Nothing but parsing; each verb calls one function.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from jaxalign import configs
+
+_USAGE = """\
+jaxalign VERB [--gin_file=FILE ...] [--gin.NAME=VALUE ...] [flags]
+
+  train        --gin_file=runs/sft.gin --gin.DATA="'my.jsonl'" --run_dir=DIR
+  generate     --checkpoint=DIR --prompts=FILE --output=FILE
+  score        --checkpoint=DIR --data=FILE --output=FILE
+  eval         --checkpoint=DIR --data=FILE --judge=MODULE:FUNCTION
+  data         check and prepare: --gin_file=runs/dpo.gin --gin.DATA="'my.jsonl'"
+  tasks        list the registered data sets and the gin files
+  report       one HTML page about runs: RUN_DIR...
+  quickstart   supervised fine-tuning, then DRO-V, KTO and DPO, on embedded data
+
+`jaxalign VERB --help` lists a verb's flags. Gin files are looked up in the working
+folder, then in the package. Strings need quotes: --gin.DATA="'my.jsonl'".
+"""
+
+# What a user can mend: shown as one message, without a traceback.
+_MISTAKES = (ValueError, FileNotFoundError, FileExistsError, ImportError)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a verb; returns the exit status, 2 for a mistake in what was asked."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(_USAGE)
+        return 0
+    verb, rest = argv[0], argv[1:]
+    if verb == "--version":
+        import jaxalign
+
+        print(f"jaxalign {jaxalign.__version__}")
+        return 0
+    if verb not in _VERBS:
+        near = configs.nearest(verb, _VERBS)
+        hint = f" Did you mean {' or '.join(near)}?" if near else ""
+        print(
+            f"Unknown verb {verb!r}; known: {', '.join(_VERBS)}.{hint}", file=sys.stderr
+        )
+        return 2
+    _set_up_logging()
+    try:
+        return _VERBS[verb](rest)
+    except _MISTAKES as error:
+        if os.environ.get("JAXALIGN_TRACEBACK"):
+            raise
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        return 130
+
+
+def _set_up_logging() -> None:
+    # TensorFlow's own chatter says nothing a user of this program can act on.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    logging.basicConfig(level=logging.WARNING, format="%(levelname).1s %(message)s")
+    logging.getLogger("jaxalign").setLevel(logging.INFO)
+
+
+def _parser(verb: str, doc: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"jaxalign {verb}",
+        description=doc,
+        epilog="Gin: --gin_file=FILE (repeatable), --gin.NAME=VALUE.",
+        allow_abbrev=False,
+    )
+    return parser
+
+
+def _read_gin(flags: configs.GinFlags, needs: str) -> None:
+    """Parses gin files and bindings; a run file must be among them."""
+    if not flags.gin_files:
+        raise configs.ConfigError(
+            f"{needs}: --gin_file=runs/sft.gin, or dpo, kto, dro_v; `jaxalign tasks` "
+            "lists all."
+        )
+    configs.parse(flags.gin_files, flags.gin_bindings, flags.search_paths)
+
+
+def _arguments(
+    parser: argparse.ArgumentParser, argv: list[str], gin_file: str
+) -> argparse.Namespace:
+    """Parses a verb's flags and, by default from `gin_file`, its gin configuration."""
+    flags = configs.parse_flags(argv)
+    args = parser.parse_args(flags.rest)
+    configs.parse(
+        flags.gin_files or [gin_file], flags.gin_bindings, flags.search_paths
+    )
+    return args
+
+
+def _train(argv: list[str]) -> int:
+    parser = _parser("train", "Train a model, or go on where a killed run stopped.")
+    parser.add_argument("--run_dir", help="where everything is written (MODEL_DIR)")
+    parser.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="print the resolved configuration, parameters, batch and memory; stop",
+    )
+    flags = configs.parse_flags(argv)
+    args = parser.parse_args(flags.rest)
+    bindings = list(flags.gin_bindings)
+    if args.run_dir:
+        bindings.append(f"MODEL_DIR = {args.run_dir!r}")
+    _read_gin(flags._replace(gin_bindings=bindings), "train needs a run")
+    from jaxalign.training import dry_run, train
+
+    config = configs.config_str()
+    run = configs.configured(train.Run)()
+    if args.dry_run:
+        print(config)
+        print(dry_run.describe(run))
+        return 0
+    train.train(run, config)
+    return 0
+
+
+def _generate(argv: list[str]) -> int:
+    from jaxalign.pipelines import inference
+
+    parser = _parser("generate", "Sample responses to the prompts of a JSONL file.")
+    parser.add_argument("--checkpoint", help="run directory or checkpoint")
+    parser.add_argument("--prompts", help='JSONL file with {"prompt"}')
+    parser.add_argument("--output", help="JSONL file to write")
+    _sampling_flags(parser)
+    args = _arguments(parser, argv, "runs/generate.gin")
+    lines = _call(inference.generate, args, ("checkpoint", "prompts", "output"))
+    print(f"{lines} responses written to {args.output}")
+    return 0
+
+
+def _sampling_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--num_samples", type=int, help="per prompt")
+    parser.add_argument("--temperature", type=float, help="0: most probable tokens")
+    parser.add_argument("--top_k", type=int)
+    parser.add_argument("--top_p", type=float)
+    parser.add_argument("--max_new_tokens", type=int)
+    parser.add_argument("--batch_size", type=int, help="prompts at a time")
+    parser.add_argument("--seed", type=int)
+
+
+def _call(
+    function: Callable[..., Any], args: argparse.Namespace, required: tuple[str, ...]
+) -> Any:
+    """Calls a function with the flags that were given, over gin's bindings."""
+    given = {k: v for k, v in vars(args).items() if v is not None}
+    missing = [f"--{name}=..." for name in required if name not in given]
+    if missing:
+        raise configs.ConfigError(f"Missing {', '.join(missing)}.")
+    return configs.configured(function)(**given)
+
+
+def _score(argv: list[str]) -> int:
+    from jaxalign.pipelines import inference
+
+    parser = _parser("score", "Log-probabilities of a JSONL file's completions.")
+    parser.add_argument("--checkpoint", help="run directory or checkpoint")
+    parser.add_argument("--data", help='JSONL file with {"prompt", "completion"}')
+    parser.add_argument("--output", help="JSONL file to write")
+    parser.add_argument("--batch_size", type=int, help="rows at a time")
+    args = _arguments(parser, argv, "runs/score.gin")
+    lines = _call(inference.score, args, ("checkpoint", "data", "output"))
+    print(f"{lines} scores written to {args.output}")
+    return 0
+
+
+def _eval(argv: list[str]) -> int:
+    from jaxalign.pipelines import inference
+
+    parser = _parser("eval", "Generate for a file of prompts and judge the result.")
+    parser.add_argument("--checkpoint", help="run directory or checkpoint")
+    parser.add_argument("--data", help='JSONL file with {"prompt"[, "completion"]}')
+    parser.add_argument("--baseline", help="another checkpoint to compare with")
+    parser.add_argument("--judge", help="module:function, a score or a preference")
+    parser.add_argument(
+        "--metrics",
+        dest="metric_fns",
+        type=lambda text: tuple(text.split(",")),
+        help="comma-separated: exact_match, token_accuracy, bleu, module:function ...",
+    )
+    parser.add_argument("--output", help="JSON file to write")
+    _sampling_flags(parser)
+    args = _arguments(parser, argv, "runs/eval.gin")
+    result = _call(inference.evaluate, args, ("checkpoint", "data"))
+    print(json.dumps(result, indent=2))
+    return 0
+
+
+def _data(argv: list[str]) -> int:
+    flags = configs.parse_flags(argv)
+    _parser("data", "Check and prepare data; print a summary.").parse_args(flags.rest)
+    _read_gin(flags, "data needs the run it is for")
+    from jaxalign.training import dry_run, train
+
+    print(dry_run.describe_data(configs.configured(train.Run)()))
+    return 0
+
+
+def _tasks(argv: list[str]) -> int:
+    _parser("tasks", "List the data sets and the gin files.").parse_args(argv)
+    from jaxalign import prepare
+
+    for task in prepare.list_tasks():
+        print(f"{task['name']:<24}{task['schema']:<14}{task['doc']}")
+    print("\ngin files:")
+    for name in configs.available():
+        print(f"  {name}")
+    return 0
+
+
+def _report(argv: list[str]) -> int:
+    from jaxalign import report
+
+    parser = _parser("report", "Write one self-contained HTML page about runs.")
+    parser.add_argument("run_dirs", nargs="+", metavar="RUN_DIR")
+    parser.add_argument("--output", help="HTML file; default: the first run's")
+    args = parser.parse_args(argv)
+    print(report.write_report(args.run_dirs, args.output))
+    return 0
+
+
+def _quickstart(argv: list[str]) -> int:
+    from jaxalign.pipelines import quickstart
+
+    parser = _parser("quickstart", "The main job on embedded data, in minutes.")
+    parser.add_argument("--run_dir", default="runs/quickstart")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    print(quickstart.run(args.run_dir, seed=args.seed))
+    return 0
+
+
+_VERBS: dict[str, Callable[[list[str]], int]] = {
+    "train": _train,
+    "generate": _generate,
+    "score": _score,
+    "eval": _eval,
+    "data": _data,
+    "tasks": _tasks,
+    "report": _report,
+    "quickstart": _quickstart,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

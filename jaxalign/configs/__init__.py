@@ -1,0 +1,171 @@
+"""Gin glue: finds gin files, parses them and refuses what would have no effect.
+
+The command line follows T5X: ``--gin_file=runs/dpo.gin`` (repeatable) and
+``--gin.NAME=VALUE``; later files and bindings override earlier ones. Three things
+differ from calling gin directly:
+
+* a gin file, also one that is included, is looked up in the working folder, the
+  search paths, beside the including file, then among the packaged configs;
+* a macro set on the command line that no file reads or sets is an error (gin accepts
+  it silently, and the run goes on with the default);
+* errors name file, line and the nearest valid names.
+
+Gin files are read twice. The first pass records what they set, read and include,
+without importing anything: most mistakes end there, in milliseconds. The second pass
+is gin's own, which imports what the files import.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import gin
+
+from jaxalign.configs.explain import explain, explain_missing
+from jaxalign.configs.flags import GinFlags, check_binding, check_flags, parse_flags
+from jaxalign.configs.names import ConfigError, nearest
+from jaxalign.configs.scan import NamedText, Scanned, available, find, scan
+
+__all__ = [
+    "ConfigError",
+    "GinFlags",
+    "available",
+    "config_str",
+    "configured",
+    "macro",
+    "nearest",
+    "operative_config_str",
+    "parse",
+    "parse_flags",
+]
+
+
+def parse(
+    gin_files: Iterable[str | Path] = (),
+    bindings: Iterable[str] = (),
+    search_paths: Iterable[str | Path] = (),
+) -> list[Path]:
+    """Replaces gin's configuration by these files and bindings, and locks it.
+
+    Args:
+      gin_files: names as in ``--gin_file``; later ones override earlier ones.
+      bindings: ``"NAME = VALUE"`` strings; they override the files.
+      search_paths: folders to look in after the working folder.
+
+    Returns:
+      Every file read, includes too, in the order of reading.
+
+    Raises:
+      ConfigError: for a file that is not found, a syntax error, an unknown macro,
+        configurable or parameter, or a macro left without a value.
+    """
+    paths = tuple(Path(path) for path in search_paths)
+    files = [scan(find(str(name), paths), paths) for name in gin_files]
+    flags = [check_binding(binding) for binding in bindings]
+    check_flags(files, flags)
+
+    gin.clear_config()
+    scanned = [file for root in files for file in root.walk()]
+    for file in files:
+        _apply(file, scanned)
+    for binding in flags:
+        _apply_binding(binding, scanned)
+    try:
+        gin.config.finalize()
+    except ValueError as error:
+        raise ConfigError(explain_missing(error, files, flags)) from error
+    return [file.path for file in scanned]
+
+
+def macro(name: str, default: Any = dataclasses.MISSING) -> Any:
+    """The value of a macro, with the macros and references inside it resolved.
+
+    Raises:
+      ConfigError: if it has no value and no default is given.
+
+    >>> gin.clear_config()
+    >>> _ = gin.parse_config(["SIZE = 4", "LENGTHS = [%SIZE, 2]"])
+    >>> macro("LENGTHS")
+    [4, 2]
+    """
+    try:
+        value = gin.query_parameter(f"{name}/gin.macro.value")
+    except ValueError:
+        if default is not dataclasses.MISSING:
+            return default
+        raise ConfigError(
+            f"The macro {name} has no value: set it with --gin.{name}=VALUE or in a "
+            "gin file."
+        ) from None
+    return copy.deepcopy(value)  # gin resolves references when they are copied
+
+
+def configured(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` (or class) with the parsed files' bindings; itself if none."""
+    try:
+        return gin.get_configurable(function)
+    except ValueError:
+        return function
+
+
+def config_str() -> str:
+    """Everything that was set, as one gin file that needs no other gin file.
+
+    Written to ``RUN_DIR/config.gin`` and parsed again it reproduces the run.
+    """
+    return gin.config_str()
+
+
+def operative_config_str() -> str:
+    """What was really used so far, the defaults of what was called included."""
+    return gin.operative_config_str()
+
+
+def _apply(file: Scanned, scanned: Sequence[Scanned]) -> None:
+    """Hands a file to gin in pieces, with the included files between them.
+
+    Included files are found by this module rather than by gin, whose search paths are
+    global and whose reader for Python packages imports what is named like a folder.
+    """
+    lines = file.text.splitlines(keepends=True)
+    import_lines = {statement.location.line_num for statement in file.imports}
+    start = 0
+    for line, included in [*file.includes, (len(lines) + 1, None)]:
+        # Other lines become blank, which keeps the line numbers of gin's messages;
+        # import lines stay, because names imported above are used below.
+        piece = "".join(
+            text
+            if start < number < line or number in import_lines and number < line
+            else "\n"
+            for number, text in enumerate(lines, start=1)
+        )
+        try:
+            gin.parse_config(NamedText(piece, str(file.path)))
+        except (ValueError, LookupError, ImportError, NameError, AttributeError) as e:
+            raise ConfigError(explain(e, scanned, file)) from e
+        except SyntaxError as e:
+            raise ConfigError(f"{file.path}:{e.lineno}: {e.msg}") from e
+        if included is not None:
+            _apply(included, scanned)
+        start = line
+
+
+def _apply_binding(flag: Scanned, scanned: Sequence[Scanned]) -> None:
+    try:
+        try:
+            gin.parse_config(flag.text)
+        except ValueError as error:
+            if "matching reference" not in str(error):
+                raise
+            # A value such as @optax.sgd that no file mentions: look it up among what
+            # the files import.
+            statements = {s.format(): None for file in scanned for s in file.imports}
+            dynamic = "from __gin__ import dynamic_registration"
+            statements.pop(dynamic, None)
+            gin.parse_config("\n".join([dynamic, *statements, flag.text]))
+    except (ValueError, LookupError, ImportError, NameError, AttributeError) as error:
+        raise ConfigError(explain(error, scanned, flag)) from error

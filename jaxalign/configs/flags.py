@@ -1,0 +1,133 @@
+"""The command line's gin flags, in T5X's convention, and whether they do anything."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from gin import config_parser
+
+from jaxalign.configs.names import ConfigError, did_you_mean
+from jaxalign.configs.scan import Scanned, short, statements_of
+
+
+class GinFlags(NamedTuple):
+    """What :func:`parse_flags` found."""
+
+    gin_files: list[str]
+    gin_bindings: list[str]  # "NAME = VALUE"
+    rest: list[str]  # everything else, in order
+    search_paths: list[str]
+
+
+def parse_flags(argv: Sequence[str]) -> GinFlags:
+    """Takes T5X's gin flags out of a command line.
+
+    Args:
+      argv: arguments without the program's name: ``--gin_file=PATH`` (repeatable),
+        ``--gin.NAME=VALUE``, ``--gin_bindings="NAME = VALUE"``,
+        ``--gin_search_paths=A,B``. ``--flag VALUE`` works for all but ``--gin.NAME``.
+
+    Returns:
+      Files, bindings, other arguments and search paths.
+
+    Raises:
+      ConfigError: for a flag without a value, or a value that gin cannot parse.
+
+    >>> parse_flags(["--gin_file=runs/dpo.gin", "--gin.BETA=0.2", "--dry_run"])[:3]
+    (['runs/dpo.gin'], ['BETA=0.2'], ['--dry_run'])
+    """
+    flags = GinFlags([], [], [], [])
+    arguments = iter(argv)
+    for argument in arguments:
+        flag, equals, value = argument.partition("=")
+        if flag.startswith("--gin."):
+            name = flag.removeprefix("--gin.")
+            if not equals or not value.strip():
+                raise ConfigError(f"{flag} needs a value: {flag}=VALUE.")
+            check_binding(f"{name}={value}")
+            flags.gin_bindings.append(f"{name}={value}")
+        elif flag in ("--gin_file", "--gin_bindings", "--gin_search_paths"):
+            if not equals:
+                value = next(arguments, "")
+            if not value:
+                raise ConfigError(f"{flag} needs a value: {flag}=VALUE.")
+            if flag == "--gin_file":
+                flags.gin_files.append(value)
+            elif flag == "--gin_bindings":
+                check_binding(value)
+                flags.gin_bindings.append(value)
+            else:
+                flags.search_paths.extend(filter(None, value.split(",")))
+        elif flag.startswith("--gin_"):
+            raise ConfigError(
+                f"Unknown flag {flag}; known: --gin_file, --gin.NAME, --gin_bindings, "
+                "--gin_search_paths."
+            )
+        else:
+            flags.rest.append(argument)
+    return flags
+
+
+def check_binding(binding: str) -> Scanned:
+    """Parses one ``NAME=VALUE`` of the command line."""
+    name, _, value = (part.strip() for part in binding.partition("="))
+    scanned = Scanned(Path(f"--gin.{name}"), binding)
+    try:
+        statements = statements_of(scanned, "")
+        if len(statements) == 1 and isinstance(
+            statements[0], config_parser.BindingStatement
+        ):
+            return scanned
+    except ConfigError:
+        pass
+    if not re.fullmatch(r"([A-Za-z_]\w*/)*[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", name):
+        raise ConfigError(
+            f"--gin.{binding}: {name!r} is not a name: use --gin.MACRO=VALUE or "
+            "--gin.module.Class.parameter=VALUE."
+        )
+    message = f"--gin.{name}={value}: gin cannot parse the value {value}."
+    literals = {"true": "True", "false": "False", "none": "None", "null": "None"}
+    if value.lower() in literals:
+        raise ConfigError(f"{message} Write --gin.{name}={literals[value.lower()]}.")
+    if value[:1] in "[({" or value[:1] in "'\"":
+        raise ConfigError(f"{message} Is every bracket and quote closed?")
+    raise ConfigError(
+        f"{message} Strings need quotes that the shell leaves in place: "
+        f"--gin.{name}=\"'{value}'\"."
+    )
+
+
+def check_flags(files: Sequence[Scanned], flags: Sequence[Scanned]) -> None:
+    """Refuses flags that set what nothing reads."""
+    scanned = [file for root in files for file in root.walk()]
+    sources = ", ".join(short(file.path) for file in files) or "(no --gin_file)"
+    macros = {name for file in scanned for name in (*file.macros, *file.reads)}
+    # A flag may introduce a macro that another flag reads.
+    readable = macros.union(*(flag.reads for flag in flags))
+    mentioned = {name for file in scanned for name in file.selectors}
+    for flag in flags:
+        for name in flag.macros:
+            if name not in readable:
+                raise ConfigError(
+                    f"--gin.{flag.text}: no parsed gin file sets or reads a macro "
+                    f"named {name}, so it would have no effect."
+                    f"{did_you_mean(name, macros)} Macros of {sources}: "
+                    f"{', '.join(sorted(macros)) or 'none'}."
+                )
+        for name in flag.sets:
+            if not any(_same_configurable(name, known) for known in mentioned):
+                last = {known.rpartition(".")[2] for known in mentioned}
+                raise ConfigError(
+                    f"--gin.{flag.text}: no parsed gin file mentions {name}, so its "
+                    "parameters would have no effect."
+                    f"{did_you_mean(name, mentioned | last)} Mentioned in {sources}: "
+                    f"{', '.join(sorted(mentioned)) or 'none'}."
+                )
+
+
+def _same_configurable(a: str, b: str) -> bool:
+    """Whether one dotted name is the end of the other, as gin matches them."""
+    return f".{a}".endswith(f".{b}") or f".{b}".endswith(f".{a}")

@@ -1,0 +1,26 @@
+"""The configs' error type, and the nearest valid names for its texts."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class ConfigError(ValueError):
+    """A mistake in a gin file or a ``--gin`` flag; the text says how to mend it."""
+
+
+def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
+    """The known names most like ``name``, best first; case does not count.
+
+    >>> nearest("data", ["DATA", "BETA", "MODEL"], count=1)
+    ['DATA']
+    """
+    by_lower = {candidate.lower(): candidate for candidate in sorted(set(known))}
+    found = difflib.get_close_matches(name.lower(), by_lower, n=count, cutoff=0.5)
+    return [by_lower[key] for key in found]
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    found = nearest(name, known)
+    return f" Nearest: {', '.join(found)}." if found else ""

@@ -1,0 +1,255 @@
+"""Metrics of generated text, written as seqio's ``metric_fns``.
+
+A metric is a function ``(targets, predictions) -> {name: value}``; with the argument
+names ``(targets, scores)`` it receives log-probabilities of the targets instead, and
+with ``(targets, predictions, aux_values)`` also what the generator knows beside the
+text. ``run_metrics`` calls any list of them, so the ``metric_fns`` of a seqio task work
+unchanged. Rates are in percent, as T5 reports them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+MetricFn = Callable[..., Mapping[str, Any]]
+
+_SIGNATURES = (
+    ("targets", "predictions"),
+    ("targets", "scores"),
+    ("targets", "predictions", "aux_values"),
+)
+
+
+def _same_number(targets: Sequence[Any], predictions: Sequence[Any]) -> None:
+    if len(targets) != len(predictions):
+        raise ValueError(
+            f"Expected one prediction per target, got {len(targets)} targets and "
+            f"{len(predictions)} predictions."
+        )
+    if len(targets) == 0:
+        raise ValueError("A metric needs at least one example, got none.")
+
+
+def _references(target: str | Sequence[str]) -> list[str]:
+    """One text or several equally good ones, as a list."""
+    return [target] if isinstance(target, str) else list(target)
+
+
+def _tokens(sequence: Any) -> list[Any]:
+    """Token ids as they are; a text split at white space."""
+    if isinstance(sequence, str):
+        return sequence.split()
+    return np.asarray(sequence).tolist()
+
+
+def exact_match(
+    targets: Sequence[str | Sequence[str]], predictions: Sequence[str]
+) -> dict[str, float]:
+    """How many predictions equal a reference, white space at the ends aside.
+
+    Args:
+      targets: a text per example, or several acceptable ones.
+      predictions: a text per example.
+
+    Returns:
+      ``exact_match`` in percent.
+
+    >>> exact_match(["4", ["yes", "true"]], ["4 ", "no"])
+    {'exact_match': 50.0}
+    """
+    _same_number(targets, predictions)
+    hits = [
+        prediction.strip() in {text.strip() for text in _references(target)}
+        for target, prediction in zip(targets, predictions, strict=True)
+    ]
+    return {"exact_match": 100.0 * float(np.mean(hits))}
+
+
+def sequence_accuracy(
+    targets: Sequence[Any], predictions: Sequence[Any]
+) -> dict[str, float]:
+    """How many predictions equal their target in every token.
+
+    Args:
+      targets: token ids or a text (split at white space) per example.
+      predictions: the same.
+
+    Returns:
+      ``sequence_accuracy`` in percent.
+    """
+    _same_number(targets, predictions)
+    hits = [
+        _tokens(target) == _tokens(prediction)
+        for target, prediction in zip(targets, predictions, strict=True)
+    ]
+    return {"sequence_accuracy": 100.0 * float(np.mean(hits))}
+
+
+def token_accuracy(
+    targets: Sequence[Any], predictions: Sequence[Any]
+) -> dict[str, float]:
+    """How many tokens stand where the target has them, over all examples.
+
+    Each example counts ``max(len(target), len(prediction))`` positions, so that 100
+    means equality and babbling past the end costs.
+
+    Args:
+      targets: token ids or a text (split at white space) per example.
+      predictions: the same.
+
+    Returns:
+      ``token_accuracy`` in percent.
+
+    >>> token_accuracy([[5, 6, 7]], [[5, 9, 7, 7]])
+    {'token_accuracy': 50.0}
+    """
+    _same_number(targets, predictions)
+    hits = positions = 0
+    for target, prediction in zip(targets, predictions, strict=True):
+        target, prediction = _tokens(target), _tokens(prediction)
+        hits += sum(t == p for t, p in zip(target, prediction, strict=False))
+        positions += max(len(target), len(prediction))
+    return {"token_accuracy": 100.0 * hits / max(positions, 1)}
+
+
+def _import_optional(module: str, package: str) -> ModuleType:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(
+            f"This metric needs the package {package!r}, which is not installed. "
+            "Install it with: pip install 'jaxalign[metrics]'"
+        ) from error
+
+
+def bleu(
+    targets: Sequence[str | Sequence[str]],
+    predictions: Sequence[str],
+    *,
+    tokenize: str = "intl",
+) -> dict[str, float]:
+    """Corpus BLEU by ``sacrebleu``, with T5's settings (``intl`` tokenisation).
+
+    Args:
+      targets: a text per example, or several references.
+      predictions: a text per example.
+      tokenize: sacrebleu's tokenisation.
+
+    Returns:
+      ``bleu`` in percent.
+
+    Raises:
+      ImportError: when sacrebleu is absent (extra ``metrics``).
+    """
+    _same_number(targets, predictions)
+    sacrebleu = _import_optional("sacrebleu", "sacrebleu")
+    references = [_references(target) for target in targets]
+    # One stream per reference number; examples with fewer references end theirs early.
+    width = max(len(texts) for texts in references)
+    streams = [
+        [texts[i] if i < len(texts) else None for texts in references]
+        for i in range(width)
+    ]
+    score = sacrebleu.corpus_bleu(list(predictions), streams, tokenize=tokenize)
+    return {"bleu": float(score.score)}
+
+
+def rouge(
+    targets: Sequence[str | Sequence[str]], predictions: Sequence[str]
+) -> dict[str, float]:
+    """ROUGE-1, ROUGE-2 and ROUGE-Lsum F-measures by ``rouge-score``, stemming off.
+
+    Sentences of ROUGE-Lsum are lines. With several references the best one counts,
+    for each measure separately.
+
+    Args:
+      targets: a text per example, or several references.
+      predictions: a text per example.
+
+    Returns:
+      ``rouge1``, ``rouge2``, ``rougeLsum`` in percent, means over examples.
+
+    Raises:
+      ImportError: when rouge-score is absent (extra ``metrics``).
+    """
+    _same_number(targets, predictions)
+    scoring = _import_optional("rouge_score.rouge_scorer", "rouge-score")
+    names = ("rouge1", "rouge2", "rougeLsum")
+    scorer = scoring.RougeScorer(names)
+    scores = [
+        scorer.score_multi(_references(target), prediction)
+        for target, prediction in zip(targets, predictions, strict=True)
+    ]
+    return {
+        name: 100.0 * float(np.mean([score[name].fmeasure for score in scores]))
+        for name in names
+    }
+
+
+def _signature(metric_fn: MetricFn) -> tuple[str, ...]:
+    """The names of the arguments without a default, which say what a metric wants."""
+    parameters = inspect.signature(metric_fn).parameters.values()
+    required = tuple(
+        p.name
+        for p in parameters
+        if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    )
+    if required not in _SIGNATURES:
+        raise ValueError(
+            f"Metric {metric_fn!r} takes the arguments {required}; expected one of "
+            f"{list(_SIGNATURES)}. seqio tells metrics apart by these names: rename "
+            "the arguments, or give the others a default."
+        )
+    return required
+
+
+def run_metrics(
+    metric_fns: Sequence[MetricFn],
+    targets: Sequence[Any],
+    *,
+    predictions: Sequence[Any] | None = None,
+    scores: Sequence[float] | None = None,
+    aux_values: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Applies seqio-style metrics and merges what they return.
+
+    Args:
+      metric_fns: functions told apart by their argument names (see the module).
+      targets: one per example, postprocessed as the metrics expect.
+      predictions: one per example; needed by prediction metrics.
+      scores: log-probability of each target; needed by score metrics.
+      aux_values: further values per example; needed by metrics that name them.
+
+    Returns:
+      ``{name: value}``; ``seqio.metrics.Scalar`` and its like are unwrapped.
+
+    Raises:
+      ValueError: on unknown arguments, missing inputs or a name returned twice.
+
+    >>> run_metrics([exact_match, token_accuracy], ["a b"], predictions=["a c"])
+    {'exact_match': 0.0, 'token_accuracy': 50.0}
+    """
+    inputs = {"predictions": predictions, "scores": scores, "aux_values": aux_values}
+    signatures = [_signature(metric_fn) for metric_fn in metric_fns]
+    results: dict[str, Any] = {}
+    for metric_fn, (_, *names) in zip(metric_fns, signatures, strict=True):
+        missing = [name for name in names if inputs[name] is None]
+        if missing:
+            raise ValueError(
+                f"Metric {metric_fn!r} needs {missing}, which this evaluation does "
+                f"not provide; pass {', '.join(f'{name}=' for name in missing)}."
+            )
+        for name, value in metric_fn(targets, *(inputs[n] for n in names)).items():
+            if name in results:
+                raise ValueError(
+                    f"Two metrics return {name!r}; rename one of them, or list the "
+                    "function only once."
+                )
+            results[name] = getattr(value, "value", value)
+    return results

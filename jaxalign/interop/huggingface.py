@@ -1,0 +1,338 @@
+"""Hugging Face T5 checkpoints: names, layouts and folders, in both directions.
+
+Covers T5, T5 1.1, Flan-T5, ByT5 and mT5, whose layers share one relative bias per
+stack; not umT5, whose layers have their own. PyTorch keeps a linear layer's weight as
+``[out, in]``, this library as ``[in, out]``; the embedding is the same in both.
+
+Importing this module needs neither PyTorch, transformers nor safetensors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax import traverse_util
+
+from jaxalign.models.config import T5Config
+from jaxalign.models.conversion import stack_layers, unstack_layers
+from jaxalign.models.t5 import T5, Params, init_params
+
+# feed_forward_proj -> mlp_activations. T5's "gelu" is "gelu_new", the tanh form.
+_ACTIVATIONS = {
+    "relu": ("relu",),
+    "gelu_new": ("gelu",),
+    "silu": ("silu",),
+    "gated-gelu": ("gelu", "linear"),
+    "gated-relu": ("relu", "linear"),
+    "gated-silu": ("silu", "linear"),
+}
+
+# T5Config field -> key of Hugging Face's config.json.
+_FIELDS = {
+    "vocab_size": "vocab_size",
+    "emb_dim": "d_model",
+    "num_heads": "num_heads",
+    "head_dim": "d_kv",
+    "mlp_dim": "d_ff",
+    "num_encoder_layers": "num_layers",
+    "num_decoder_layers": "num_decoder_layers",
+    "relative_attention_num_buckets": "relative_attention_num_buckets",
+    "relative_attention_max_distance": "relative_attention_max_distance",
+}
+
+# Names that hold nothing of their own: aliases of shared.weight, and a bias that old
+# checkpoints store and no model reads.
+_IGNORED = (
+    "encoder.embed_tokens.weight",
+    "decoder.embed_tokens.weight",
+    "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",
+)
+
+_ENCODER_BLOCK = (("SelfAttention", "attention", "pre_attention_layer_norm"),)
+_DECODER_BLOCK = (
+    ("SelfAttention", "self_attention", "pre_self_attention_layer_norm"),
+    (
+        "EncDecAttention",
+        "encoder_decoder_attention",
+        "pre_cross_attention_layer_norm",
+    ),
+)
+
+
+def config_from_huggingface(config: Mapping[str, Any], **overrides: Any) -> T5Config:
+    """A :class:`T5Config` from the contents of a ``config.json``.
+
+    Args:
+      config: the parsed file. ``tie_word_embeddings``, true by default, means a tied
+        and scaled vocabulary head (T5 1.0).
+      **overrides: ``T5Config`` fields such as ``dtype`` or ``scan_layers``. Dropout
+        is 0 unless given.
+
+    Returns:
+      The configuration.
+
+    Raises:
+      ValueError: another architecture, or a key that is missing.
+
+    >>> config_from_huggingface(dict(vocab_size=384, d_model=64, num_heads=4, d_kv=16,
+    ...     d_ff=128, num_layers=2, feed_forward_proj="relu")).mlp_activations
+    ('relu',)
+    """
+    kind = config.get("model_type", "t5")
+    if kind not in ("t5", "mt5"):
+        raise ValueError(
+            f"config.json must have model_type 't5' or 'mt5', got {kind!r}; other "
+            "architectures, umT5's per-layer biases included, have other parameters."
+        )
+    values = {
+        "num_decoder_layers": config.get("num_layers"),
+        "relative_attention_num_buckets": 32,
+        "relative_attention_max_distance": 128,
+    }
+    for field, key in _FIELDS.items():
+        if config.get(key) is not None:
+            values[field] = config[key]
+        elif values.get(field) is None:
+            raise ValueError(f"config.json lacks {key!r}; it has {sorted(config)}.")
+    proj = config.get("feed_forward_proj", "relu" if kind == "t5" else "gated-gelu")
+    if proj not in _ACTIVATIONS:
+        raise ValueError(
+            f"feed_forward_proj must be one of {sorted(_ACTIVATIONS)}, got {proj!r}."
+        )
+    tied = config.get("tie_word_embeddings", kind == "t5")
+    # transformers 5 always writes tie_word_embeddings=true and says here what it was.
+    tied = config.get("scale_decoder_outputs", tied)
+    values["mlp_activations"] = _ACTIVATIONS[proj]
+    values["logits_via_embedding"] = bool(tied)
+    return T5Config(**{**values, **overrides})
+
+
+def config_to_huggingface(config: T5Config) -> dict[str, Any]:
+    """The contents of a ``config.json`` for ``T5ForConditionalGeneration``."""
+    names = {activations: name for name, activations in _ACTIVATIONS.items()}
+    if config.mlp_activations not in names:
+        raise ValueError(
+            f"mlp_activations {config.mlp_activations} has no Hugging Face name; "
+            f"these have: {sorted(names)}."
+        )
+    out = {key: getattr(config, field) for field, key in _FIELDS.items()}
+    return {
+        "architectures": ["T5ForConditionalGeneration"],
+        "model_type": "t5",
+        **out,
+        "feed_forward_proj": names[config.mlp_activations],
+        "is_encoder_decoder": True,
+        "tie_word_embeddings": config.logits_via_embedding,
+        "dropout_rate": config.dropout_rate,
+        "layer_norm_epsilon": 1e-6,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "decoder_start_token_id": 0,
+    }
+
+
+def parameter_names(config: T5Config) -> Iterator[tuple[str, str, bool]]:
+    """Yields ``(our name, Hugging Face name, transposed)`` for every parameter.
+
+    Our names are those of the unscanned layout, joined by ``/``.
+    """
+    yield "token_embedder/embedding", "shared.weight", False
+    if not config.logits_via_embedding:
+        yield "decoder/logits_dense/kernel", "lm_head.weight", True
+    wi = ["wi"] if len(config.mlp_activations) == 1 else ["wi_0", "wi_1"]
+    for stack, depth, block in (
+        ("encoder", config.num_encoder_layers, _ENCODER_BLOCK),
+        ("decoder", config.num_decoder_layers, _DECODER_BLOCK),
+    ):
+        yield (
+            f"{stack}/relpos_bias/rel_embedding",
+            f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
+            True,
+        )
+        yield f"{stack}/{stack}_norm/scale", f"{stack}.final_layer_norm.weight", False
+        for i in range(depth):
+            ours, theirs = f"{stack}/layers_{i}", f"{stack}.block.{i}.layer"
+            for j, (their_attention, our_attention, norm) in enumerate(block):
+                yield f"{ours}/{norm}/scale", f"{theirs}.{j}.layer_norm.weight", False
+                for our, their in zip(
+                    ("query", "key", "value", "out"), "qkvo", strict=True
+                ):
+                    yield (
+                        f"{ours}/{our_attention}/{our}/kernel",
+                        f"{theirs}.{j}.{their_attention}.{their}.weight",
+                        True,
+                    )
+            j = len(block)
+            yield (
+                f"{ours}/pre_mlp_layer_norm/scale",
+                f"{theirs}.{j}.layer_norm.weight",
+                False,
+            )
+            for name in (*wi, "wo"):
+                yield (
+                    f"{ours}/mlp/{name}/kernel",
+                    f"{theirs}.{j}.DenseReluDense.{name}.weight",
+                    True,
+                )
+
+
+def params_from_huggingface(
+    state: Mapping[str, np.ndarray], config: T5Config
+) -> Params:
+    """Turns a ``T5ForConditionalGeneration`` state dict into parameters.
+
+    Args:
+      state: arrays by name, any float dtype.
+      config: the network's; with ``scan_layers`` the result is stacked.
+
+    Returns:
+      Float32 numpy parameters in ``init_params``'s structure.
+
+    Raises:
+      ValueError: a name that is missing or unknown, or a shape that does not fit.
+    """
+    unscanned = T5(dataclasses.replace(config, scan_layers=False))
+    shapes = traverse_util.flatten_dict(
+        jax.eval_shape(lambda: init_params(unscanned, jax.random.key(0))), sep="/"
+    )
+    state = dict(state)
+    if not config.logits_via_embedding and "shared.weight" in state:
+        # A tied but unscaled head is stored once.
+        state.setdefault("lm_head.weight", state["shared.weight"])
+    flat, used = {}, set(_IGNORED)
+    if config.logits_via_embedding:
+        used.add("lm_head.weight")
+    for ours, theirs, transposed in parameter_names(config):
+        if theirs not in state:
+            near = difflib.get_close_matches(theirs, state, n=1)
+            hint = f"; nearest: {near[0]!r}" if near else ""
+            raise ValueError(f"The state dict lacks {theirs!r} (for {ours}){hint}.")
+        value = np.asarray(state[theirs]).astype(np.float32)
+        value = value.T if transposed else value
+        if value.shape != shapes[ours].shape:
+            raise ValueError(
+                f"{ours} must have shape {shapes[ours].shape}, but {theirs!r} gives "
+                f"{value.shape}; does the config belong to this checkpoint?"
+            )
+        flat[ours] = np.ascontiguousarray(value)
+        used.add(theirs)
+    unknown = sorted(set(state) - used)
+    if unknown:
+        raise ValueError(
+            f"The state dict has {len(unknown)} names that this T5 has no place for, "
+            f"such as {unknown[:3]}; does the config belong to this checkpoint?"
+        )
+    params = traverse_util.unflatten_dict(flat, sep="/")
+    return stack_layers(params) if config.scan_layers else params
+
+
+def params_to_huggingface(params: Params, config: T5Config) -> dict[str, np.ndarray]:
+    """The inverse of :func:`params_from_huggingface`.
+
+    Returns:
+      Float32 arrays by Hugging Face name, aliases of ``shared.weight`` left out.
+    """
+    if config.scan_layers:
+        params = unstack_layers(params)
+    flat = traverse_util.flatten_dict(params, sep="/")
+    out = {}
+    for ours, theirs, transposed in parameter_names(config):
+        value = np.asarray(flat[ours], np.float32)
+        out[theirs] = np.ascontiguousarray(value.T if transposed else value)
+    return out
+
+
+def load_huggingface(
+    folder: str | pathlib.Path, **overrides: Any
+) -> tuple[T5Config, Params]:
+    """Reads a local Hugging Face model folder.
+
+    Args:
+      folder: holds ``config.json`` and ``*.safetensors`` or ``pytorch_model*.bin``
+        files, sharded or not. safetensors files win where both are there.
+      **overrides: ``T5Config`` fields, e.g. ``dtype="bfloat16"``.
+
+    Returns:
+      The configuration and float32 numpy parameters.
+
+    Raises:
+      FileNotFoundError: no such folder, or no weights in it.
+      ImportError: naming the package that reads the files found.
+    """
+    folder = pathlib.Path(folder)
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{folder} must be a local Hugging Face model folder with a config.json; "
+            "download it first (huggingface-cli download NAME --local-dir FOLDER)."
+        )
+    config = config_from_huggingface(json.loads(path.read_text("utf-8")), **overrides)
+    safetensors = sorted(folder.glob("*.safetensors"))
+    binaries = sorted(folder.glob("pytorch_model*.bin"))
+    if safetensors:
+        state = _read_safetensors(safetensors)
+    elif binaries:
+        state = _read_torch(binaries)
+    else:
+        raise FileNotFoundError(
+            f"{folder} has no *.safetensors and no pytorch_model*.bin file."
+        )
+    return config, params_from_huggingface(state, config)
+
+
+def save_huggingface(
+    folder: str | pathlib.Path, config: T5Config, params: Params
+) -> None:
+    """Writes ``config.json`` and ``model.safetensors``; see :func:`load_huggingface`.
+
+    ``T5ForConditionalGeneration.from_pretrained(folder)`` reads the result.
+    """
+    try:
+        from safetensors.numpy import save_file
+    except ImportError as error:
+        raise ImportError("Writing needs safetensors: pip install safetensors") from (
+            error
+        )
+    folder = pathlib.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(config_to_huggingface(config), indent=2) + "\n"
+    (folder / "config.json").write_text(text, "utf-8")
+    state = params_to_huggingface(params, config)
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _read_safetensors(paths: list[pathlib.Path]) -> dict[str, np.ndarray]:
+    try:
+        from safetensors import safe_open
+    except ImportError as error:
+        raise ImportError(
+            f"Reading {paths[0].name} needs safetensors: pip install safetensors"
+        ) from error
+    state = {}
+    for path in paths:
+        with safe_open(path, framework="numpy") as file:
+            state.update({name: file.get_tensor(name) for name in file.keys()})
+    return state
+
+
+def _read_torch(paths: list[pathlib.Path]) -> dict[str, np.ndarray]:
+    try:
+        import torch
+    except ImportError as error:
+        raise ImportError(
+            f"Reading {paths[0].name} needs PyTorch: pip install torch (or convert it "
+            "to safetensors elsewhere)"
+        ) from error
+    state = {}
+    for path in paths:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+        # numpy has no bfloat16.
+        state.update({name: x.float().numpy() for name, x in tensors.items()})
+    return state

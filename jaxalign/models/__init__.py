@@ -1,0 +1,21 @@
+"""T5 networks, their heads, and the log-probabilities of responses."""
+
+from jaxalign.models.config import T5Config
+from jaxalign.models.conversion import stack_layers, unstack_layers
+from jaxalign.models.heads import RewardModel, ValueModel
+from jaxalign.models.scoring import response_logps, target_logps, token_logps
+from jaxalign.models.t5 import T5, init_params, logical_axes
+
+__all__ = [
+    "RewardModel",
+    "T5",
+    "T5Config",
+    "ValueModel",
+    "init_params",
+    "logical_axes",
+    "response_logps",
+    "stack_layers",
+    "target_logps",
+    "token_logps",
+    "unstack_layers",
+]

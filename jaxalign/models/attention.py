@@ -1,0 +1,152 @@
+"""Multi-head attention with T5X's parameters: no biases, no scaling by sqrt(D).
+
+The scaling is folded into the initialiser of the query kernel. Scores and softmax
+are float32 whatever the activations are.
+"""
+
+from __future__ import annotations
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxalign.models.config import T5Config
+from jaxalign.models.layers import ATTENTION_INIT, Dense, constrain
+
+KeyValues = tuple[jax.Array, jax.Array]
+
+# Large enough that exp() of a masked score is 0; finite, so that a padding query with
+# nothing to attend to gets a uniform average instead of NaN.
+MASKED = -1e10
+
+
+def _query_init(depth: int):
+    def init(key, shape, dtype=jnp.float32):
+        return ATTENTION_INIT(key, shape, dtype) / math.sqrt(depth)
+
+    return init
+
+
+def _softmax(scores: jax.Array, mask: jax.Array, bias: jax.Array | None) -> jax.Array:
+    """Softmax over the last axis of float32 scores where ``mask``."""
+    if bias is not None:
+        scores = scores + bias
+    return jax.nn.softmax(jnp.where(mask, scores, MASKED), axis=-1)
+
+
+class Attention(nn.Module):
+    """Projections and attention; parameters ``{query,key,value,out}/kernel``.
+
+    Kernels are 2-D with heads and head_dim joined: ``[E, H * D]`` and ``[H * D, E]``.
+    """
+
+    config: T5Config
+
+    def setup(self):
+        cfg = self.config
+        joined = cfg.num_heads * cfg.head_dim
+        dtype = cfg.activation_dtype
+        axes = ("embed", "joined_kv")
+        self.query = Dense(joined, axes, dtype, _query_init(cfg.head_dim))
+        self.key = Dense(joined, axes, dtype, ATTENTION_INIT)
+        self.value = Dense(joined, axes, dtype, ATTENTION_INIT)
+        self.out = Dense(cfg.emb_dim, ("joined_kv", "embed"), dtype, ATTENTION_INIT)
+
+    def _split(self, x: jax.Array) -> jax.Array:
+        """``[B, L, H * D]`` -> ``[B, L, H, D]``."""
+        cfg = self.config
+        x = x.reshape(*x.shape[:-1], cfg.num_heads, cfg.head_dim)
+        return constrain(x, "batch", "length", "heads", "kv")
+
+    def _join(self, x: jax.Array) -> jax.Array:
+        return self.out(x.reshape(*x.shape[:-2], -1))
+
+    def key_values(self, x: jax.Array) -> KeyValues:
+        """Keys and values ``[B, L, H, D]`` of the states ``[B, L, E]``."""
+        return self._split(self.key(x)), self._split(self.value(x))
+
+    def attend(
+        self,
+        x: jax.Array,
+        key_values: KeyValues,
+        mask: jax.Array,
+        bias: jax.Array | None,
+        deterministic: bool,
+    ) -> jax.Array:
+        """Attends from ``x [B, Lq, E]`` to keys and values ``[B, Lk, H, D]``.
+
+        Args:
+          x: query states.
+          key_values: from :meth:`key_values`.
+          mask: bool ``[B, Lq, Lk]``, true where a query may look.
+          bias: float32 ``[1, H, Lq, Lk]`` or None.
+          deterministic: no dropout of attention weights.
+
+        Returns:
+          ``[B, Lq, E]``.
+        """
+        cfg = self.config
+        keys, values = key_values
+        scores = jnp.einsum(
+            "bqhd,bkhd->bhqk",
+            self._split(self.query(x)),
+            keys,
+            preferred_element_type=jnp.float32,
+        )
+        weights = _softmax(scores, mask[:, None], bias)
+        if cfg.dropout_rate > 0.0 and not deterministic:
+            # As in T5X, a dropped key is dropped for all queries of the row.
+            shape = (*weights.shape[:-2], 1, weights.shape[-1])
+            keep = 1.0 - cfg.dropout_rate
+            kept = jax.random.bernoulli(self.make_rng("dropout"), keep, shape)
+            weights = jnp.where(kept, weights / keep, 0.0)
+        context = jnp.einsum("bhqk,bkhd->bqhd", weights.astype(values.dtype), values)
+        return self._join(context)
+
+    def attend_step(
+        self,
+        x: jax.Array,
+        key_values: KeyValues,
+        mask: jax.Array,
+        bias: jax.Array | None,
+    ) -> jax.Array:
+        """One query for each of ``N`` continuations: ``x [B, N, E]`` -> ``[B, N, E]``.
+
+        Keys and values are ``[B, Lk, H, D]``, shared by the N queries of a prompt and
+        never copied, or ``[B, N, T, H, D]``, each continuation's own. ``mask`` is bool
+        ``[B, 1 or N, Lk]``, ``bias`` float32 ``[B or 1, N or 1, H, Lk]`` or None.
+        """
+        keys, values = key_values
+        own = "n" if keys.ndim == 5 else ""
+        query = self.query(x)
+        query = query.reshape(*x.shape[:-1], self.config.num_heads, -1)
+        scores = jnp.einsum(
+            f"bnhd,b{own}khd->bnhk",
+            query,
+            keys,
+            preferred_element_type=jnp.float32,
+        )
+        weights = _softmax(scores, mask[:, :, None], bias)
+        context = jnp.einsum(
+            f"bnhk,b{own}khd->bnhd", weights.astype(values.dtype), values
+        )
+        return self._join(context)
+
+
+def write_cache(cache: jax.Array, new: jax.Array, position: jax.Array) -> jax.Array:
+    """Writes ``new [B, N, H, D]`` into ``cache [B, N, T, H, D]`` at ``position``.
+
+    Args:
+      cache: the keys or the values so far.
+      new: those of the current token.
+      position: scalar int32, or ``[B, N]`` where continuations differ in length.
+    """
+    new = new.astype(cache.dtype)
+    if position.ndim == 0:
+        return jax.lax.dynamic_update_slice_in_dim(cache, new[:, :, None], position, 2)
+    update = jax.vmap(
+        jax.vmap(jax.lax.dynamic_update_index_in_dim, (0, 0, 0, None)), (0, 0, 0, None)
+    )
+    return update(cache, new, position, 0)

@@ -1,0 +1,337 @@
+"""The encoder and decoder stacks, their masks, layer scan and rematerialisation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxalign.models.attention import Attention, KeyValues, write_cache
+from jaxalign.models.config import T5Config
+from jaxalign.models.layers import Dropout, MlpBlock, RMSNorm, constrain
+from jaxalign.models.relative_bias import RelativePositionBias
+
+# The axis of every parameter on which scanned layers are stacked, T5X's
+# param_scan_axis; see jaxalign.models.conversion.
+PARAM_SCAN_AXIS = 1
+
+# Where scanned layers stand in the decode arrays: after the axes [B] and [B, N],
+# which decoding gathers and reorders.
+CROSS_SCAN_AXIS = 1
+CACHE_SCAN_AXIS = 2
+
+_REMAT = {
+    "minimal": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class EncoderLayer(nn.Module):
+    """Self-attention and feed-forward, each normed before and added after."""
+
+    config: T5Config
+
+    def setup(self):
+        cfg = self.config
+        self.pre_attention_layer_norm = RMSNorm(cfg.activation_dtype)
+        self.attention = Attention(cfg)
+        self.pre_mlp_layer_norm = RMSNorm(cfg.activation_dtype)
+        self.mlp = MlpBlock(cfg)
+        self.dropout = Dropout(cfg.dropout_rate)
+
+    def __call__(
+        self, x: jax.Array, mask: jax.Array, bias: jax.Array, deterministic: bool
+    ) -> jax.Array:
+        """``x [B, L, E]``, ``mask [B, L, L]``, ``bias [1, H, L, L]``."""
+        h = self.pre_attention_layer_norm(x)
+        key_values = self.attention.key_values(h)
+        h = self.attention.attend(h, key_values, mask, bias, deterministic)
+        x = x + self.dropout(h, deterministic)
+        h = self.mlp(self.pre_mlp_layer_norm(x), deterministic)
+        x = x + self.dropout(h, deterministic)
+        return constrain(x, "batch", "length", "embed")
+
+
+class DecoderLayer(nn.Module):
+    """Self-attention, cross-attention and feed-forward over K rows per prompt row."""
+
+    config: T5Config
+
+    def setup(self):
+        cfg = self.config
+        self.pre_self_attention_layer_norm = RMSNorm(cfg.activation_dtype)
+        self.self_attention = Attention(cfg)
+        self.pre_cross_attention_layer_norm = RMSNorm(cfg.activation_dtype)
+        self.encoder_decoder_attention = Attention(cfg)
+        self.pre_mlp_layer_norm = RMSNorm(cfg.activation_dtype)
+        self.mlp = MlpBlock(cfg)
+        self.dropout = Dropout(cfg.dropout_rate)
+
+    def cross_key_values(self, encoded: jax.Array) -> KeyValues:
+        """Keys and values ``[B, Le, H, D]`` of the encoder states ``[B, Le, E]``."""
+        return self.encoder_decoder_attention.key_values(encoded)
+
+    def __call__(
+        self,
+        y: jax.Array,
+        encoded: jax.Array,
+        self_mask: jax.Array,
+        cross_mask: jax.Array,
+        bias: jax.Array,
+        deterministic: bool,
+    ) -> jax.Array:
+        """Teacher-forced.
+
+        Args:
+          y: ``[B, K, L, E]``.
+          encoded: ``[B, Le, E]``.
+          self_mask: bool ``[B * K, L, L]``.
+          cross_mask: bool ``[B, K * L, Le]``.
+          bias: float32 ``[1, H, L, L]``.
+          deterministic: no dropout.
+        """
+        b, k, length, e = y.shape
+        # Rows of one prompt do not see each other: K is a batch axis here ...
+        h = self.pre_self_attention_layer_norm(y).reshape(b * k, length, e)
+        key_values = self.self_attention.key_values(h)
+        h = self.self_attention.attend(h, key_values, self_mask, bias, deterministic)
+        y = y + self.dropout(h.reshape(y.shape), deterministic)
+        # ... and a longer query axis here: cross-attention has no positions, so all
+        # rows share one set of keys and values.
+        h = self.pre_cross_attention_layer_norm(y).reshape(b, k * length, e)
+        h = self.encoder_decoder_attention.attend(
+            h, self.cross_key_values(encoded), cross_mask, None, deterministic
+        )
+        y = y + self.dropout(h.reshape(y.shape), deterministic)
+        h = self.mlp(self.pre_mlp_layer_norm(y), deterministic)
+        y = y + self.dropout(h, deterministic)
+        return constrain(y, "batch", None, "length", "embed")
+
+    def step(
+        self,
+        y: jax.Array,
+        cache: KeyValues,
+        cross_kv: KeyValues,
+        position: jax.Array,
+        self_mask: jax.Array,
+        cross_mask: jax.Array,
+        bias: jax.Array,
+    ) -> tuple[jax.Array, KeyValues]:
+        """One token of each of N continuations.
+
+        Args:
+          y: ``[B, N, E]``.
+          cache: own keys and values ``[B, N, T, H, D]``.
+          cross_kv: the prompt's keys and values ``[B, Le, H, D]``.
+          position: scalar or ``[B, N]``.
+          self_mask: bool ``[B or 1, N or 1, T]``.
+          cross_mask: bool ``[B, 1, Le]``.
+          bias: float32 ``[B or 1, N or 1, H, T]``.
+
+        Returns:
+          The new ``y`` and cache.
+        """
+        h = self.pre_self_attention_layer_norm(y)
+        new = self.self_attention.key_values(h)
+        cache = tuple(
+            write_cache(old, x, position) for old, x in zip(cache, new, strict=True)
+        )
+        y = y + self.self_attention.attend_step(h, cache, self_mask, bias)
+        h = self.pre_cross_attention_layer_norm(y)
+        y = y + self.encoder_decoder_attention.attend_step(
+            h, cross_kv, cross_mask, None
+        )
+        return y + self.mlp(self.pre_mlp_layer_norm(y), True), cache
+
+
+def _run(
+    layers: nn.Module | list[nn.Module],
+    config: T5Config,
+    body: Callable[[nn.Module, Any, Any], tuple[Any, Any]],
+    carry: Any,
+    xs: Any = None,
+    *,
+    in_axes: Any = 0,
+    out_axes: Any = 0,
+    remat: bool = False,
+) -> tuple[Any, Any]:
+    """Runs ``body(layer, carry, x) -> (carry, y)`` over a stack's layers.
+
+    ``layers`` is a list of layers, with ``xs`` and ``ys`` tuples over them, or one
+    scanned layer, with ``xs`` and ``ys`` stacked on ``in_axes`` and ``out_axes``.
+    """
+    if remat and config.remat_policy != "none":
+        # A scan's own loop already keeps XLA from merging the recomputation away.
+        body = nn.remat(
+            body,
+            policy=_REMAT[config.remat_policy],
+            prevent_cse=not config.scan_layers,
+        )
+    if isinstance(layers, nn.Module):
+        scan = nn.scan(
+            body,
+            variable_axes={"params": PARAM_SCAN_AXIS},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=in_axes,
+            out_axes=out_axes,
+            length=config.num_encoder_layers
+            if isinstance(layers, EncoderLayer)
+            else config.num_decoder_layers,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        return scan(layers, carry, xs)
+    ys = []
+    for i, layer in enumerate(layers):
+        carry, y = body(layer, carry, None if xs is None else xs[i])
+        ys.append(y)
+    return carry, tuple(ys)
+
+
+class Encoder(nn.Module):
+    """The encoder stack; ``layers_0 ...``, or ``encoder`` when scanned (T5X names)."""
+
+    config: T5Config
+
+    def setup(self):
+        cfg = self.config
+        self.relpos_bias = RelativePositionBias(cfg, bidirectional=True)
+        if cfg.scan_layers:
+            self.encoder = EncoderLayer(cfg)
+        else:
+            self.layers = [EncoderLayer(cfg) for _ in range(cfg.num_encoder_layers)]
+        self.encoder_norm = RMSNorm(cfg.activation_dtype)
+        self.dropout = Dropout(cfg.dropout_rate)
+
+    def __call__(
+        self, embedded: jax.Array, segment_ids: jax.Array, deterministic: bool
+    ) -> jax.Array:
+        """``embedded [B, L, E]``, ``segment_ids [B, L]`` -> states ``[B, L, E]``."""
+        cfg = self.config
+        # Padding is segment 0 and looks at itself: harmless, and never empty.
+        mask = segment_ids[:, :, None] == segment_ids[:, None, :]
+        bias = self.relpos_bias(segment_ids.shape[1])
+        x = self.dropout(embedded, deterministic)
+        x, _ = _run(
+            self.encoder if cfg.scan_layers else self.layers,
+            cfg,
+            lambda layer, x, _: (layer(x, mask, bias, deterministic), None),
+            constrain(x, "batch", "length", "embed"),
+            remat=True,
+        )
+        return self.dropout(self.encoder_norm(x), deterministic)
+
+
+class LogitsDense(nn.Module):
+    """The untied vocabulary head's kernel ``[E, V]``."""
+
+    config: T5Config
+
+    @nn.compact
+    def __call__(self) -> jax.Array:
+        return self.param(
+            "kernel",
+            nn.with_logical_partitioning(
+                nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal"),
+                ("embed", "vocab"),
+            ),
+            (self.config.emb_dim, self.config.vocab_size),
+            jnp.float32,
+        )
+
+
+class Decoder(nn.Module):
+    """The decoder stack; ``layers_0 ...``, or ``decoder`` when scanned (T5X names)."""
+
+    config: T5Config
+
+    def setup(self):
+        cfg = self.config
+        self.relpos_bias = RelativePositionBias(cfg, bidirectional=False)
+        if cfg.scan_layers:
+            self.decoder = DecoderLayer(cfg)
+        else:
+            self.layers = [DecoderLayer(cfg) for _ in range(cfg.num_decoder_layers)]
+        self.decoder_norm = RMSNorm(cfg.activation_dtype)
+        self.dropout = Dropout(cfg.dropout_rate)
+        if not cfg.logits_via_embedding:
+            self.logits_dense = LogitsDense(cfg)
+
+    def _layers(self) -> nn.Module | list[nn.Module]:
+        return self.decoder if self.config.scan_layers else self.layers
+
+    def __call__(
+        self,
+        embedded: jax.Array,
+        encoded: jax.Array,
+        segment_ids: jax.Array,
+        prompt_segment_ids: jax.Array,
+        encoder_segment_ids: jax.Array,
+        deterministic: bool,
+    ) -> jax.Array:
+        """Teacher-forced states ``[B, K, L, E]``; see ``T5.decode``."""
+        b, k, length, _ = embedded.shape
+        rows = segment_ids.reshape(b * k, length)
+        self_mask = (rows[:, :, None] == rows[:, None, :]) & jnp.tri(length, dtype=bool)
+        asked = prompt_segment_ids.reshape(b, k * length, 1)
+        cross_mask = (asked == encoder_segment_ids[:, None, :]) & (asked != 0)
+        bias = self.relpos_bias(length)
+
+        def body(layer, y, _):
+            y = layer(y, encoded, self_mask, cross_mask, bias, deterministic)
+            return y, None
+
+        y = self.dropout(embedded, deterministic)
+        y = constrain(y, "batch", None, "length", "embed")
+        y, _ = _run(self._layers(), self.config, body, y, remat=True)
+        return self.dropout(self.decoder_norm(y), deterministic)
+
+    def cross_key_values(self, encoded: jax.Array) -> Any:
+        """Every layer's cross-attention keys and values; see ``T5``."""
+        _, key_values = _run(
+            self._layers(),
+            self.config,
+            lambda layer, carry, _: (carry, layer.cross_key_values(encoded)),
+            None,
+            out_axes=CROSS_SCAN_AXIS,
+        )
+        return key_values
+
+    def step(
+        self,
+        embedded: jax.Array,
+        position: jax.Array,
+        cache: Any,
+        cross_kv: Any,
+        encoder_mask: jax.Array,
+    ) -> tuple[jax.Array, Any]:
+        """States ``[B, N, E]`` of the tokens at ``position`` and the new cache."""
+        cfg = self.config
+        length = jax.tree.leaves(cache)[0].shape[3 if cfg.scan_layers else 2]
+        # [T] for a scalar position, [B, N, T] for one per continuation.
+        self_mask = jnp.arange(length) <= position[..., None]
+        bias = self.relpos_bias.at(position, length)
+        if position.ndim == 0:
+            self_mask, bias = self_mask[None, None], bias[None, None]
+        cross_mask = (encoder_mask != 0)[:, None]
+
+        def body(layer, y, x):
+            own, cross = x
+            return layer.step(y, own, cross, position, self_mask, cross_mask, bias)
+
+        if cfg.scan_layers:
+            xs = (cache, cross_kv)
+        else:
+            xs = tuple(zip(cache, cross_kv, strict=True))
+        y, cache = _run(
+            self._layers(),
+            cfg,
+            body,
+            embedded,
+            xs,
+            in_axes=((CACHE_SCAN_AXIS, CROSS_SCAN_AXIS),),
+            out_axes=CACHE_SCAN_AXIS,
+        )
+        return self.decoder_norm(y), cache

@@ -1,0 +1,285 @@
+"""T5 encoder-decoders: 1.0, 1.1, mT5, ByT5, Flan-T5.
+
+One network for training, scoring and decoding. Shapes: ``B`` rows of prompts, ``K``
+decoder rows beside each, ``Le`` / ``Ld`` their lengths, ``N`` continuations while
+decoding, ``T`` cache length, ``E`` emb_dim, ``H`` heads, ``D`` head_dim, ``V``
+vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxalign.batch import FIELDS, Batch, prompt_of_tokens
+from jaxalign.models.config import T5Config
+from jaxalign.models.conversion import unstack_layers
+from jaxalign.models.layers import Embed, constrain
+from jaxalign.models.stacks import CACHE_SCAN_AXIS, Decoder, Encoder
+
+Params = dict[str, Any]
+
+
+class T5(nn.Module):
+    """A T5 encoder-decoder over the response batch's layout.
+
+    Parameter names, shapes and logical axes are T5X's. Methods are called with
+    ``model.apply({"params": params}, ..., method="encode")``; pass
+    ``rngs={"dropout": key}`` where ``deterministic=False``.
+
+    Attributes:
+      config: shape and numerics.
+    """
+
+    config: T5Config
+
+    def setup(self):
+        self.token_embedder = Embed(self.config)
+        self.encoder = Encoder(self.config)
+        self.decoder = Decoder(self.config)
+
+    def encode(
+        self,
+        input_tokens: jax.Array,
+        segment_ids: jax.Array,
+        *,
+        deterministic: bool = True,
+    ) -> jax.Array:
+        """Encodes rows of packed prompts, each blind to the others.
+
+        Args:
+          input_tokens: int32 ``[B, Le]``.
+          segment_ids: int32 ``[B, Le]``; 0 is padding.
+          deterministic: no dropout.
+
+        Returns:
+          Final-normed states ``[B, Le, E]`` in the activation dtype.
+        """
+        chex.assert_rank([input_tokens, segment_ids], 2)
+        chex.assert_equal_shape([input_tokens, segment_ids])
+        embedded = self.token_embedder(input_tokens)
+        return self.encoder(embedded, segment_ids, deterministic)
+
+    def decode(
+        self,
+        encoded: jax.Array,
+        encoder_segment_ids: jax.Array,
+        decoder_input_tokens: jax.Array,
+        decoder_segment_ids: jax.Array,
+        prompt_segment_ids: jax.Array,
+        *,
+        deterministic: bool = True,
+    ) -> jax.Array:
+        """Runs the decoder over ``K`` rows of packed responses per encoder row.
+
+        Self-attention is causal within a response. A token attends to the encoder
+        tokens of the one prompt its response answers; keys and values are computed
+        once per encoder row and shared by its ``K`` rows.
+
+        Args:
+          encoded: ``[B, Le, E]`` from :meth:`encode`.
+          encoder_segment_ids: int32 ``[B, Le]``.
+          decoder_input_tokens: int32 ``[B, K, Ld]``, targets shifted right.
+          decoder_segment_ids: int32 ``[B, K, Ld]``; 0 is padding.
+          prompt_segment_ids: int32 ``[B, K, Ld]``, the encoder segment each token may
+            look at, 0 for none (``jaxalign.batch.prompt_of_tokens``).
+          deterministic: no dropout.
+
+        Returns:
+          Final-normed states ``[B, K, Ld, E]``; meaningless, but finite, at padding.
+        """
+        chex.assert_rank([encoded, decoder_input_tokens], [3, 3])
+        chex.assert_shape(encoder_segment_ids, encoded.shape[:2])
+        chex.assert_equal_shape(
+            [decoder_input_tokens, decoder_segment_ids, prompt_segment_ids]
+        )
+        return self.decoder(
+            self.token_embedder(decoder_input_tokens),
+            encoded,
+            decoder_segment_ids,
+            prompt_segment_ids,
+            encoder_segment_ids,
+            deterministic,
+        )
+
+    def head(self, states: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The two factors of the logits: states ``[..., E]`` and kernel ``[E, V]``.
+
+        The kernel is float32; multiply in the dtype of the states and accumulate in
+        float32, as ``jaxalign.models.scoring.project`` does.
+        """
+        if self.config.logits_via_embedding:
+            # T5 1.0 was trained in Mesh TensorFlow with this factor on the states.
+            scale = 1.0 / math.sqrt(self.config.emb_dim)
+            return states * jnp.asarray(scale, states.dtype), (
+                self.token_embedder.embedding.T
+            )
+        return states, self.decoder.logits_dense()
+
+    def logits(self, states: jax.Array) -> jax.Array:
+        """Float32 logits ``[..., V]`` of final states ``[..., E]``."""
+        return project(*self.head(states))
+
+    def __call__(self, batch: Batch, *, deterministic: bool = True) -> jax.Array:
+        """Float32 logits ``[B, K, Ld, V]`` of a response batch.
+
+        To score responses use ``jaxalign.models.token_logps``, which can do without
+        all logits at once.
+        """
+        encoded = self.encode(
+            batch["encoder_input_tokens"],
+            batch["encoder_segment_ids"],
+            deterministic=deterministic,
+        )
+        states = self.decode(
+            encoded,
+            batch["encoder_segment_ids"],
+            batch["decoder_input_tokens"],
+            batch["decoder_segment_ids"],
+            prompt_of_tokens(batch["decoder_segment_ids"], batch["response_prompt"]),
+            deterministic=deterministic,
+        )
+        return self.logits(states)
+
+    def cross_key_values(self, encoded: jax.Array) -> Any:
+        """Every decoder layer's cross-attention keys and values, for decoding.
+
+        Args:
+          encoded: ``[B, Le, E]``.
+
+        Returns:
+          A tuple over layers of ``(keys, values)``, each ``[B, Le, H, D]``. With
+          ``scan_layers`` one such pair, stacked: ``[B, layers, Le, H, D]``.
+        """
+        return self.decoder.cross_key_values(encoded)
+
+    def init_self_cache(self, batch: int, n: int, length: int) -> Any:
+        """An empty self-attention cache; needs no parameters.
+
+        Axes 0 and 1 of every leaf are prompt and continuation, whatever the layout,
+        so that beams and particles can be gathered with one ``tree.map``.
+
+        Args:
+          batch: prompts ``B``.
+          n: continuations ``N`` of each.
+          length: tokens ``T`` it can hold.
+
+        Returns:
+          A tuple over layers of ``(keys, values)``, each ``[B, N, T, H, D]``. With
+          ``scan_layers`` one such pair, stacked: ``[B, N, layers, T, H, D]``.
+        """
+        cfg = self.config
+        shape = [batch, n, length, cfg.num_heads, cfg.head_dim]
+        if cfg.scan_layers:
+            shape.insert(CACHE_SCAN_AXIS, cfg.num_decoder_layers)
+
+        def pair():
+            return tuple(jnp.zeros(shape, cfg.activation_dtype) for _ in range(2))
+
+        if cfg.scan_layers:
+            return pair()
+        return tuple(pair() for _ in range(cfg.num_decoder_layers))
+
+    def decode_step(
+        self,
+        tokens: jax.Array,
+        position: jax.Array | int,
+        self_cache: Any,
+        cross_kv: Any,
+        encoder_mask: jax.Array,
+    ) -> tuple[jax.Array, Any]:
+        """Logits of the token after ``tokens``, one position at a time.
+
+        Feeding a response's inputs token by token gives :meth:`decode`'s logits.
+        Keys and values at positions after ``position`` are ignored, so a cache may
+        be reused without clearing.
+
+        Args:
+          tokens: int32 ``[B, N]``, the input tokens at ``position``; the first is the
+            start token 0.
+          position: int32 scalar, or ``[B, N]`` where continuations differ in length;
+            smaller than the cache's ``T``.
+          self_cache: from :meth:`init_self_cache` or the last step.
+          cross_kv: from :meth:`cross_key_values`.
+          encoder_mask: ``[B, Le]``, non-zero at the prompt's tokens (the encoder's
+            segment ids where a row holds one prompt).
+
+        Returns:
+          Float32 logits ``[B, N, V]`` and the new cache.
+        """
+        position = jnp.asarray(position, jnp.int32)
+        chex.assert_rank([tokens, encoder_mask], 2)
+        if position.ndim != 0:
+            chex.assert_equal_shape([tokens, position])
+        states, self_cache = self.decoder.step(
+            self.token_embedder(tokens), position, self_cache, cross_kv, encoder_mask
+        )
+        return self.logits(states), self_cache
+
+
+def project(states: jax.Array, kernel: jax.Array) -> jax.Array:
+    """``states [..., E] @ kernel [E, V]`` accumulated and returned in float32."""
+    logits = jnp.einsum(
+        "...e,ev->...v",
+        states,
+        kernel.astype(states.dtype),
+        preferred_element_type=jnp.float32,
+    )
+    middle = ["length"] if logits.ndim > 2 else []
+    return constrain(
+        logits, "batch", *[None] * (logits.ndim - 2 - len(middle)), *middle, "vocab"
+    )
+
+
+def _example() -> dict[str, np.ndarray]:
+    """The smallest batch: parameter shapes do not depend on it."""
+    return {name: np.ones((1,) * len(axes), dt) for name, (axes, dt) in FIELDS.items()}
+
+
+def init_params(model: nn.Module, key: jax.Array) -> Params:
+    """Random float32 parameters of a :class:`T5` or any model over the batch.
+
+    Both layer layouts get the same numbers from the same key.
+
+    Args:
+      model: a module with a ``config`` whose ``__call__`` takes a response batch.
+      key: a PRNG key; the same key gives the same parameters.
+
+    Returns:
+      A plain nested dict of arrays, named as in T5X.
+    """
+    return _init(model, key)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _init(model: nn.Module, key: jax.Array) -> Params:
+    # Always through the scanned layout: one layer to compile instead of all of them.
+    config = dataclasses.replace(model.config, scan_layers=True, remat_policy="none")
+    scanned = model.clone(config=config)
+    params = nn.unbox(scanned.init({"params": key}, _example())["params"])
+    return params if model.config.scan_layers else unstack_layers(params)
+
+
+def logical_axes(model: nn.Module) -> Params:
+    """The logical axis names of every parameter, in :func:`init_params`'s structure.
+
+    Returns:
+      Nested dict whose leaves are tuples such as ``("embed", "mlp")``; pass
+      ``is_leaf=lambda x: isinstance(x, tuple)`` when mapping over it.
+    """
+    boxed = jax.eval_shape(
+        lambda: model.init({"params": jax.random.key(0)}, _example())["params"]
+    )
+    return jax.tree.map(
+        lambda box: tuple(box.names),
+        boxed,
+        is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned),
+    )

@@ -1,0 +1,343 @@
+"""What a checkpoint is used for: generate, score, evaluate. Files in, files out.
+
+A checkpoint carries its network's shape and its vocabulary, so these functions need a
+path and nothing else; none of them imports TensorFlow.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from jaxalign import batch as batches
+from jaxalign import data as data_lib
+from jaxalign import models
+from jaxalign.data import records
+from jaxalign.decoding import Generator, Sampling
+from jaxalign.evaluation import compare, judges, metrics
+from jaxalign.training import checkpoints
+
+_log = logging.getLogger(__name__)
+
+
+def generate(
+    *,
+    checkpoint: str,
+    prompts: str,
+    output: str,
+    num_samples: int = 1,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    max_new_tokens: int = 128,
+    max_prompt_length: int | None = None,
+    batch_size: int = 16,
+    seed: int = 0,
+    field_map: Mapping[str, str] | None = None,
+    on_bad_row: str = "error",
+) -> int:
+    """Samples responses to the prompts of a JSON Lines file.
+
+    Args:
+      checkpoint: a run directory or one of its checkpoints.
+      prompts: rows with a ``prompt``.
+      output: a JSON Lines file: each row as it was read, once per sample, with
+        ``response``, ``sample`` (its index), ``logp`` (sum under the model's full
+        distribution, EOS included) and ``num_tokens``.
+      num_samples: per prompt; the encoder runs once for all of them.
+      temperature: 0 takes the most probable tokens.
+      top_k: keep so many tokens; 0 keeps all.
+      top_p: keep so much probability.
+      max_new_tokens: tokens of a response, EOS included.
+      max_prompt_length: longer prompts are truncated, with a warning; None truncates
+        nothing.
+      batch_size: prompts at a time; changes no sample.
+      seed: of the samples.
+      field_map: our field names to the file's.
+      on_bad_row: ``"error"`` or ``"skip"``.
+
+    Returns:
+      The number of lines written.
+    """
+    policy = checkpoints.load_policy(checkpoint)
+    examples, _ = records.load(
+        prompts, "prompts", field_map=field_map, on_bad_row=on_bad_row
+    )
+    rows = [(e.raw, record["prompt"]) for e in examples for record in e.records]
+    generations = sample(
+        policy,
+        [text for _, text in rows],
+        num_samples=num_samples,
+        sampling=Sampling(temperature, top_k, top_p),
+        max_new_tokens=max_new_tokens,
+        max_prompt_length=max_prompt_length,
+        batch_size=batch_size,
+        seed=seed,
+    )
+
+    def lines() -> Iterable[dict[str, Any]]:
+        for (raw, _), generation in zip(rows, generations, strict=True):
+            for i, text in enumerate(generation.texts):
+                yield {
+                    **raw,
+                    "response": text,
+                    "sample": i,
+                    "logp": float(generation.logp[i]),
+                    "num_tokens": len(generation.tokens[i]),
+                }
+
+    return write_jsonl(output, lines())
+
+
+def sample(
+    policy: checkpoints.Policy,
+    prompts: Sequence[str],
+    *,
+    num_samples: int = 1,
+    sampling: Sampling | None = None,
+    max_new_tokens: int = 128,
+    max_prompt_length: int | None = None,
+    batch_size: int = 16,
+    seed: int = 0,
+) -> Iterable[Any]:
+    """Yields a `jaxalign.decoding.Generation` per prompt text, in order."""
+    vocabulary = policy.vocabulary
+    tokens = [[*vocabulary.encode(text), vocabulary.eos_id] for text in prompts]
+    longest = max(map(len, tokens), default=1)
+    generator = Generator(
+        policy.model,
+        vocabulary,
+        max_prompt_length=max_prompt_length or longest,
+        max_new_tokens=max_new_tokens,
+        num_samples=num_samples,
+        sampling=sampling,
+        batch_size=batch_size,
+        seed=seed,
+    )
+    yield from generator(policy.params, tokens)
+    if generator.num_truncated:
+        _log.warning(
+            "%d of %d prompts were truncated to %d tokens.",
+            generator.num_truncated,
+            len(tokens),
+            max_prompt_length,
+        )
+
+
+def score(
+    *,
+    checkpoint: str,
+    data: str,
+    output: str,
+    batch_size: int = 16,
+    field_map: Mapping[str, str] | None = None,
+    on_bad_row: str = "error",
+) -> int:
+    """Scores the completions of a JSON Lines file.
+
+    Args:
+      checkpoint: a run directory or one of its checkpoints.
+      data: rows with ``prompt`` and ``completion``.
+      output: a JSON Lines file: each row as it was read, with ``logp`` (the summed
+        log-probability of the completion, EOS included) and ``num_tokens``. Nothing is
+        truncated.
+      batch_size: encoder rows at a time.
+      field_map: our field names to the file's.
+      on_bad_row: ``"error"`` or ``"skip"``.
+
+    Returns:
+      The number of lines written.
+    """
+    policy = checkpoints.load_policy(checkpoint)
+    examples, _ = records.load(
+        data, "supervised", field_map=field_map, on_bad_row=on_bad_row
+    )
+    pairs = [(e.raw, record) for e in examples for record in e.records]
+    logps, lengths = score_pairs(
+        policy,
+        [(r["prompt"], r["completion"]) for _, r in pairs],
+        batch_size=batch_size,
+    )
+    return write_jsonl(
+        output,
+        (
+            {**raw, "logp": float(logp), "num_tokens": int(length)}
+            for (raw, _), logp, length in zip(pairs, logps, lengths, strict=True)
+        ),
+    )
+
+
+def score_pairs(
+    policy: checkpoints.Policy,
+    pairs: Sequence[tuple[str, str]],
+    *,
+    batch_size: int = 16,
+) -> tuple[np.ndarray, np.ndarray]:
+    """``log p(completion | prompt)`` and target lengths of text pairs, ``[n]`` each."""
+    if not pairs:
+        return np.zeros(0, np.float32), np.zeros(0, np.int64)
+    rows = [_row(i, p, c, policy.vocabulary) for i, (p, c) in enumerate(pairs)]
+    index = data_lib.build_index(rows)
+    plan = data_lib.pack(
+        index,
+        inputs=_rounded(int(index.prompt_lengths.max())),
+        targets=_rounded(int(index.response_lengths.max())),
+        packing=1,
+    )
+    forward = jax.jit(lambda p, b: models.response_logps(policy.model, p, b))
+    logps = np.zeros(len(rows), np.float32)
+    for start in tqdm(
+        range(0, len(plan), batch_size), "score", disable=None, leave=False
+    ):
+        placements = [
+            plan[i] for i in range(start, min(start + batch_size, len(plan)))
+        ]
+        arrays = [
+            data_lib.to_arrays([rows[i] for i in p.row_ids], p, plan.shape)
+            for p in placements
+        ]
+        # Fill the last batch with copies of its first row: one compiled shape.
+        padded = arrays + [arrays[0]] * (batch_size - len(arrays))
+        batch = {k: np.stack([a[k] for a in padded]) for k in arrays[0]}
+        scored = jax.device_get(forward(policy.params, batch))
+        for placement, found in zip(placements, scored, strict=False):
+            logps[placement.row_ids] = found[: len(placement.row_ids)]
+    return logps, np.asarray(index.response_lengths)
+
+
+def _rounded(length: int) -> int:
+    """The next power of two, so that files of similar lengths share a compilation."""
+    return max(16, 1 << (length - 1).bit_length())
+
+
+def _row(i: int, prompt: str, completion: str, vocabulary: Any) -> data_lib.Row:
+    def ids(text: str) -> np.ndarray:
+        return np.array([*vocabulary.encode(text), vocabulary.eos_id], np.int32)
+
+    return data_lib.Row(
+        key=str(i),
+        prompts=[ids(prompt)],
+        responses=[ids(completion)],
+        response_prompt=[0],
+        response_kind=[batches.ANSWER],
+        response_reward=[float("nan")],
+        response_label=[batches.NO_LABEL],
+    )
+
+
+def evaluate(
+    *,
+    checkpoint: str,
+    data: str,
+    baseline: str | None = None,
+    judge: str | None = None,
+    metric_fns: Sequence[str] = (),
+    output: str | None = None,
+    num_samples: int = 1,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    max_new_tokens: int = 128,
+    batch_size: int = 16,
+    seed: int = 0,
+    field_map: Mapping[str, str] | None = None,
+    on_bad_row: str = "error",
+) -> dict[str, Any]:
+    """Generates for a file of prompts and judges the result.
+
+    Args:
+      checkpoint: a run directory or one of its checkpoints.
+      data: rows with a ``prompt`` and, for `metric_fns`, a ``completion``.
+      baseline: another checkpoint, to compare with.
+      judge: ``"package.module:function"``: either ``(prompt, response) -> score`` or
+        ``(prompt, a, b) -> preference for a in [0, 1]``.
+      metric_fns: names in `jaxalign.evaluation.metrics`, or ``"module:function"``,
+        each ``(targets, predictions) -> dict`` as seqio's.
+      output: a JSON file for the result, if any.
+      num_samples: per prompt.
+      temperature: 0, the default, takes the most probable tokens.
+      top_k: keep so many tokens; 0 keeps all.
+      top_p: keep so much probability.
+      max_new_tokens: tokens of a response, EOS included.
+      batch_size: prompts at a time.
+      seed: of the samples.
+      field_map: our field names to the file's.
+      on_bad_row: ``"error"`` or ``"skip"``.
+
+    Returns:
+      ``{"metrics": ..., "reward": ..., "comparison": ...}``, with what was asked for.
+
+    Raises:
+      ValueError: when nothing was asked for.
+    """
+    if not judge and not metric_fns:
+        raise ValueError(
+            "Nothing to evaluate with: give --judge=module:function, or "
+            "--metrics=exact_match (any of jaxalign.evaluation.metrics)."
+        )
+    judge_fn = judges.resolve_callable(judge) if judge else None
+    functions = [
+        judges.resolve_callable(name if ":" in name else f"{metrics.__name__}:{name}")
+        for name in metric_fns
+    ]
+    schema = "supervised" if functions else "prompts"
+    examples, _ = records.load(
+        data, schema, field_map=field_map, on_bad_row=on_bad_row
+    )
+    rows = [record for e in examples for record in e.records]
+    prompts = [record["prompt"] for record in rows]
+
+    def texts(path: str) -> list[list[str]]:
+        generations = sample(
+            checkpoints.load_policy(path),
+            prompts,
+            num_samples=num_samples,
+            sampling=Sampling(temperature, top_k, top_p),
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            seed=seed,
+        )
+        return [generation.texts for generation in generations]
+
+    responses = texts(checkpoint)
+    result: dict[str, Any] = {"checkpoint": checkpoint, "num_prompts": len(prompts)}
+    if functions:
+        targets = [record["completion"] for record in rows]
+        first = [samples[0] for samples in responses]
+        result["metrics"] = metrics.run_metrics(
+            functions, targets, predictions=first
+        )
+    if judge_fn and not baseline:
+        found = compare.mean_reward(prompts, responses, judge_fn)
+        result["reward"] = {"mean": found.mean, "ci95": [found.low, found.high]}
+    if judge_fn and baseline:
+        compared = compare.compare_responses(
+            prompts, responses, texts(baseline), judge_fn
+        )
+        result["baseline"] = baseline
+        result["comparison"] = compared.to_json()
+    if output:
+        Path(output).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return result
+
+
+def write_jsonl(path: str | Path, lines: Iterable[Mapping[str, Any]]) -> int:
+    """Streams JSON lines into ``path.partial`` and renames it when all are written."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    count = 0
+    with open(partial, "w", encoding="utf-8") as file:
+        for line in lines:
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            count += 1
+    os.replace(partial, path)
+    return count

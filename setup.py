@@ -1,0 +1,126 @@
+"""Packaging: metadata, dependencies with the reason for each floor, the folder map.
+
+``pip install .`` brings everything. Machines that only train, score or generate from
+a prepared cache need neither TensorFlow nor seqio: see ``requirements-train.txt``.
+``constraints.txt`` records the versions that the tests ran with.
+"""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+
+
+def version() -> str:
+    """``__version__`` from the package's source: importing it would need jax."""
+    for line in (ROOT / "jaxalign" / "__init__.py").read_text().splitlines():
+        if line.startswith("__version__"):
+            return line.split('"')[1]
+    raise RuntimeError("jaxalign/__init__.py defines no __version__.")
+
+
+def pinned(name: str) -> str:
+    """The requirement ``name==version`` that constraints.txt holds for ``name``."""
+    for line in (ROOT / "constraints.txt").read_text().splitlines():
+        if line.split("==")[0] == name:
+            return line.strip()
+    raise RuntimeError(f"constraints.txt pins no {name}.")
+
+
+# A floor without another reason is the oldest release that the tests ran with.
+
+# Training, scoring and generation import these and nothing else
+# (tests/test_packaging.py proves it in an environment made of them alone).
+TRAIN = [
+    # The oldest tried; it asks for Python 3.11 itself. jax.make_mesh and
+    # jax.sharding.AxisType are used as they are there.
+    "jax>=0.10",
+    "flax>=0.12.8",  # asks for jax>=0.10 itself
+    "optax>=0.2.8",
+    "orbax-checkpoint>=0.12.8",
+    "chex>=0.1.92",
+    "grain>=0.2.18",
+    "array-record>=0.8.1",  # grain's own floor
+    "gin-config>=0.5",  # `from __gin__ import dynamic_registration`
+    "msgpack>=1.0",
+    "numpy>=2.0",  # jax 0.10's own floor
+    "scipy>=1.14",  # jax 0.10's own floor
+    "etils[epath]>=1.9.1",  # tensorflow-datasets' own floor
+    "sentencepiece>=0.2",  # seqio's own floor
+    "safetensors>=0.4",  # Hugging Face checkpoints, without PyTorch
+    "tensorboardX>=2.6.5",  # event files without TensorFlow
+    "tqdm>=4.66",
+]
+
+# Only jaxalign/prepare/ and tasks/ import these.
+PREPARE = [
+    "seqio>=0.0.20",  # tensorflow_text became an optional import there
+    "tensorflow>=2.21",  # runs beside protobuf 7, which grain and orbax may bring
+    "tensorflow-datasets>=4.9.10",
+    "importlib_resources>=6",  # tensorflow-datasets 4.9.10 imports, forgets to list it
+    "pyarrow>=17",  # Parquet; wheels for numpy 2
+]
+
+TEST = [
+    "pytest>=8",
+    "hypothesis>=6",
+    # The parity oracle, pinned so that a CPU build that is there already is taken: an
+    # open range brings the newest build with gigabytes of CUDA packages.
+    pinned("torch"),
+    "transformers>=4.57",  # T5ForConditionalGeneration, random weights, no downloads
+    "ruff>=0.15",
+]
+
+METRICS = ["sacrebleu>=2.4", "rouge-score>=0.1.2"]  # for their metric_fns only
+
+setup(
+    name="jaxalign",
+    version=version(),
+    description=(
+        "Alignment of T5 encoder-decoders in JAX and Flax: supervised, preference "
+        "and single-trajectory objectives, configured by gin."
+    ),
+    long_description=(ROOT / "README.md").read_text()
+    if (ROOT / "README.md").exists()
+    else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    # A repository keeps the registrations and configs that researchers edit at its
+    # top; an installation keeps them inside the package, so that site-packages gets
+    # no module called `tasks`.
+    packages=[
+        *find_packages(include=["jaxalign", "jaxalign.*"]),
+        "jaxalign.tasks",
+        "jaxalign.gin_configs",
+    ],
+    package_dir={
+        "jaxalign": "jaxalign",
+        "jaxalign.tasks": "tasks",
+        "jaxalign.gin_configs": "gin_configs",
+    },
+    package_data={"jaxalign.gin_configs": ["*.gin", "**/*.gin"]},
+    entry_points={"console_scripts": ["jaxalign = jaxalign.cli:main"]},
+    # 3.11 is the floor of jax 0.10. Up to 3.13: every dependency has wheels there,
+    # tensorflow-text 2.21 included, and nothing newer was tried.
+    python_requires=">=3.11,<3.14",
+    install_requires=[*TRAIN, *PREPARE],
+    extras_require={
+        "test": [*TEST, *METRICS],
+        "metrics": METRICS,
+        "docs": ["sphinx>=8", "myst-parser>=4", "sphinx-book-theme>=1.1"],
+        "gpu": ["jax[cuda13]>=0.10"],
+        "tpu": ["jax[tpu]>=0.10"],
+        "wandb": ["wandb>=0.19"],
+    },
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

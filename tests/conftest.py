@@ -1,0 +1,37 @@
+"""Settings that must hold before jax or TensorFlow is imported by any test."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import pytest
+
+# Eight virtual devices on one CPU: sharded code runs as it does on eight chips. Tests
+# compile far more than they compute, so LLVM is told not to optimise.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+).strip()
+# TensorFlow: errors only, and the same numbers on every CPU.
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+os.environ["TF_ENABLE_ONEDNN_OPTS"] = "0"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Compiled programs are kept in pytest's cache, also for the processes started."""
+    if not config.pluginmanager.hasplugin("cacheprovider"):  # -p no:cacheprovider
+        return
+    folder = config.cache.mkdir("jax")
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder))
+    # Tiny programs compile faster than they are looked up.
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+
+
+@pytest.fixture(autouse=True)
+def clear_gin():
+    """No test sees another's gin configuration."""
+    yield
+    if "gin" in sys.modules:
+        sys.modules["gin"].clear_config()

@@ -1,0 +1,40 @@
+"""What a configuration refuses, and how it says so."""
+
+import pytest
+
+from jaxalign.models import T5Config
+
+SHAPE = dict(
+    vocab_size=40,
+    emb_dim=24,
+    num_heads=3,
+    head_dim=8,
+    mlp_dim=32,
+    num_encoder_layers=2,
+    num_decoder_layers=2,
+)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"dtype": "float16"}, r"float16.*refused.*feed-forward.*65504.*bfloat16"),
+        ({"dtype": "bfloat61"}, r"dtype must be one of.*Did you mean 'bfloat16'"),
+        ({"remat_policy": "ful"}, r"remat_policy must be.*Did you mean 'full'"),
+        ({"mlp_activations": ("gellu",)}, r"mlp_activations.*Did you mean 'gelu'"),
+        ({"mlp_activations": "gelu"}, r"sequence of names.*string 'gelu'"),
+        ({"mlp_activations": ()}, r"must name an activation"),
+        ({"num_heads": 0}, r"num_heads must be a positive integer, got 0"),
+        ({"emb_dim": 24.0}, r"emb_dim must be a positive integer, got 24\.0"),
+        ({"dropout_rate": 1.0}, r"dropout_rate must be in \[0, 1\), got 1\.0"),
+        ({"logits_chunk": -1}, r"logits_chunk must be 0 .*got -1"),
+    ],
+)
+def test_refuses(fields, message):
+    with pytest.raises(ValueError, match=message):
+        T5Config(**SHAPE | fields)
+
+
+def test_is_hashable_with_a_list():
+    config = T5Config(**SHAPE, mlp_activations=["relu"])
+    assert hash(config) == hash(T5Config(**SHAPE, mlp_activations=("relu",)))

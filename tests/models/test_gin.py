@@ -1,0 +1,131 @@
+"""The gin files of the public models: they parse, and their sizes are right."""
+
+import pathlib
+
+import gin
+import jax
+import numpy as np
+import pytest
+
+import jaxalign
+from jaxalign import models, vocabularies
+
+CONFIGS = pathlib.Path(jaxalign.__file__).parents[1] / "gin_configs"
+SIZES = ("small", "base", "large", "xl", "xxl")
+
+# E, H, D, F, encoder layers, decoder layers.
+T5_1_0 = {
+    "small": (512, 8, 64, 2048, 6, 6),
+    "base": (768, 12, 64, 3072, 12, 12),
+    "large": (1024, 16, 64, 4096, 24, 24),
+    "xl": (1024, 32, 128, 16384, 24, 24),
+    "xxl": (1024, 128, 128, 65536, 24, 24),
+}
+T5_1_1 = {
+    "small": (512, 6, 64, 1024, 8, 8),
+    "base": (768, 12, 64, 2048, 12, 12),
+    "large": (1024, 16, 64, 2816, 24, 24),
+    "xl": (2048, 32, 64, 5120, 24, 24),
+    "xxl": (4096, 64, 64, 10240, 24, 24),
+}
+BYT5 = {
+    "small": (1472, 6, 64, 3584, 12, 4),
+    "base": (1536, 12, 64, 3968, 18, 6),
+    "large": (1536, 16, 64, 3840, 36, 12),
+    "xl": (2560, 32, 64, 6720, 36, 12),
+    "xxl": (4672, 64, 64, 12352, 36, 12),
+}
+# family -> (shapes, vocabulary, gated, tied).
+FAMILIES = {
+    "t5_1_0": (T5_1_0, 32128, False, True),
+    "t5_1_1": (T5_1_1, 32128, True, False),
+    "flan_t5": (T5_1_1, 32128, True, False),
+    "mt5": (T5_1_1, 250112, True, False),
+    "byt5": (BYT5, 384, True, False),
+}
+# As counted from the published checkpoints.
+PUBLISHED = {
+    "t5_1_0_small": 60_506_624,
+    "t5_1_0_base": 222_903_552,
+    "t5_1_0_large": 737_668_096,
+    "t5_1_0_xl": 2_851_598_336,
+    "t5_1_0_xxl": 11_307_321_344,
+    "t5_1_1_small": 76_961_152,
+    "t5_1_1_base": 247_577_856,
+    "t5_1_1_large": 783_150_080,
+    "t5_1_1_xl": 2_849_757_184,
+    "t5_1_1_xxl": 11_135_332_352,
+    "mt5_small": 300_176_768,
+    "mt5_base": 582_401_280,
+    "byt5_small": 299_637_760,
+    "byt5_base": 581_653_248,
+}
+
+
+def count(shape, vocab, gated, tied):
+    """Parameters by hand: projections, norms, two bias tables, embedding, head."""
+    e, h, d, f, encoder, decoder = shape
+    attention = 4 * e * h * d + e
+    mlp = (3 if gated else 2) * e * f + e
+    layers = encoder * (attention + mlp) + decoder * (2 * attention + mlp)
+    return layers + 2 * e + 2 * h * 32 + vocab * e * (1 if tied else 2)
+
+
+@pytest.fixture(autouse=True)
+def gin_search_path():
+    gin.clear_config()
+    gin.add_config_file_search_path(str(CONFIGS))
+    yield
+    gin.clear_config()
+
+
+def parse(name, bindings=()):
+    gin.clear_config()  # parsing locks it
+    gin.parse_config_files_and_bindings([f"models/{name}.gin"], list(bindings))
+    return gin.query_parameter("%MODEL").scoped_configurable_fn()
+
+
+def num_parameters(model):
+    # Scanned: one layer to trace instead of twenty-four.
+    abstract = jax.eval_shape(lambda: models.init_params(model, jax.random.key(0)))
+    return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(abstract))
+
+
+def test_every_file_is_tested():
+    found = {path.stem for path in (CONFIGS / "models").glob("*.gin")}
+    want = {f"{family}_{size}" for family in FAMILIES for size in SIZES}
+    assert found == want | {"t5_1_1_tiny"}
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_published_shapes(family, size):
+    shapes, vocab, gated, tied = FAMILIES[family]
+    name = f"{family}_{size}"
+    model = parse(name, ["models.T5Config.scan_layers = True"])
+    assert isinstance(model, models.T5)
+    got = num_parameters(model)
+    assert got == count(shapes[size], vocab, gated, tied)
+    assert got == PUBLISHED.get(name, got)
+    assert model.config.head_dim == shapes[size][2]
+    path = gin.query_parameter("%VOCABULARY_PATH")
+    assert path.startswith("gs://t5-data/vocabs/")
+    assert ("mc4" in path) == (family == "mt5")
+
+
+@pytest.mark.parametrize("name", ["t5_1_1_tiny", "byt5_small"])
+def test_byte_models_and_their_vocabulary_agree(name):
+    model = parse(name)
+    vocabulary = gin.query_parameter("%VOCABULARY").scoped_configurable_fn()
+    assert isinstance(vocabulary, vocabularies.ByteVocabulary)
+    assert vocabulary.vocab_size == model.config.vocab_size == 384
+
+
+def test_macros_reach_the_model():
+    bindings = ["DROPOUT_RATE = 0.1", "ACTIVATION_DTYPE = 'bfloat16'"]
+    config = parse("t5_1_1_tiny", bindings).config
+    assert (config.dropout_rate, config.dtype) == (0.1, "bfloat16")
+    assert config.mlp_activations == ("gelu", "linear")
+    # Called a second time gin makes an equal model, which jit recognises.
+    assert parse("t5_1_1_tiny", bindings) == parse("t5_1_1_tiny", bindings)
+    assert parse("t5_1_1_tiny").config.dtype == "float32"

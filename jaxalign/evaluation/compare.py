@@ -167,9 +167,7 @@ def _scored(prompts, a, b, judge, confidence):
         clusters = np.repeat(np.arange(len(scores)), [len(s) for s in scores])
         return mean_with_ci(np.concatenate(scores), clusters, confidence=confidence)
 
-    differences = [
-        x.mean() - y.mean() for x, y in zip(scores_a, scores_b, strict=True)
-    ]
+    differences = [x.mean() - y.mean() for x, y in zip(scores_a, scores_b, strict=True)]
     return results, {
         "reward_a": mean(scores_a),
         "reward_b": mean(scores_b),

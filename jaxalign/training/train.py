@@ -308,8 +308,9 @@ def train(run: Run, config_text: str = "") -> dict[str, float]:
             window.append(metrics)
             done = step + 1
             last = done == run.train_steps
-            stopping = last or stop.requested
-            saving = stopping or done % run.checkpoint_period == 0
+            # Read once: a signal that comes later in this step stops the next one.
+            told_to_stop = stop.requested
+            saving = last or told_to_stop or done % run.checkpoint_period == 0
             if saving or done % run.log_period == 0:
                 if not bool(state.finite):
                     raise _non_finite(run_dir, feed, int(state.step))
@@ -321,17 +322,17 @@ def train(run: Run, config_text: str = "") -> dict[str, float]:
                 window.clear()
             # Evaluation comes before the checkpoint: a run killed in between goes
             # back to the checkpoint before it and repeats it.
-            if (last or done % run.eval_period == 0) and not stop.requested:
+            if (last or done % run.eval_period == 0) and not told_to_stop:
                 if ready.inputs.evaluation:
                     found = evaluate(ready, eval_step, state.params, run.eval_steps)
                     writer.write(done, {f"eval/{k}": v for k, v in found.items()})
-            if (last or done % sample_period == 0) and not stop.requested:
+            if (last or done % sample_period == 0) and not told_to_stop:
                 if run.sampler:
                     path = run_dir / "samples" / f"{done}.jsonl"
                     run.sampler.write(path, ready, state.params["policy"], run.seed)
             if saving:
                 save(state)
-            if stop.requested:
+            if told_to_stop:
                 break
 
     # ---- 7. The end -----------------------------------------------------------------

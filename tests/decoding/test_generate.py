@@ -299,5 +299,3 @@ def test_wrong_arguments_are_refused(tiny):
     left = np.array([[5, 6, 1], [0, 5, 1]], np.int32)
     with pytest.raises(ValueError, match="row 1 has padding .* right padding"):
         _run(*tiny, left, GREEDY)
-
-

@@ -77,7 +77,8 @@ def test_transforms_equal_hugging_face(setting, vocab):
     np.testing.assert_allclose(found, expected, atol=2e-5)
 
 
-@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+# One of each rule: every setting is a compilation, and the transforms are tested above.
+@pytest.mark.parametrize("setting", [SETTINGS[i] for i in (0, 1, 4, 6, 9)], ids=str)
 def test_frequencies_follow_the_enumerated_distribution(setting):
     draws = 20_000
     logits = _logits(1, 12, scale=1.0)
@@ -100,9 +101,9 @@ def test_frequencies_over_several_blocks_of_the_vocabulary():
     logits = _logits(1, 300, scale=1.0)
     expected = _enumerate(logits[0], Sampling())
     keys = jax.random.split(jax.random.key(3), draws)
-    tokens = jax.jit(
-        jax.vmap(lambda key: _sample(logits[0], key, Sampling()).tokens)
-    )(keys)
+    tokens = jax.jit(jax.vmap(lambda key: _sample(logits[0], key, Sampling()).tokens))(
+        keys
+    )
     counts = np.bincount(np.asarray(tokens), minlength=300)
     assert scipy.stats.chisquare(counts, draws * expected).pvalue > 1e-3
 

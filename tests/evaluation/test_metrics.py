@@ -99,7 +99,11 @@ def test_run_metrics_passes_what_each_asks_for():
     )
     assert found.pop("bleu") > 0
     assert found == {
-        "exact_match": 100.0, "mean_score": -2.0, "n": 2, "aux": 5, "scaled": 6
+        "exact_match": 100.0,
+        "mean_score": -2.0,
+        "n": 2,
+        "aux": 5,
+        "scaled": 6,
     }
 
 

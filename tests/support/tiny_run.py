@@ -7,6 +7,7 @@ SIGKILL (SIGTERM for the moment ``sigterm``) when MOMENT is reached in STEP.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import sys
@@ -73,7 +74,6 @@ def make_run(run_dir, data, cache_dir, objective="DPO", **changes) -> loop.Run:
         "eval_period": 3,
         "checkpoint_period": 2,
         "log_period": 1,
-        "mesh": {"data": 1},
         "sampler": None,
     }
     return loop.Run(**{**settings, **changes})
@@ -84,24 +84,24 @@ def arm(moment: str, step: int) -> None:
     name = signal.SIGTERM if moment == "sigterm" else signal.SIGKILL
     calls = {"count": 0}
 
-    def wrap(owner, attribute, at, before):
+    def wrap(owner, attribute, at):
         original = getattr(owner, attribute)
 
         def wrapped(*args, **kwargs):
             calls["count"] += 1
-            if before and calls["count"] == at:
+            if calls["count"] == at:
                 os.kill(os.getpid(), name)
             return original(*args, **kwargs)
 
         setattr(owner, attribute, wrapped)
 
     if moment in ("step", "sigterm"):
-        wrap(loop.meshes, "put_batch", step, before=True)
+        wrap(loop, "summarize", step)  # every step is logged; the fourth is evaluation
     elif moment == "write":
         # `save` has started Orbax's writer thread; `wait` is where it is waited for.
-        wrap(checkpoints.Checkpoints, "wait", step, before=True)
+        wrap(checkpoints.Checkpoints, "wait", step)
     elif moment == "evaluation":
-        wrap(loop, "summarize", step, before=True)
+        wrap(loop.steps, "evaluation_loss", step)
     else:
         raise ValueError(moment)
 
@@ -111,6 +111,7 @@ def sampler() -> sampling.Sampler:
 
 
 if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, force=True)
     run_dir, cache_dir, objective, *kill = sys.argv[1:]
     if kill:
         arm(kill[0], int(kill[1]))

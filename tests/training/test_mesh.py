@@ -33,9 +33,7 @@ def test_parameters_follow_their_logical_axes():
     mesh = meshes.make_mesh(data=2, fsdp=2, tensor=2)
     axes = {"a": ("embed", "mlp"), "b": ("embed",), "c": ("embed", "embed")}
     shapes = {"a": jnp.zeros((4, 8)), "b": jnp.zeros(4), "c": jnp.zeros((4, 4))}
-    specs = jax.tree.map(
-        lambda s: s.spec, meshes.param_shardings(mesh, axes, shapes)
-    )
+    specs = jax.tree.map(lambda s: s.spec, meshes.param_shardings(mesh, axes, shapes))
     assert specs == {"a": P("fsdp", "tensor"), "b": P("fsdp"), "c": P("fsdp", None)}
 
 

@@ -28,32 +28,72 @@ class Stage:
 
     Attributes:
       name: of the run's folder and of its gin file.
-      kind: of the embedded data (`jaxalign.world.KINDS`).
+      kind: of the embedded data (`jaxalign.world.SCHEMAS`).
       rows: training examples.
-      settings: gin macros.
+      settings: gin macros and their values, as a gin file spells them.
     """
 
     name: str
     kind: str
     rows: int
-    settings: dict[str, Any]
+    settings: dict[str, str]
 
 
 _COMMON = {
-    "TASK_FEATURE_LENGTHS": {"inputs": 64, "targets": 64},
-    "PACKING": 4,
-    "BATCH_SIZE": 16,
-    "EVAL_PERIOD": 100,
-    "CHECKPOINT_PERIOD": 400,
-    "LOG_PERIOD": 20,
+    "TASK_FEATURE_LENGTHS": "{'inputs': 48, 'targets': 56}",
+    "PACKING": "4",
+    "EVAL_PERIOD": "50",
+    "CHECKPOINT_PERIOD": "1000",
+    "LOG_PERIOD": "10",
+    "SCHEDULE": "@schedules.cosine()",
+    "WARMUP_STEPS": "20",
 }
-_SFT = Stage("sft", "supervised", 4000, {"TRAIN_STEPS": 400, "LEARNING_RATE": 1e-2})
-_ALIGNED = (
-    Stage("dro_v", "rewards", 4000, {"TRAIN_STEPS": 100, "LEARNING_RATE": 1e-3}),
-    Stage("kto", "thumbs", 4000, {"TRAIN_STEPS": 100, "LEARNING_RATE": 1e-3}),
-    Stage("dpo", "preferences", 4000, {"TRAIN_STEPS": 100, "LEARNING_RATE": 1e-3}),
+_SFT = Stage(
+    "sft",
+    "supervised",
+    8000,
+    {"TRAIN_STEPS": "350", "BATCH_SIZE": "12", "LEARNING_RATE": "0.03"},
 )
-_TEST_PROMPTS = 400
+_ALIGNED = (
+    Stage(
+        "dro_v",
+        "trajectory",
+        6000,
+        {
+            "TRAIN_STEPS": "100",
+            "BATCH_SIZE": "8",
+            "OPTIMIZER_NAME": "'adamw'",
+            "LEARNING_RATE": "5e-4",
+            "VALUE_LEARNING_RATE": "1e-3",
+            "TAU": "0.5",
+        },
+    ),
+    Stage(
+        "kto",
+        "trajectory",
+        6000,
+        {
+            "TRAIN_STEPS": "100",
+            "BATCH_SIZE": "8",
+            "OPTIMIZER_NAME": "'adamw'",
+            "LEARNING_RATE": "5e-4",
+            "BETA": "0.3",
+        },
+    ),
+    Stage(
+        "dpo",
+        "preference",
+        4000,
+        {
+            "TRAIN_STEPS": "100",
+            "BATCH_SIZE": "8",
+            "OPTIMIZER_NAME": "'adamw'",
+            "LEARNING_RATE": "3e-4",
+            "BETA": "0.5",
+        },
+    ),
+)
+_TEST_PROMPTS = 500
 
 
 def run(run_dir: str | Path, seed: int = 0) -> str:
@@ -70,7 +110,7 @@ def run(run_dir: str | Path, seed: int = 0) -> str:
     folder = Path(run_dir)
     started = time.monotonic()
     _train(folder, _SFT, seed, {})
-    start_from = {"INITIAL_CHECKPOINT_PATH": str(folder / "sft")}
+    start_from = {"INITIAL_CHECKPOINT_PATH": repr(str(folder / "sft"))}
     for stage in _ALIGNED:
         _train(folder, stage, seed, start_from)
     results = _evaluate(folder, [s.name for s in (_SFT, *_ALIGNED)], seed)
@@ -82,7 +122,7 @@ def run(run_dir: str | Path, seed: int = 0) -> str:
     return f"{_table(results)}\n\nReport: {page}   ({minutes:.1f} minutes)"
 
 
-def _train(folder: Path, stage: Stage, seed: int, extra: dict[str, Any]) -> None:
+def _train(folder: Path, stage: Stage, seed: int, extra: dict[str, str]) -> None:
     data = folder / "data"
     paths = {
         "DATA": data / f"{stage.kind}.train.jsonl",
@@ -93,20 +133,20 @@ def _train(folder: Path, stage: Stage, seed: int, extra: dict[str, Any]) -> None
     ):
         world.write_dataset(path, stage.kind, split, size, seed)
     macros = {
-        **{name: str(path) for name, path in paths.items()},
-        "CACHE_DIR": str(folder / "cache"),
-        "RANDOM_SEED": seed,
+        **{name: repr(str(path)) for name, path in paths.items()},
+        "CACHE_DIR": repr(str(folder / "cache")),
+        "RANDOM_SEED": str(seed),
         **_COMMON,
         **stage.settings,
         **extra,
     }
     gin_file = f"runs/{stage.name}.gin"
     directory = str(folder / stage.name)
-    flags = [f"--gin.{name}={value!r}" for name, value in macros.items()]
+    flags = [f"--gin.{name}={value}" for name, value in macros.items()]
     command = ["jaxalign", "train", f"--gin_file={gin_file}", *flags]
     print("\n$ " + shlex.join([*command, f"--run_dir={directory}"]), flush=True)
-    macros["MODEL_DIR"] = directory
-    configs.parse([gin_file], [f"{name} = {value!r}" for name, value in macros.items()])
+    macros["MODEL_DIR"] = repr(directory)
+    configs.parse([gin_file], [f"{name} = {value}" for name, value in macros.items()])
     text = configs.config_str()
     loop.train(configs.configured(loop.Run)(), text)
 

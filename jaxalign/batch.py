@@ -186,7 +186,7 @@ def response_lengths(batch: Batch) -> jax.Array:
 
 
 def select_pairs(values: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """Picks ``[B, R]`` values for each pair: ``(chosen, rejected)``, both ``[B, Q]``."""
+    """Picks from ``[B, R]`` values: ``(chosen, rejected)`` of each pair, ``[B, Q]``."""
     take = jnp.take_along_axis
     return (
         take(values, batch["pair_chosen"], axis=1),

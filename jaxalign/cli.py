@@ -100,9 +100,7 @@ def _arguments(
     """Parses a verb's flags and, by default from `gin_file`, its gin configuration."""
     flags = configs.parse_flags(argv)
     args = parser.parse_args(flags.rest)
-    configs.parse(
-        flags.gin_files or [gin_file], flags.gin_bindings, flags.search_paths
-    )
+    configs.parse(flags.gin_files or [gin_file], flags.gin_bindings, flags.search_paths)
     return args
 
 

@@ -129,7 +129,7 @@ def dro_v(
     rescale: bool = True,
     where: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Direct reward optimisation with a value (Richemond et al. 2024, arXiv 2405.19107).
+    """Direct reward optimisation with a value (Richemond et al., arXiv 2405.19107).
 
     With the residual ``d = r - V(x) - tau lr`` (Eq. 4 minimises its square)::
 

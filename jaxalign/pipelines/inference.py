@@ -197,9 +197,7 @@ def score_pairs(
     for start in tqdm(
         range(0, len(plan), batch_size), "score", disable=None, leave=False
     ):
-        placements = [
-            plan[i] for i in range(start, min(start + batch_size, len(plan)))
-        ]
+        placements = [plan[i] for i in range(start, min(start + batch_size, len(plan)))]
         arrays = [
             data_lib.to_arrays([rows[i] for i in p.row_ids], p, plan.shape)
             for p in placements
@@ -289,9 +287,7 @@ def evaluate(
         for name in metric_fns
     ]
     schema = "supervised" if functions else "prompts"
-    examples, _ = records.load(
-        data, schema, field_map=field_map, on_bad_row=on_bad_row
-    )
+    examples, _ = records.load(data, schema, field_map=field_map, on_bad_row=on_bad_row)
     rows = [record for e in examples for record in e.records]
     prompts = [record["prompt"] for record in rows]
 
@@ -312,9 +308,7 @@ def evaluate(
     if functions:
         targets = [record["completion"] for record in rows]
         first = [samples[0] for samples in responses]
-        result["metrics"] = metrics.run_metrics(
-            functions, targets, predictions=first
-        )
+        result["metrics"] = metrics.run_metrics(functions, targets, predictions=first)
     if judge_fn and not baseline:
         found = compare.mean_reward(prompts, responses, judge_fn)
         result["reward"] = {"mean": found.mean, "ci95": [found.low, found.high]}

@@ -28,70 +28,51 @@ class Stage:
 
     Attributes:
       name: of the run's folder and of its gin file.
-      kind: of the embedded data (`jaxalign.world.SCHEMAS`).
+      schema: of the embedded data (`jaxalign.world.SCHEMAS`).
       rows: training examples.
       settings: gin macros and their values, as a gin file spells them.
     """
 
     name: str
-    kind: str
+    schema: str
     rows: int
     settings: dict[str, str]
 
 
 _COMMON = {
     "TASK_FEATURE_LENGTHS": "{'inputs': 48, 'targets': 56}",
-    "PACKING": "4",
-    "EVAL_PERIOD": "50",
+    "PACKING": "1",
+    "EVAL_PERIOD": "100",
+    "EVAL_STEPS": "4",
     "CHECKPOINT_PERIOD": "1000",
-    "LOG_PERIOD": "10",
     "SCHEDULE": "@schedules.cosine()",
-    "WARMUP_STEPS": "20",
+    "WARMUP_STEPS": "10",
+    "TRAIN_STEPS": "100",
+    "LEARNING_RATE": "3e-3",
 }
 _SFT = Stage(
     "sft",
     "supervised",
     8000,
-    {"TRAIN_STEPS": "350", "BATCH_SIZE": "12", "LEARNING_RATE": "0.03"},
+    {
+        "TRAIN_STEPS": "300",
+        "WARMUP_STEPS": "30",
+        "BATCH_SIZE": "64",
+        "LEARNING_RATE": "2e-2",
+    },
 )
 _ALIGNED = (
     Stage(
         "dro_v",
         "trajectory",
-        6000,
-        {
-            "TRAIN_STEPS": "100",
-            "BATCH_SIZE": "8",
-            "OPTIMIZER_NAME": "'adamw'",
-            "LEARNING_RATE": "5e-4",
-            "VALUE_LEARNING_RATE": "1e-3",
-            "TAU": "0.5",
-        },
-    ),
-    Stage(
-        "kto",
-        "trajectory",
-        6000,
-        {
-            "TRAIN_STEPS": "100",
-            "BATCH_SIZE": "8",
-            "OPTIMIZER_NAME": "'adamw'",
-            "LEARNING_RATE": "5e-4",
-            "BETA": "0.3",
-        },
-    ),
-    Stage(
-        "dpo",
-        "preference",
         4000,
-        {
-            "TRAIN_STEPS": "100",
-            "BATCH_SIZE": "8",
-            "OPTIMIZER_NAME": "'adamw'",
-            "LEARNING_RATE": "3e-4",
-            "BETA": "0.5",
-        },
+        {"BATCH_SIZE": "48", "TAU": "0.5", "VALUE_LEARNING_RATE": "1e-2"},
     ),
+    # Two prompts to a row: each is the other's mismatched prompt.
+    Stage(
+        "kto", "trajectory", 4000, {"BATCH_SIZE": "16", "PACKING": "2", "BETA": "0.5"}
+    ),
+    Stage("dpo", "preference", 4000, {"BATCH_SIZE": "32", "BETA": "0.5"}),
 )
 _TEST_PROMPTS = 500
 
@@ -125,13 +106,13 @@ def run(run_dir: str | Path, seed: int = 0) -> str:
 def _train(folder: Path, stage: Stage, seed: int, extra: dict[str, str]) -> None:
     data = folder / "data"
     paths = {
-        "DATA": data / f"{stage.kind}.train.jsonl",
-        "EVAL_DATA": data / f"{stage.kind}.validation.jsonl",
+        "DATA": data / f"{stage.schema}.train.jsonl",
+        "EVAL_DATA": data / f"{stage.schema}.validation.jsonl",
     }
     for (_, path), split, size in zip(
         paths.items(), ("train", "validation"), (stage.rows, 400), strict=True
     ):
-        world.write_dataset(path, stage.kind, split, size, seed)
+        world.write_dataset(path, stage.schema, split, size, seed)
     macros = {
         **{name: repr(str(path)) for name, path in paths.items()},
         "CACHE_DIR": repr(str(folder / "cache")),

@@ -39,9 +39,7 @@ def test_kto_at_start_is_half_the_weight_with_a_quarter_of_beta_as_slope():
     labels = jnp.array([1, 0])
 
     def loss(logps):
-        return losses.kto(
-            logps, x, x, x, labels, beta=0.1, undesirable_weight=2.0
-        )
+        return losses.kto(logps, x, x, x, labels, beta=0.1, undesirable_weight=2.0)
 
     np.testing.assert_allclose(loss(x), [0.5, 1.0], rtol=1e-6)
     slopes = jax.grad(lambda p: loss(p).sum())(x)
@@ -58,9 +56,7 @@ def test_kto_reference_point_carries_no_gradient():
 
 def test_kto_is_invariant_to_a_common_shift_of_all_log_ratios():
     kl = jnp.array([1.0, 2.0, 0.5, 0.25])
-    shifted = losses.kto(
-        LOGPS + 3.0, REF, kl + 3.0, jnp.zeros(4), LABELS, beta=0.1
-    )
+    shifted = losses.kto(LOGPS + 3.0, REF, kl + 3.0, jnp.zeros(4), LABELS, beta=0.1)
     np.testing.assert_allclose(shifted, kto(kl), rtol=1e-6)
 
 

@@ -84,7 +84,7 @@ class Case:
             )
         )
 
-    @functools.lru_cache(maxsize=None)  # noqa: B019 - cases live as long as the tests
+    @functools.cache  # noqa: B019 - cases live as long as the tests
     def step_function(self, **settings):
         return jax.jit(steps.make_train_step(self.objective, self.tx, **settings))
 

@@ -1,7 +1,7 @@
 """A training run of a tiny network, in this process or killed in another one.
 
-``python tiny_run.py RUN_DIR CACHE_DIR OBJECTIVE [MOMENT STEP]`` trains, and sends itself
-SIGKILL (SIGTERM for the moment ``sigterm``) when MOMENT is reached in STEP.
+``python tiny_run.py RUN_DIR CACHE_DIR OBJECTIVE [MOMENT COUNT]`` trains, and sends
+itself SIGKILL (SIGTERM for ``sigterm``) when MOMENT comes for the COUNT-th time.
 """
 
 from __future__ import annotations

@@ -15,6 +15,8 @@ BIN := $(VENV)/bin
 # imported of it, which Python compiles at the first import.
 PIP_INSTALL = $(BIN)/python -m pip install --no-compile --disable-pip-version-check \
 	-c constraints.txt $(PIP_ARGS)
+# A file stays with one worker: its fixtures and compiled functions are made once.
+PYTEST_WORKERS ?= -n auto --dist loadfile
 INSTALL_INPUTS := setup.py pyproject.toml constraints.txt
 
 .PHONY: quickstart install test test-slow lint clean
@@ -25,10 +27,10 @@ quickstart: install
 install: $(VENV)/.installed
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(PYTEST_WORKERS) $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m "not gpu and not tpu" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(PYTEST_WORKERS) -m "not gpu and not tpu" $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -64,6 +64,7 @@ PREPARE = [
 
 TEST = [
     "pytest>=8",
+    "pytest-xdist>=3.6",
     "hypothesis>=6",
     # The parity oracle, pinned so that a CPU build that is there already is taken: an
     # open range brings the newest build with gigabytes of CUDA packages.

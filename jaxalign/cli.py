@@ -215,9 +215,13 @@ def _tasks(argv: list[str]) -> int:
     _parser("tasks", "List the data sets and the gin files.").parse_args(argv)
     from jaxalign import prepare
 
+    print("Data sets, for DATA (alone, or as 'name:exported_file'):")
     for task in prepare.list_tasks():
-        print(f"{task['name']:<24}{task['schema']:<14}{task['doc']}")
-    print("\ngin files:")
+        print(f"  {task['name']:<16}{task['doc']}")
+        print(f"  {'':<16}schemas: {', '.join(task['schemas'])}")
+        for option, default in task["options"].items():
+            print(f"  {'':<16}TASK_OPTIONS {option!r}: {default!r}")
+    print("\nGin files:")
     for name in configs.available():
         print(f"  {name}")
     return 0

@@ -182,7 +182,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(work, capsys):
         ("--gin.DATA='nothing.jsonl'", "nothing.jsonl"),
         ("--gin.DATA=data.jsonl", "quotes"),
         ("--gin.models.T5Config.num_head=2", "num_heads"),
-        ("--gin.ACTIVATION_DTYPE='float16'", "overflow"),
+        ("--gin.ACTIVATION_DTYPE='float16'", "65504"),
         ("--gin.PACKING=None", None),
     ],
 )

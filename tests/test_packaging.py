@@ -271,3 +271,60 @@ def test_light_environment_imports_every_module(light):
         "print(configs.macro('MODEL').config.emb_dim)\n"
     )
     assert light("python", "-c", code).strip() == "64"
+
+
+@pytest.mark.slow
+def test_light_environment_prepares_trains_scores_and_generates(light, tmp_path):
+    """The main job where TensorFlow and seqio are absent, down to a prepared cache."""
+    data = tmp_path / "data.jsonl"
+    rows = [
+        {"prompt": f"say {i}", "chosen": f"it is {i}", "rejected": "no " * (i % 4 + 1)}
+        for i in range(60)
+    ]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    small = (
+        "--gin.TASK_FEATURE_LENGTHS={'inputs': 12, 'targets': 12}",
+        "--gin.BATCH_SIZE=8",
+        "--gin.TRAIN_STEPS=2",
+        "--gin.sampling.Sampler.max_new_tokens=4",
+        f"--gin.CACHE_DIR='{tmp_path / 'cache'}'",
+    )
+
+    def train(gin_file: str, source: Path, name: str, *more: str) -> Path:
+        run_dir = tmp_path / name
+        light(
+            "jaxalign",
+            "train",
+            f"--gin_file=runs/{gin_file}.gin",
+            f"--gin.DATA='{source}'",
+            *small,
+            *more,
+            f"--run_dir={run_dir}",
+        )
+        assert json.loads((run_dir / "manifest.json").read_text())["step"] == 2
+        return run_dir
+
+    sft = train("sft", data, "sft")
+    dpo = train("dpo", data, "dpo", f"--gin.INITIAL_CHECKPOINT_PATH='{sft}'")
+    (prepared,) = (tmp_path / "cache").glob("data-preference-*/train")
+    data.unlink()  # from here on there is only the cache
+    again = train(
+        "dpo",
+        prepared,
+        "again",
+        f"--gin.INITIAL_CHECKPOINT_PATH='{sft}'",
+        "--gin.EVAL_FRACTION=0.0",
+    )
+    assert again != dpo
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "say 3", "completion": "it is 3"}\n')
+    for verb, flag in (("score", "--data"), ("generate", "--prompts")):
+        out = tmp_path / f"{verb}.jsonl"
+        light(
+            "jaxalign",
+            verb,
+            f"--checkpoint={dpo}",
+            f"{flag}={prompts}",
+            f"--output={out}",
+        )
+        assert json.loads(out.read_text())["num_tokens"] > 0

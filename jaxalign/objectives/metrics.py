@@ -60,6 +60,21 @@ Metric = Mean | Values | Pairs
 Metrics = Mapping[str, Metric]
 
 
+def sample_pairs(
+    batches: Sequence[Metrics], name: str
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """The two aligned samples of a `Pairs` metric over batches; None if it is none."""
+    if not batches or not isinstance(batches[0].get(name), Pairs):
+        return None
+    parts = jax.device_get([metrics[name] for metrics in batches])
+    mask = np.concatenate([p.mask.reshape(-1) for p in parts]) > 0
+    x, y = (
+        np.concatenate([getattr(p, axis).reshape(-1) for p in parts])[mask]
+        for axis in "xy"
+    )
+    return x, y
+
+
 def summarize(batches: Sequence[Metrics]) -> dict[str, float]:
     """Reduces the metrics of one or more steps to numbers, on the host.
 
@@ -82,8 +97,8 @@ def summarize(batches: Sequence[Metrics]) -> dict[str, float]:
                 total = sum(np.sum(p.total, dtype=np.float64) for p in parts)
                 out[name] = float(total) / count
             continue
-        mask = np.concatenate([p.mask.reshape(-1) for p in parts]) > 0
         if isinstance(parts[0], Values):
+            mask = np.concatenate([p.mask.reshape(-1) for p in parts]) > 0
             values = np.concatenate([p.values.reshape(-1) for p in parts])[mask]
             if values.size:
                 out[f"{name}/p50"], out[f"{name}/p95"] = map(
@@ -91,10 +106,7 @@ def summarize(batches: Sequence[Metrics]) -> dict[str, float]:
                 )
                 out[f"{name}/std"] = float(np.std(values))
             continue
-        x, y = (
-            np.concatenate([getattr(p, axis).reshape(-1) for p in parts])[mask]
-            for axis in "xy"
-        )
+        x, y = sample_pairs(host, name)
         if x.size > 1 and np.std(x) > 0 and np.std(y) > 0:
             out[name] = float(np.corrcoef(x, y)[0, 1])
     return out

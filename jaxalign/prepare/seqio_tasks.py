@@ -23,7 +23,7 @@ from jaxalign.data.bad_rows import (
     show,
 )
 from jaxalign.data.rows import Row
-from jaxalign.prepare import sources
+from jaxalign.prepare import heavy, sources
 from jaxalign.prepare import tasks as tasks_lib
 from jaxalign.vocabularies import (
     ByteVocabulary,
@@ -52,7 +52,7 @@ _MARGIN = {"margin": ("float32", 0.0)}
 
 def registered_names() -> list[str]:
     """Names of all registered seqio tasks and mixtures."""
-    import seqio
+    seqio = heavy.seqio()
 
     return sorted([*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()])
 
@@ -68,7 +68,7 @@ def vocabulary_of(name: str, vocabulary: Vocabulary | None = None) -> Vocabulary
       ValueError: when features differ in vocabulary, or it is of another kind than
         bytes and SentencePiece, or its ids are not those of ``vocabulary``.
     """
-    import seqio
+    seqio = heavy.seqio()
 
     if name in _REGISTERED and vocabulary in (None, _REGISTERED[name]):
         return _REGISTERED[name]  # escapes included, which seqio knows nothing of
@@ -98,7 +98,7 @@ def vocabulary_of(name: str, vocabulary: Vocabulary | None = None) -> Vocabulary
 
 def from_seqio(vocabulary: Any, name: str = "the task") -> Vocabulary:
     """Our vocabulary with the ids of a seqio one."""
-    import seqio
+    seqio = heavy.seqio()
 
     if isinstance(vocabulary, seqio.ByteVocabulary):
         return ByteVocabulary(extra_ids=vocabulary.extra_ids)
@@ -115,7 +115,7 @@ def from_seqio(vocabulary: Any, name: str = "the task") -> Vocabulary:
 
 def to_seqio(vocabulary: Vocabulary) -> Any:
     """The seqio vocabulary with the ids of ours (escapes apart)."""
-    import seqio
+    seqio = heavy.seqio()
 
     if isinstance(vocabulary, ByteVocabulary):
         return seqio.ByteVocabulary(vocabulary.extra_ids)
@@ -150,7 +150,7 @@ def token_rows(
     Raises:
       ValueError: when the task lacks the features of the schema.
     """
-    import seqio
+    seqio = heavy.seqio()
 
     provider = seqio.get_mixture_or_task(name)
     _check_features(name, schema, provider.output_features)
@@ -273,7 +273,7 @@ def register(
     Returns:
       The seqio name.
     """
-    import seqio
+    seqio = heavy.seqio()
 
     name = name or f"{task}_{schema}"
     if schema not in _TOKENS:
@@ -287,7 +287,7 @@ def register(
 
     def dataset_fn(split: str, shuffle_files: bool, seed: int | None = None) -> Any:
         del shuffle_files, seed  # rows come in the order of their source
-        import tensorflow as tf
+        tf = heavy.tensorflow()
 
         source = (
             sources.find_source(data, task=task)

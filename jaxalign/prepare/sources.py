@@ -15,6 +15,7 @@ from typing import Any
 
 from jaxalign.data.bad_rows import BadRow, FieldError, nearest
 from jaxalign.data.jsonl import read_jsonl
+from jaxalign.prepare import heavy
 from jaxalign.prepare import tasks as tasks_lib
 
 RawRow = tuple[str, int, Mapping[str, Any] | BadRow]
@@ -164,7 +165,7 @@ def _read_parquet(path: pathlib.Path) -> Iterator[tuple[int, Any]]:
 
 
 def _read_tfrecord(path: pathlib.Path) -> Iterator[tuple[int, Any]]:
-    import tensorflow as tf
+    tf = heavy.tensorflow()
 
     records = tf.data.TFRecordDataset(str(path)).as_numpy_iterator()
     for line, record in enumerate(records, start=1):
@@ -198,7 +199,7 @@ _PACKED = (".parquet", ".tfrecord", ".tfrecords")
 
 
 def _tfds(name: str, split: str, task: tasks_lib.Task | None) -> Source:
-    import tensorflow_datasets as tfds
+    tfds = heavy.tensorflow_datasets()
 
     try:
         builder = tfds.builder(name)

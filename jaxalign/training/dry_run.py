@@ -12,16 +12,16 @@ from jaxalign import prepare
 from jaxalign.batch import REFERENCE_FIELDS
 from jaxalign.training import checkpoints, inputs
 from jaxalign.training import mesh as meshes
-from jaxalign.training import train as loop
+from jaxalign.training import run as runs
 
 
-def describe(run: loop.Run) -> str:
+def describe(run: runs.Run) -> str:
     """Parameters, batch and memory of a run, from its compiled but unrun step.
 
     The data is prepared, as the shapes depend on it; nothing is trained and nothing is
     written to the run directory.
     """
-    ready = loop.setup(run)
+    ready = runs.setup(run)
     shapes = dict(ready.inputs.train.shapes)
     if ready.objective.uses_reference and not ready.online_reference:
         columns = [c for c in REFERENCE_FIELDS if c in ready.objective.columns]
@@ -54,7 +54,7 @@ def describe(run: loop.Run) -> str:
     return "\n".join(lines)
 
 
-def describe_data(run: loop.Run) -> str:
+def describe_data(run: runs.Run) -> str:
     """The summary of a run's data: counts, lengths, truncation, occupancy."""
     objective = run.objective(model=run.model)
     caches = inputs.prepare(run.dataset, objective, run.vocabulary)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import glob
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -130,8 +131,13 @@ def prepare(
 
     for name in dataset.sources():
         fraction = dataset.eval_fraction if held_out else 0.0
+        # Files have fields to map, data sets have options; a mixture may hold both.
+        own = dict(common)
+        if len(dataset.sources()) > 1:
+            is_file = glob.has_magic(name) or Path(name).expanduser().exists()
+            own["task_options" if is_file else "field_map"] = None
         paths = prepare_lib.prepare(
-            name, split=dataset.split, eval_fraction=fraction, **common
+            name, split=dataset.split, eval_fraction=fraction, **own
         )
         for split, path in paths.items():
             opened[split].append(data_lib.TokenizedCache(path))

@@ -14,6 +14,7 @@ from jaxalign import batch as batches
 from jaxalign.batch import Batch
 from jaxalign.objectives import Objective, reference_columns
 from jaxalign.objectives.metrics import Mean, Metrics
+from jaxalign.training.optimizers import gradient_norms
 
 
 @flax.struct.dataclass
@@ -145,8 +146,8 @@ def make_train_step(
                 accumulate, zeros, (jnp.arange(num_microbatches), pieces)
             )
         loss = sum(sums[name] / denominators[name] for name in sorted(sums))
-        grad_norm = optax.tree.norm(grads)
-        finite = state.finite & jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        norms = gradient_norms(grads)
+        finite = state.finite & jnp.isfinite(loss) & jnp.isfinite(norms["grad_norm"])
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         # A select, not a branch: it fuses with the update.
@@ -158,7 +159,7 @@ def make_train_step(
         one = jnp.ones(())
         metrics = dict(metrics)
         metrics["objective"] = Mean(loss, one)
-        metrics["grad_norm"] = Mean(grad_norm, one)
+        metrics |= {name: Mean(norm, one) for name, norm in norms.items()}
         metrics["update_norm"] = Mean(optax.tree.norm(updates), one)
         metrics["param_norm"] = Mean(optax.tree.norm(params), one)
         for name in ("tokens", "responses", "pairs"):

@@ -55,10 +55,10 @@ _SFT = Stage(
     "supervised",
     8000,
     {
-        "TRAIN_STEPS": "300",
-        "WARMUP_STEPS": "30",
+        "TRAIN_STEPS": "400",
+        "WARMUP_STEPS": "40",
         "BATCH_SIZE": "64",
-        "LEARNING_RATE": "2e-2",
+        "LEARNING_RATE": "4e-2",
     },
 )
 _ALIGNED = (

@@ -95,21 +95,30 @@ class Checkpoints:
         Raises:
           ValueError: when the saved parameters do not have the shapes of `like`.
         """
-        problems = []
+        problems: dict[int, str] = {}
         for step in reversed(self.steps()):
             try:
                 restored = self._restore_step(step, like)
             except Exception as error:  # noqa: BLE001 - any damage: try an older one
-                problems.append(f"step {step}: {str(error).splitlines()[0]}")
+                problems[step] = str(error).splitlines()[0]
                 continue
-            for problem in problems:
-                _log.warning("Skipped a damaged checkpoint, %s", problem)
+            for damaged, problem in problems.items():
+                _log.warning(
+                    "The checkpoint of step %d is damaged and removed; going back to "
+                    "step %d. %s",
+                    damaged,
+                    step,
+                    problem,
+                )
+                # The run will come to this step again, and must be able to save it.
+                self._manager.delete(damaged)
             return restored
         if problems:
             raise ValueError(
                 f"No checkpoint in {self.directory} could be restored into this "
                 "model and optimizer (give another --run_dir, or the settings the run "
-                "was started with): " + "; ".join(problems)
+                "was started with): "
+                + "; ".join(f"step {s}: {p}" for s, p in problems.items())
             )
         return None
 

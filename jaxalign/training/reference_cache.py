@@ -7,6 +7,7 @@ there.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -32,16 +33,17 @@ def cache_key(
     objective: Objective, policy_fingerprint: str, feed: Feed
 ) -> dict[str, Any]:
     """Everything that reference log-probabilities depend on, by name."""
-    return {
+    key = {
         "data": [cache.fingerprint for cache in feed.caches],
         # Lengths, truncation, and which prompt each response is mismatched with.
         "plan": [plan.fingerprint for plan in feed.plans],
         "vocabulary": feed.caches[0].vocabulary.fingerprint,
         "reference": policy_fingerprint,
-        "dtype": objective.model.config.dtype,
+        "model": dataclasses.asdict(objective.model.config),
         "columns": _columns(objective),
         "jax": jax.__version__,
     }
+    return json.loads(json.dumps(key))  # as it comes back from disk: lists, no tuples
 
 
 def _columns(objective: Objective) -> list[str]:

@@ -62,10 +62,12 @@ def train(run: Run, config_text: str = "") -> dict[str, float]:
     run_dir.mkdir(parents=True, exist_ok=True)
     main_process = jax.process_index() == 0
     checkpoints = ckpt.Checkpoints(run_dir, keep=run.keep_checkpoints)
-    saved = ckpt.read_meta(run_dir) if checkpoints.steps() else {}
+    # Rewards stay in the units that the run started with.
+    stats = None
+    if checkpoints.steps():
+        stats = run_directory.read_manifest(run_dir).get("reward_stats")
 
     # ---- 2. Data, objective, mesh: every check that needs no compiler ---------------
-    stats = saved.get("reward_stats")
     ready = setup(run, reward_stats=tuple(stats) if stats else None)
     dataset = run.dataset
     feed = ready.inputs.train

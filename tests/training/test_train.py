@@ -126,6 +126,17 @@ def test_a_nan_stops_with_the_step_and_leaves_the_last_checkpoint(work):
     assert saved["encoder_input_tokens"].shape[0] == 8
 
 
+def test_a_damaged_checkpoint_is_skipped_and_written_again(work, unbroken, caplog):
+    folder = work / "damaged"
+    loop.train(run(work, "damaged", train_steps=4))
+    files = [p for p in (folder / "checkpoints" / "4").rglob("*") if p.is_file()]
+    for path in files:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    loop.train(run(work, "damaged"))
+    assert "going back to step 2" in caplog.text
+    assert fingerprint(folder) == fingerprint(unbroken)
+
+
 def test_a_run_on_other_data_is_refused(work, tmp_path):
     loop.train(run(work, "first", train_steps=2))
     other = tmp_path / "other.jsonl"

@@ -1,0 +1,63 @@
+"""The reference cache: keyed, refused on any difference, never torn."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tiny_run
+
+from jaxalign.training import reference_cache
+from jaxalign.training.run import setup
+
+
+@pytest.fixture(scope="module")
+def ready(tmp_path_factory):
+    work = tmp_path_factory.mktemp("reference")
+    data = tiny_run.write_data(work / "data.jsonl")
+    return setup(tiny_run.make_run(work / "run", data, work))
+
+
+def key_of(ready, fingerprint="abc"):
+    return reference_cache.cache_key(ready.objective, fingerprint, ready.inputs.train)
+
+
+def test_what_is_written_is_read(ready, tmp_path):
+    key = key_of(ready)
+    folder = reference_cache.folder_for(tmp_path, key)
+    assert reference_cache.read(folder, key) is None
+    columns = {"response_ref_logps": np.arange(4, dtype=np.float32)}
+    reference_cache.write(folder, key, columns)
+    found = reference_cache.read(folder, key)
+    np.testing.assert_array_equal(found["response_ref_logps"], [0, 1, 2, 3])
+    assert [p.name for p in folder.parent.iterdir()] == [folder.name]
+
+
+@pytest.mark.parametrize("entry", ["data", "plan", "vocabulary", "reference", "model"])
+def test_a_cache_with_another_key_is_refused_by_name(ready, tmp_path, entry):
+    key = key_of(ready)
+    folder = reference_cache.folder_for(tmp_path, key)
+    reference_cache.write(folder, key, {"response_ref_logps": np.zeros(1, np.float32)})
+    with pytest.raises(ValueError, match=f"{entry}: cached .*, now 'other'"):
+        reference_cache.read(folder, {**key, entry: "other"})
+
+
+def test_every_response_is_scored_once_as_the_policy_scores_it(ready):
+    import jax
+
+    params = ready.init_state(jax.random.key(0)).params["policy"]
+    feed = ready.inputs.train
+    columns = reference_cache.compute(ready.objective, params, feed, ready.mesh)
+    scored = columns["response_ref_logps"]
+    assert scored.shape == (feed.num_responses,) and np.isfinite(scored).all()
+    batch, ids = feed.batch(3), feed.response_ids(3)
+    own = jax.jit(lambda p, b: ready.objective.response_logps({"policy": p}, b))(
+        params, batch
+    )
+    np.testing.assert_allclose(scored[ids[ids >= 0]], own[ids >= 0], rtol=1e-5)
+
+
+def test_another_reference_policy_has_another_cache(ready, tmp_path):
+    folders = {
+        reference_cache.folder_for(tmp_path, key_of(ready, name)) for name in "ab"
+    }
+    assert len(folders) == 2

@@ -84,9 +84,10 @@ def dpo(
     Returns:
       One float32 loss per pair.
 
-    >>> dpo(jnp.array([-10.0]), jnp.array([-12.0]), jnp.array([-11.0]),
-    ...     jnp.array([-11.5]), beta=0.1)
-    Array([0.620957], dtype=float32)
+    >>> losses = dpo(jnp.array([-10.0]), jnp.array([-12.0]), jnp.array([-11.0]),
+    ...              jnp.array([-11.5]), beta=0.1)
+    >>> round(float(losses[0]), 5)
+    0.62096
     """
     scaled = beta * margins(
         chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, where

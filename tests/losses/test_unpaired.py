@@ -97,6 +97,14 @@ def test_dro_scalars():
     np.testing.assert_allclose(grads(rescale=False), [[-0.275], [-0.55]], rtol=1e-6)
 
 
+def test_dro_where_policy_is_reference_is_half_the_squared_advantage():
+    x = jnp.array([-4.0, -9.0])
+    rewards, values = jnp.array([1.0, -2.0]), jnp.array([0.5, 1.0])
+    policy, value = losses.dro_v(x, x, values, rewards, tau=0.5, rescale=False)
+    np.testing.assert_allclose(policy, [0.125, 4.5], rtol=1e-6)
+    np.testing.assert_allclose(value, [0.125, 4.5], rtol=1e-6)
+
+
 # One prompt, three answers. The optima are a numerical solver's, in float64.
 REWARDS = np.array([1.0, 0.0, -1.0])
 PRIOR = np.array([0.5, 0.3, 0.2])

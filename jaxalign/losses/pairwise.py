@@ -15,7 +15,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-__all__ = ["dpo", "margins"]
+__all__ = ["dpo", "hinge", "margins"]
 
 
 def margins(
@@ -96,3 +96,39 @@ def dpo(
         scaled
     ) - label_smoothing * jax.nn.log_sigmoid(-scaled)
     return masked(losses, where)
+
+
+def hinge(
+    chosen_logps: jax.Array,
+    rejected_logps: jax.Array,
+    ref_chosen_logps: jax.Array,
+    ref_rejected_logps: jax.Array,
+    *,
+    beta: float,
+    where: jax.Array | None = None,
+) -> jax.Array:
+    """The hinge on the log-ratio margin: SLiC with a reference (arXiv 2305.10425).
+
+    A pair whose scaled margin exceeds 1 costs nothing and moves nothing::
+
+        loss = relu(1 - beta delta)
+
+    Args:
+      chosen_logps: summed policy log-probabilities of the chosen responses, any shape.
+      rejected_logps: the same for the rejected ones.
+      ref_chosen_logps: the reference policy's, same shape; no gradient flows to it.
+      ref_rejected_logps: the reference policy's, same shape; no gradient flows to it.
+      beta: one over the margin asked for, in 1/nat.
+      where: mask, same shape; zero entries give a zero loss and no gradient.
+
+    Returns:
+      One float32 loss per pair.
+
+    >>> hinge(jnp.array([-10.0]), jnp.array([-12.0]), jnp.array([-11.0]),
+    ...       jnp.array([-11.5]), beta=0.1)
+    Array([0.85], dtype=float32)
+    """
+    scaled = beta * margins(
+        chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, where
+    )
+    return masked(jax.nn.relu(1.0 - scaled), where)

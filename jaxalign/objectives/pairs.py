@@ -77,3 +77,11 @@ class DPO(RatioPairObjective):
         return losses.dpo(
             *logps, beta=self.beta, label_smoothing=self.label_smoothing, where=where
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class Hinge(RatioPairObjective):
+    """The hinge on the margin (SLiC); pairs beyond a margin of ``1 / beta`` rest."""
+
+    def pair_losses(self, *logps: jax.Array, where: jax.Array) -> jax.Array:
+        return losses.hinge(*logps, beta=self.beta, where=where)

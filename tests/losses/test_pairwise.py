@@ -22,11 +22,13 @@ G1 = {
 GOLDENS = [
     ("dpo", {"beta": 0.1}, [0.6209570478, 0.7184596480]),
     ("dpo", {"beta": 0.1, "label_smoothing": 0.1}, [0.6359570478, 0.7134596480]),
+    ("hinge", {"beta": 0.1}, [0.85, 1.05]),
 ]
 # Loss and d loss / d margin where policy and reference agree.
 AT_START = [
     ("dpo", {"beta": 0.1}, math.log(2.0), -0.05),
     ("dpo", {"beta": 0.1, "label_smoothing": 0.1}, math.log(2.0), -0.05 * 0.8),
+    ("hinge", {"beta": 0.1}, 1.0, -0.1),
 ]
 
 
@@ -86,6 +88,13 @@ def test_conservative_dpo_has_its_minimum_where_the_closed_form_says():
     )
     assert abs(slope(margin)) < 1e-7
     assert slope(margin - 1.0) < 0 < slope(margin + 1.0)
+
+
+@pytest.mark.parametrize(("margin", "slope"), [(9.9, -0.1), (10.1, 0.0)])
+def test_hinge_rests_beyond_its_margin(margin, slope):
+    zero = jnp.zeros(())
+    found = jax.grad(lambda m: losses.hinge(m, zero, zero, zero, beta=0.1))(margin)
+    np.testing.assert_allclose(found, slope, rtol=1e-6)
 
 
 def test_shapes_must_agree():

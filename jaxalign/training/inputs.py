@@ -101,7 +101,6 @@ class Inputs:
     evaluation: data_lib.Feed | None
     reward_stats: tuple[float, float] | None
     vocabulary: vocabularies.Vocabulary
-    summaries: dict[str, Any]
 
 
 def prepare(
@@ -207,7 +206,6 @@ def build(
         evaluation=feeds.get("validation"),
         reward_stats=reward_stats if objective.uses_rewards else None,
         vocabulary=vocabulary,
-        summaries={c.fingerprint: c.summary for c in caches["train"]},
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import logging
 import signal
 import threading
@@ -223,14 +224,11 @@ def evaluate(
 ) -> list[Metrics]:
     """The metrics of each batch of the held-out feed."""
     feed = ready.inputs.evaluation
-    rows = meshes.process_rows(feed.batch_size)
-    found = []
-    for i, batch in enumerate(feed.evaluation_batches()):
-        if eval_steps is not None and i >= eval_steps:
-            break
-        local = {k: v[rows] for k, v in batch.items()}
-        found.append(eval_step(params, meshes.put_batch(ready.mesh, local)))
-    return found
+    batches = feed.evaluation_batches(meshes.process_rows(feed.batch_size))
+    return [
+        eval_step(params, meshes.put_batch(ready.mesh, batch))
+        for batch in itertools.islice(batches, eval_steps)
+    ]
 
 
 def _check_resumable(saved: dict[str, Any], feed: Any, run: Run) -> None:

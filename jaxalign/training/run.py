@@ -200,6 +200,8 @@ _SHAPING = (
     "mlp_activations",
     "logits_via_embedding",
     "scan_layers",
+    "relative_attention_num_buckets",
+    "relative_attention_max_distance",
 )
 
 

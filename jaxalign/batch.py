@@ -122,13 +122,18 @@ def denominators(batch: Batch) -> dict[str, jax.Array]:
 
     Returns:
       Float32 scalars, at least 1 each: ``tokens`` (loss-weighted target tokens),
-      ``responses``, ``prompts`` and ``pairs``.
+      ``responses``, ``rationales`` (responses of that kind), ``prompts``, ``pairs`` and
+      ``chosen_tokens`` (target tokens of each pair's chosen response).
     """
+    chosen, _ = select_pairs(response_lengths(batch), batch)
+    mask = batch["response_mask"]
     counts = {
         "tokens": jnp.sum(batch["decoder_loss_weights"]),
-        "responses": jnp.sum(batch["response_mask"]),
+        "responses": jnp.sum(mask),
+        "rationales": jnp.sum(mask * (batch["response_kind"] == RATIONALE)),
         "prompts": jnp.sum(batch["prompt_mask"]),
         "pairs": jnp.sum(batch["pair_mask"]),
+        "chosen_tokens": jnp.sum(chosen * batch["pair_mask"]),
     }
     return {k: jnp.maximum(v.astype(jnp.float32), 1.0) for k, v in counts.items()}
 
@@ -145,9 +150,18 @@ def prompt_of_tokens(
     Returns:
       ``[B, K, Ld]`` encoder segment ids, 0 where the token attends to nothing.
     """
-    chex.assert_rank([decoder_segment_ids, response_prompt], [3, 2])
+    return by_token(jnp.maximum(response_prompt + 1, 0), decoder_segment_ids)
+
+
+def by_token(values: jax.Array, decoder_segment_ids: jax.Array) -> jax.Array:
+    """Gives each response's number to its tokens: ``[B, R]`` to ``[B, K, Ld]``.
+
+    >>> by_token(jnp.array([[3.0, 5.0]]), jnp.array([[[1, 1, 2, 0]]]))
+    Array([[[3., 3., 5., 0.]]], dtype=float32)
+    """
+    chex.assert_rank([decoder_segment_ids, values], [3, 2])
     # Index 0 answers for padding, so that segment ids index the table directly.
-    table = jnp.pad(jnp.maximum(response_prompt + 1, 0), ((0, 0), (1, 0)))
+    table = jnp.pad(values, ((0, 0), (1, 0)))
     flat = decoder_segment_ids.reshape(decoder_segment_ids.shape[0], -1)
     return jnp.take_along_axis(table, flat, axis=1).reshape(decoder_segment_ids.shape)
 

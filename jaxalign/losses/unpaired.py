@@ -1,4 +1,4 @@
-"""Losses on single trajectories: one response, judged by a label or a scalar reward.
+"""Losses on single trajectories with labels: thumbs up and thumbs down.
 
 Log-probabilities are summed over a response's tokens, EOS included; ``lr`` is the
 log-ratio ``log pi_theta(y|x) - log pi_ref(y|x)``. Every function is pure and unreduced.
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jaxalign.losses.pairwise import masked
 
-__all__ = ["dro_v", "kto", "kto_at_reference_point", "log_ratios"]
+__all__ = ["apo_zero_unpaired", "bco", "kto", "kto_at_reference_point", "log_ratios"]
 
 
 def log_ratios(
@@ -119,50 +119,93 @@ def kto(
     )
 
 
-def dro_v(
+def apo_zero_unpaired(
     logps: jax.Array,
     ref_logps: jax.Array,
-    values: jax.Array,
-    rewards: jax.Array,
+    labels: jax.Array,
     *,
-    tau: float,
-    rescale: bool = True,
+    beta: float,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
     where: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """Direct reward optimisation with a value (Richemond et al., arXiv 2405.19107).
+) -> jax.Array:
+    """APO-zero on single trajectories (D'Oosterlinck et al. 2024, arXiv 2408.06266).
 
-    With the residual ``d = r - V(x) - tau lr`` (Eq. 4 minimises its square)::
+    `kto` with its reference point at zero, so that no mismatched response is needed::
 
-        policy = (sg(r - V) - tau lr)^2 / (2 tau)       d/d logps = -d   (Eq. 8 / tau)
-        value  = (V - sg(r - tau lr))^2 / 2             d/dV      = -d   (Eq. 7)
-
-    Because the responses come from an unknown behaviour policy, ``V`` is what makes the
-    optimum unbiased, not a variance-reducing baseline: do not drop it.
+        loss = lambda_D (1 - sigmoid(beta lr))    if desirable
+               lambda_U sigmoid(beta lr)          otherwise
 
     Args:
-      logps: summed policy log-probabilities, any shape. Sums, not means: a mean would
-        change ``tau`` by a factor of the length.
+      logps: summed policy log-probabilities, any shape.
       ref_logps: the reference policy's, same shape.
-      values: the value of each response's prompt, same shape, in units of the reward.
-      rewards: scalar rewards, same shape.
-      tau: strength of the KL constraint, in units of the reward per nat.
-      rescale: divide the policy term by ``tau``, as the paper's Algorithm 1 does;
-        without it, the policy gradient is ``-tau d``.
+      labels: 1 for desirable, 0 for undesirable, same shape.
+      beta: strength of the KL constraint, in 1/nat.
+      desirable_weight: ``lambda_D``.
+      undesirable_weight: ``lambda_U``.
       where: mask, same shape.
 
     Returns:
-      ``(policy_losses, value_losses)``, float32, one of each per response.
+      One float32 loss per response.
 
-    >>> dro_v(jnp.array([-3.0]), jnp.array([-3.5]), jnp.array([0.2]), jnp.array([1.0]),
-    ...       tau=0.5, rescale=False)
-    (Array([0.15125], dtype=float32), Array([0.15125], dtype=float32))
+    >>> equal = jnp.array([-3.0, -5.0])
+    >>> apo_zero_unpaired(equal, equal, jnp.array([1, 0]), beta=0.1)
+    Array([0.5, 0.5], dtype=float32)
+    """
+    return kto_at_reference_point(
+        logps,
+        ref_logps,
+        jnp.zeros(()),
+        labels,
+        beta=beta,
+        desirable_weight=desirable_weight,
+        undesirable_weight=undesirable_weight,
+        where=where,
+    )
+
+
+def bco(
+    logps: jax.Array,
+    ref_logps: jax.Array,
+    labels: jax.Array,
+    reward_shift: jax.Array | float,
+    *,
+    beta: float,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+    where: jax.Array | None = None,
+) -> jax.Array:
+    """Binary classifier optimisation (Jung et al. 2024, arXiv 2404.04656).
+
+    A classifier of thumbs whose logit is the implicit reward::
+
+        loss = -lambda_D log sigmoid(beta lr - shift)     if desirable
+               -lambda_U log sigmoid(shift - beta lr)     otherwise
+
+    Args:
+      logps: summed policy log-probabilities, any shape.
+      ref_logps: the reference policy's, same shape.
+      labels: 1 for desirable, 0 for undesirable, same shape.
+      reward_shift: the mean of ``beta lr`` over what has been seen so far, a scalar; no
+        gradient flows to it.
+      beta: strength of the KL constraint, in 1/nat.
+      desirable_weight: ``lambda_D``.
+      undesirable_weight: ``lambda_U``.
+      where: mask, same shape.
+
+    Returns:
+      One float32 loss per response.
+
+    >>> equal = jnp.array([-3.0, -5.0])
+    >>> losses = bco(equal, equal, jnp.array([1, 0]), 0.0, beta=0.1)
+    >>> [round(float(x), 4) for x in losses]
+    [0.6931, 0.6931]
     """
     ratios = log_ratios(logps, ref_logps, where)
-    values, rewards = (jnp.asarray(x, jnp.float32) for x in (values, rewards))
-    chex.assert_equal_shape([ratios, values, rewards])
-    stop = jax.lax.stop_gradient
-    policy_losses = 0.5 * jnp.square(stop(rewards - values) - tau * ratios)
-    if rescale:
-        policy_losses = policy_losses / tau
-    value_losses = 0.5 * jnp.square(values - stop(rewards - tau * ratios))
-    return masked(policy_losses, where), masked(value_losses, where)
+    chex.assert_equal_shape([ratios, labels])
+    shift = jax.lax.stop_gradient(jnp.asarray(reward_shift, jnp.float32))
+    desirable = labels > 0
+    sign = jnp.where(desirable, 1.0, -1.0)
+    weight = jnp.where(desirable, desirable_weight, undesirable_weight)
+    losses = -weight * jax.nn.log_sigmoid(sign * (beta * ratios - shift))
+    return masked(losses, where)

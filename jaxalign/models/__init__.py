@@ -2,7 +2,12 @@
 
 from jaxalign.models.config import T5Config
 from jaxalign.models.conversion import stack_layers, unstack_layers
-from jaxalign.models.heads import RewardModel, ValueModel
+from jaxalign.models.heads import (
+    RewardModel,
+    TokenValueModel,
+    ValueHead,
+    ValueModel,
+)
 from jaxalign.models.scoring import response_logps, target_logps, token_logps
 from jaxalign.models.t5 import T5, init_params, logical_axes
 
@@ -10,6 +15,8 @@ __all__ = [
     "RewardModel",
     "T5",
     "T5Config",
+    "TokenValueModel",
+    "ValueHead",
     "ValueModel",
     "init_params",
     "logical_axes",

@@ -7,12 +7,11 @@ import dataclasses
 from typing import Any, ClassVar, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from jaxalign import batch as batches
 from jaxalign import models
 from jaxalign.batch import Batch
-from jaxalign.objectives.metrics import Mean, Metrics
+from jaxalign.objectives.metrics import Metrics
 
 Params = dict[str, Any]
 Statistics = dict[str, tuple[jax.Array, jax.Array]]
@@ -38,7 +37,8 @@ class Objective(abc.ABC):
 
     * ``schema``: the data schema it trains on;
     * ``columns``: batch arrays it needs beyond what every batch has;
-    * ``min_prompts``: how many different prompts an encoder row must hold.
+    * ``min_prompts``: how many different prompts an encoder row must hold;
+    * ``running``: names of `statistics` that go on adding up over the steps of a run.
 
     Attributes:
       model: the policy's network.
@@ -53,6 +53,7 @@ class Objective(abc.ABC):
     schema: ClassVar[str] = ""
     columns: ClassVar[tuple[str, ...]] = ()
     min_prompts: ClassVar[int] = 1
+    running: ClassVar[tuple[str, ...]] = ()
 
     @property
     def uses_reference(self) -> bool:
@@ -96,10 +97,14 @@ class Objective(abc.ABC):
         """Sums and counts that a loss needs over the *global* batch, if any.
 
         The trainer adds them over microbatches before it asks for any loss; they carry
-        no gradient.
+        no gradient. Those named in ``running`` it adds over steps, too.
         """
         del params, batch
         return {}
+
+    def denominators(self, batch: Batch) -> dict[str, jax.Array]:
+        """What the sums of `loss` are divided by, counted over the *global* batch."""
+        return batches.denominators(batch)
 
     @abc.abstractmethod
     def loss(
@@ -128,31 +133,3 @@ class Objective(abc.ABC):
 def answers(batch: Batch) -> jax.Array:
     """``[B, R]`` mask of responses to the task's own prompt (no rationales)."""
     return batch["response_mask"] * (batch["response_kind"] == batches.ANSWER)
-
-
-def pair_metrics(
-    batch: Batch, logps: jax.Array, beta: float, losses: jax.Array
-) -> Metrics:
-    """The metrics every pair objective reports, in TRL's spelling.
-
-    ``rewards/*`` are ``beta * (logps - ref_logps)``; ``rewards/accuracies`` counts a
-    strict ``>``, so it is 0 while policy and reference agree exactly.
-    """
-    mask = batch["pair_mask"]
-    ref = batch.get("response_ref_logps", jnp.zeros_like(logps))
-    logps_w, logps_l = batches.select_pairs(logps, batch)
-    rewards_w, rewards_l = batches.select_pairs(beta * (logps - ref), batch)
-    length_w, length_l = batches.select_pairs(batches.response_lengths(batch), batch)
-    margin = rewards_w - rewards_l
-    return {
-        "loss": Mean.of(losses, mask),
-        "rewards/chosen": Mean.of(rewards_w, mask),
-        "rewards/rejected": Mean.of(rewards_l, mask),
-        "rewards/margins": Mean.of(margin, mask),
-        "rewards/accuracies": Mean.of(margin > 0, mask),
-        "logps/chosen": Mean.of(logps_w, mask),
-        "logps/rejected": Mean.of(logps_l, mask),
-        "lengths/chosen": Mean.of(length_w, mask),
-        "lengths/rejected": Mean.of(length_l, mask),
-        "kl": Mean.of((rewards_w + rewards_l) / (2 * beta), mask),
-    }

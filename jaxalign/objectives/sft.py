@@ -29,6 +29,11 @@ class SFT(Objective):
     z_loss: float = 0.0
 
     schema: ClassVar[str] = "supervised"
+    denominator: ClassVar[str] = "tokens"
+
+    def token_weights(self, batch: Batch) -> jax.Array:
+        """``[B, K, Ld]``: how much each target token counts."""
+        return batch["decoder_loss_weights"]
 
     def loss(
         self,
@@ -45,7 +50,7 @@ class SFT(Objective):
             deterministic=not drop,
             rngs={"dropout": dropout_key} if drop else {},
         )
-        targets, weights = batch["decoder_target_tokens"], batch["decoder_loss_weights"]
+        targets, weights = batch["decoder_target_tokens"], self.token_weights(batch)
         losses_ = losses.cross_entropy(
             logits,
             targets,
@@ -56,7 +61,7 @@ class SFT(Objective):
         nll = losses.cross_entropy(jax.lax.stop_gradient(logits), targets)
         correct = jnp.argmax(logits, axis=-1) == targets
         return LossOutput(
-            {"tokens": jnp.sum(losses_ * weights)},
+            {self.denominator: jnp.sum(losses_ * weights)},
             {
                 "loss": Mean.of(losses_, weights),
                 "nll": Mean.of(nll, weights),

@@ -9,70 +9,37 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shlex
 import time
 from pathlib import Path
 from typing import Any
 
-from jaxalign import configs, report, world
+from jaxalign import report, world
 from jaxalign.decoding import Sampling
 from jaxalign.evaluation import compare, mean_reward
-from jaxalign.pipelines import inference
+from jaxalign.pipelines import inference, stages
+from jaxalign.pipelines.stages import COMMON, SFT, Stage
 from jaxalign.training import checkpoints, run_directory
-from jaxalign.training import train as loop
 
-
-@dataclasses.dataclass(frozen=True)
-class Stage:
-    """One training run.
-
-    Attributes:
-      name: of the run's folder and of its gin file.
-      schema: of the embedded data (`jaxalign.world.SCHEMAS`).
-      rows: training examples.
-      settings: gin macros and their values, as a gin file spells them.
-    """
-
-    name: str
-    schema: str
-    rows: int
-    settings: dict[str, str]
-
-
-_COMMON = {
-    "TASK_FEATURE_LENGTHS": "{'inputs': 48, 'targets': 56}",
-    "PACKING": "1",
-    "EVAL_PERIOD": "100",
-    "EVAL_STEPS": "4",
-    "CHECKPOINT_PERIOD": "1000",
-    "SCHEDULE": "@schedules.cosine()",
-    "WARMUP_STEPS": "10",
-    "TRAIN_STEPS": "100",
-    "LEARNING_RATE": "3e-3",
-}
-_SFT = Stage(
-    "sft",
-    "supervised",
-    8000,
-    {
-        "TRAIN_STEPS": "400",
-        "WARMUP_STEPS": "40",
-        "BATCH_SIZE": "64",
-        "LEARNING_RATE": "4e-2",
-    },
-)
 _ALIGNED = (
     Stage(
         "dro_v",
         "trajectory",
         4000,
-        {"BATCH_SIZE": "48", "TAU": "0.5", "VALUE_LEARNING_RATE": "1e-2"},
+        {
+            **COMMON,
+            "BATCH_SIZE": "48",
+            "TAU": "0.5",
+            "VALUE_LEARNING_RATE": "1e-2",
+        },
     ),
     # Two prompts to a row: each is the other's mismatched prompt.
     Stage(
-        "kto", "trajectory", 4000, {"BATCH_SIZE": "16", "PACKING": "2", "BETA": "0.5"}
+        "kto",
+        "trajectory",
+        4000,
+        {**COMMON, "BATCH_SIZE": "16", "PACKING": "2", "BETA": "0.5"},
     ),
-    Stage("dpo", "preference", 4000, {"BATCH_SIZE": "32", "BETA": "0.5"}),
+    Stage("dpo", "preference", 4000, {**COMMON, "BATCH_SIZE": "32", "BETA": "0.5"}),
 )
 _TEST_PROMPTS = 500
 
@@ -90,46 +57,20 @@ def run(run_dir: str | Path, seed: int = 0) -> str:
     """
     folder = Path(run_dir)
     started = time.monotonic()
-    _train(folder, _SFT, seed, {})
-    start_from = {"INITIAL_CHECKPOINT_PATH": repr(str(folder / "sft"))}
+    data = folder / "data"
+    sft = stages.train(folder, SFT, data=data, seed=seed)
+    start_from = {"INITIAL_CHECKPOINT_PATH": repr(str(sft))}
     for stage in _ALIGNED:
-        _train(folder, stage, seed, start_from)
-    results = _evaluate(folder, [s.name for s in (_SFT, *_ALIGNED)], seed)
+        settings = {**stage.settings, **start_from}
+        stage = dataclasses.replace(stage, settings=settings)
+        stages.train(folder, stage, data=data, seed=seed)
+    results = _evaluate(folder, [s.name for s in (SFT, *_ALIGNED)], seed)
     run_directory.write_atomically(
         folder / "results.json", json.dumps(results, indent=2) + "\n"
     )
     page = report.write_report([folder / name for name in results], None)
     minutes = (time.monotonic() - started) / 60
     return f"{_table(results)}\n\nReport: {page}   ({minutes:.1f} minutes)"
-
-
-def _train(folder: Path, stage: Stage, seed: int, extra: dict[str, str]) -> None:
-    data = folder / "data"
-    paths = {
-        "DATA": data / f"{stage.schema}.train.jsonl",
-        "EVAL_DATA": data / f"{stage.schema}.validation.jsonl",
-    }
-    for (_, path), split, size in zip(
-        paths.items(), ("train", "validation"), (stage.rows, 400), strict=True
-    ):
-        world.write_dataset(path, stage.schema, split, size, seed)
-    macros = {
-        **{name: repr(str(path)) for name, path in paths.items()},
-        "CACHE_DIR": repr(str(folder / "cache")),
-        "RANDOM_SEED": str(seed),
-        **_COMMON,
-        **stage.settings,
-        **extra,
-    }
-    gin_file = f"runs/{stage.name}.gin"
-    directory = str(folder / stage.name)
-    flags = [f"--gin.{name}={value}" for name, value in macros.items()]
-    command = ["jaxalign", "train", f"--gin_file={gin_file}", *flags]
-    print("\n$ " + shlex.join([*command, f"--run_dir={directory}"]), flush=True)
-    macros["MODEL_DIR"] = repr(directory)
-    configs.parse([gin_file], [f"{name} = {value}" for name, value in macros.items()])
-    text = configs.config_str()
-    loop.train(configs.configured(loop.Run)(), text)
 
 
 def _evaluate(folder: Path, names: list[str], seed: int) -> dict[str, dict[str, Any]]:

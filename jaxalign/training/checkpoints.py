@@ -75,7 +75,7 @@ class Checkpoints:
     def save(self, state: TrainState, meta: dict[str, Any]) -> None:
         """Starts saving; returns when the arrays have left the devices."""
         others = {k: v for k, v in state.params.items() if k != "policy"}
-        rest = {"params": others, "opt_state": state.opt_state, "step": state.step}
+        rest = _rest(others, state)
         self._manager.save(
             int(state.step),
             args=ocp.args.Composite(
@@ -124,7 +124,7 @@ class Checkpoints:
 
     def _restore_step(self, step: int, like: TrainState) -> Any:
         others = {k: v for k, v in like.params.items() if k != "policy"}
-        rest = {"params": others, "opt_state": like.opt_state, "step": like.step}
+        rest = _rest(others, like)
         found = self._manager.restore(
             step,
             args=ocp.args.Composite(
@@ -138,6 +138,7 @@ class Checkpoints:
             params={"policy": found.policy, **found.rest["params"]},
             opt_state=found.rest["opt_state"],
             finite=jax.device_put(np.array(True), like.finite.sharding),
+            carried=found.rest["carried"],
         )
         return state, found.meta
 
@@ -147,6 +148,16 @@ class Checkpoints:
 
     def close(self) -> None:
         self._manager.close()
+
+
+def _rest(others: dict[str, Any], state: TrainState) -> dict[str, Any]:
+    """All of a state but the policy."""
+    return {
+        "params": others,
+        "opt_state": state.opt_state,
+        "step": state.step,
+        "carried": state.carried,
+    }
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,6 +21,8 @@ from jaxalign.training import step as steps
 
 _log = logging.getLogger(__name__)
 
+REFERENCES = ("cached", "online", "moving")
+
 # The run's key is folded with a step's number for that step; initialisation takes a
 # number no step reaches.
 _INIT_STREAM = 2**31 - 1
@@ -44,7 +46,8 @@ class Run:
       initial_checkpoint_path: the policy to start from; random if None.
       reference_checkpoint_path: the reference policy; the initial one if None.
       reference: ``"cached"`` scores the data once, before training; ``"online"`` does
-        it in every step.
+        it in every step; ``"moving"`` does it with a reference that follows the policy.
+      moving_reference: how it follows.
       eval_period: steps between evaluations.
       eval_steps: batches of an evaluation; None takes the whole held-out set.
       checkpoint_period: steps between checkpoints.
@@ -68,6 +71,7 @@ class Run:
     initial_checkpoint_path: str | None = None
     reference_checkpoint_path: str | None = None
     reference: str = "cached"
+    moving_reference: steps.MovingReference = steps.MovingReference()
     eval_period: int = 1000
     eval_steps: int | None = 20
     checkpoint_period: int = 1000
@@ -78,9 +82,9 @@ class Run:
     use_wandb: bool = False
 
     def __post_init__(self) -> None:
-        if self.reference not in ("cached", "online"):
+        if self.reference not in REFERENCES:
             raise ValueError(
-                f"REFERENCE must be 'cached' or 'online', got {self.reference!r}."
+                f"REFERENCE must be one of {REFERENCES}, got {self.reference!r}."
             )
         for name in ("train_steps", "eval_period", "checkpoint_period", "log_period"):
             if getattr(self, name) < 1:
@@ -103,13 +107,21 @@ class Setup:
     def online_reference(self) -> bool:
         return self.objective.uses_reference and self.run.reference == "online"
 
+    @property
+    def moving_reference(self) -> steps.MovingReference | None:
+        return _moving_reference(self.run, self.objective)
+
+    def create_state(self, params: Any) -> steps.TrainState:
+        """A state before the first step, of given parameters."""
+        return _create_state(self.run, self.objective, params)
+
     def init_state(self, key: jax.Array) -> steps.TrainState:
         """A fresh state of the run with this key, made where its shards live."""
         shardings = jax.tree.map(lambda s: s.sharding, self.abstract_state)
 
         def create(key: jax.Array) -> steps.TrainState:
             params = self.objective.init_params(key)
-            return steps.TrainState.create(params, self.run.optimizer)
+            return self.create_state(params)
 
         return jax.jit(create, out_shardings=shardings)(
             jax.random.fold_in(key, _INIT_STREAM)
@@ -122,6 +134,7 @@ class Setup:
             self.run.optimizer,
             num_microbatches=self.run.num_microbatches,
             reference_params=self.online_reference,
+            moving_reference=self.moving_reference,
         )
         shardings = jax.tree.map(lambda s: s.sharding, self.abstract_state)
         return jax.jit(
@@ -144,7 +157,7 @@ def setup(run: Run, reward_stats: tuple[float, float] | None = None) -> Setup:
     meshes.check_batch(mesh, run.dataset.batch_size, run.num_microbatches)
     inputs = inputs_lib.build(run.dataset, objective, run.vocabulary, reward_stats)
     shapes = jax.eval_shape(objective.init_params, jax.random.key(0))
-    state = jax.eval_shape(lambda p: steps.TrainState.create(p, run.optimizer), shapes)
+    state = jax.eval_shape(lambda p: _create_state(run, objective, p), shapes)
     params = meshes.param_shardings(mesh, objective.logical_axes(), shapes)
     shardings = meshes.shardings_like(shapes, params, state, mesh)
     return Setup(
@@ -157,6 +170,17 @@ def setup(run: Run, reward_stats: tuple[float, float] | None = None) -> Setup:
             state,
             shardings,
         ),
+    )
+
+
+def _moving_reference(run: Run, objective: Objective) -> steps.MovingReference | None:
+    moves = objective.uses_reference and run.reference == "moving"
+    return run.moving_reference if moves else None
+
+
+def _create_state(run: Run, objective: Objective, params: Any) -> steps.TrainState:
+    return steps.TrainState.create(
+        params, run.optimizer, objective, _moving_reference(run, objective)
     )
 
 

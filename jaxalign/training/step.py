@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ import optax
 from jaxalign import batch as batches
 from jaxalign.batch import Batch
 from jaxalign.objectives import Objective, reference_columns
+from jaxalign.objectives.base import Statistics
 from jaxalign.objectives.metrics import Mean, Metrics
 from jaxalign.training.optimizers import gradient_norms
 
@@ -27,16 +29,79 @@ class TrainState:
       opt_state: the optimizer's.
       finite: False once a loss or gradient was not finite. From then on no step
         changes anything, so the state stays the last good one until the host looks.
+      carried: what else goes from step to step, empty for most runs: ``"running"``, the
+        statistics an objective adds up over steps, and ``"reference"``, a reference
+        policy that follows the policy.
     """
 
     step: jax.Array
     params: Any
     opt_state: Any
     finite: jax.Array
+    carried: dict[str, Any] = flax.struct.field(default_factory=dict)
 
     @classmethod
-    def create(cls, params: Any, tx: optax.GradientTransformation) -> TrainState:
-        return cls(jnp.zeros((), jnp.int32), params, tx.init(params), jnp.array(True))
+    def create(
+        cls,
+        params: Any,
+        tx: optax.GradientTransformation,
+        objective: Objective | None = None,
+        moving_reference: MovingReference | None = None,
+    ) -> TrainState:
+        """A state before the first step.
+
+        Args:
+          params: ``{"policy": ..., ...}``.
+          tx: the optimizer.
+          objective: says which statistics add up over steps; None: none do.
+          moving_reference: whether the state carries a reference policy, which starts
+            as a copy of the policy.
+        """
+        carried: dict[str, Any] = {}
+        if objective and objective.running:
+            zero = jnp.zeros((), jnp.float32)
+            carried["running"] = dict.fromkeys(objective.running, (zero, zero))
+        if moving_reference:
+            # Under the policy's name, so that it is sharded as the policy is.
+            carried["reference"] = {"policy": jax.tree.map(jnp.copy, params["policy"])}
+        return cls(
+            jnp.zeros((), jnp.int32), params, tx.init(params), jnp.array(True), carried
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class MovingReference:
+    """A reference policy that follows the policy (Gorbatovski et al., 2404.09656).
+
+    Every `period` steps ``ref <- mixing * policy + (1 - mixing) * ref``: an exponential
+    moving average with ``period=1``, TR-DPO's soft update with more, its hard one with
+    ``mixing=1``.
+
+    Attributes:
+      mixing: in ``(0, 1]``; the paper finds 0.6 good.
+      period: steps between updates; the paper's 512 goes with TRL's defaults.
+    """
+
+    mixing: float = 0.6
+    period: int = 512
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.mixing <= 1.0 or self.period < 1:
+            raise ValueError(
+                "A moving reference needs mixing in (0, 1] and a period of at least 1, "
+                f"got {self.mixing} and {self.period}."
+            )
+
+    def update(self, reference: Any, policy: Any, step: jax.Array) -> Any:
+        """The reference after step number `step` (1 for the first)."""
+        mixing = jnp.where(step % self.period == 0, self.mixing, 0.0)
+        return jax.tree.map(
+            lambda old, new: jnp.where(
+                mixing > 0, (1.0 - mixing) * old + mixing * new, old
+            ),
+            reference,
+            policy,
+        )
 
 
 def split_microbatches(batch: Batch, count: int) -> Batch:
@@ -85,6 +150,7 @@ def make_train_step(
     *,
     num_microbatches: int = 1,
     reference_params: bool = False,
+    moving_reference: MovingReference | None = None,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """Makes ``step(state, batch, key, reference=None) -> (state, metrics)``, unjitted.
 
@@ -99,33 +165,33 @@ def make_train_step(
         whole batch's.
       reference_params: whether the step is given the reference policy's parameters
         and scores the batch with them, in place of cached columns.
+      moving_reference: how the reference in ``state.carried`` follows the policy; the
+        batch is then scored with that one.
     """
 
     def step(
         state: TrainState, batch: Batch, key: jax.Array, reference: Any = None
     ) -> tuple[TrainState, Metrics]:
-        if reference_params:
-            columns = reference_columns(
-                objective.model,
-                reference,
-                batch,
-                mismatched=objective.uses_mismatched,
-            )
-            batch = {**batch, **columns}
-        denominators = batches.denominators(batch)
+        if moving_reference:
+            reference = state.carried["reference"]["policy"]
+        if reference_params or moving_reference:
+            batch = with_reference(objective, reference, batch)
+        denominators = objective.denominators(batch)
         dropout_key = jax.random.fold_in(key, state.step) if objective.dropout else None
         grad = jax.grad(
             lambda p, b, s, k: loss_and_metrics(objective, p, b, denominators, s, k),
             has_aux=True,
         )
+
+        def statistics_of(piece: Batch) -> Statistics:
+            return objective.statistics(state.params, piece)
+
         if num_microbatches == 1:
-            statistics = objective.statistics(state.params, batch)
+            statistics = with_running(statistics_of(batch), state.carried)
             grads, (sums, metrics) = grad(state.params, batch, statistics, dropout_key)
         else:
             pieces = split_microbatches(batch, num_microbatches)
-            statistics = _sum_over(
-                pieces, lambda b: objective.statistics(state.params, b)
-            )
+            statistics = with_running(_sum_over(pieces, statistics_of), state.carried)
 
             def accumulate(carry: Any, piece: Any) -> tuple[Any, Metrics]:
                 index, mb = piece
@@ -150,11 +216,17 @@ def make_train_step(
         finite = state.finite & jnp.isfinite(loss) & jnp.isfinite(norms["grad_norm"])
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
+        carried = {}
+        if objective.running:
+            carried["running"] = {name: statistics[name] for name in objective.running}
+        if moving_reference:
+            moved = moving_reference.update(reference, params["policy"], state.step + 1)
+            carried["reference"] = {"policy": moved}
         # A select, not a branch: it fuses with the update.
-        params, opt_state = jax.tree.map(
+        params, opt_state, carried = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old),
-            (params, opt_state),
-            (state.params, state.opt_state),
+            (params, opt_state, carried),
+            (state.params, state.opt_state, state.carried),
         )
         one = jnp.ones(())
         metrics = dict(metrics)
@@ -162,27 +234,52 @@ def make_train_step(
         metrics |= {name: Mean(norm, one) for name, norm in norms.items()}
         metrics["update_norm"] = Mean(optax.tree.norm(updates), one)
         metrics["param_norm"] = Mean(optax.tree.norm(params), one)
+        counts = batches.denominators(batch)
         for name in ("tokens", "responses", "pairs"):
-            metrics[f"batch/{name}"] = Mean(denominators[name], one)
+            metrics[f"batch/{name}"] = Mean(counts[name], one)
         advanced = TrainState(
-            state.step + finite.astype(jnp.int32), params, opt_state, finite
+            state.step + finite.astype(jnp.int32), params, opt_state, finite, carried
         )
         return advanced, metrics
 
     return step
 
 
-def make_eval_step(objective: Objective) -> Callable[[Any, Batch], Metrics]:
-    """Makes ``step(params, batch) -> metrics``, unjitted, without dropout.
+def with_reference(objective: Objective, reference: Any, batch: Batch) -> Batch:
+    """The batch with the reference columns an objective needs, scored now."""
+    columns = reference_columns(
+        objective.model, reference, batch, mismatched=objective.uses_mismatched
+    )
+    return {**batch, **columns}
+
+
+def with_running(statistics: Statistics, carried: dict[str, Any]) -> Statistics:
+    """A batch's statistics, those that run on added to all before them."""
+    before = carried.get("running", {})
+    return {
+        name: jax.tree.map(jnp.add, before[name], found) if name in before else found
+        for name, found in statistics.items()
+    }
+
+
+def make_eval_step(objective: Objective) -> Callable[..., Metrics]:
+    """Makes ``step(params, batch, carried={}) -> metrics``, unjitted, without dropout.
+
+    ``carried`` is the training state's: its running statistics and its reference stand
+    in for the batch's own, and are not changed.
 
     The objective's sums come back as ``objective/<denominator>`` metrics, so that the
     loss over a whole evaluation set is `evaluation_loss` of their summary.
     """
 
-    def step(params: Any, batch: Batch) -> Metrics:
-        statistics = objective.statistics(params, batch)
+    def step(params: Any, batch: Batch, carried: dict[str, Any] | None = None) -> Any:
+        carried = carried or {}
+        if "reference" in carried:
+            reference = carried["reference"]["policy"]
+            batch = with_reference(objective, reference, batch)
+        statistics = objective.statistics(params, batch) | carried.get("running", {})
         out = objective.loss(params, batch, statistics=statistics)
-        counts = batches.denominators(batch)
+        counts = objective.denominators(batch)
         # An all-padding batch must weigh nothing, so its count is zero, not one.
         nonempty = jnp.any(batch["response_mask"] > 0).astype(jnp.float32)
         sums = {

@@ -102,6 +102,9 @@ def train(run: Run, config_text: str = "") -> dict[str, float]:
         parents["reference"] = ref_fingerprint
         if ready.online_reference:
             frozen = load()
+        if ready.moving_reference and not restored:
+            carried = {**state.carried, "reference": {"policy": load()}}
+            state = dataclasses.replace(state, carried=carried)
         eval_feed = ready.inputs.evaluation
         join = functools.partial(
             reference_cache.join,
@@ -111,9 +114,10 @@ def train(run: Run, config_text: str = "") -> dict[str, float]:
             cache_dir=dataset.cache_folder,
             mesh=ready.mesh,
         )
-        if not ready.online_reference:
+        if run.reference == "cached":
             feed = join(feed)
-        if eval_feed is not None:
+        # A reference that moves is never cached; one that rests, always for evaluation.
+        if eval_feed is not None and not ready.moving_reference:
             eval_feed = join(eval_feed)
         ready = dataclasses.replace(
             ready,
@@ -190,7 +194,7 @@ def train(run: Run, config_text: str = "") -> dict[str, float]:
             # back to the checkpoint before it and repeats it.
             if (last or done % run.eval_period == 0) and not told_to_stop:
                 if ready.inputs.evaluation:
-                    found = evaluate(ready, eval_step, state.params, run.eval_steps)
+                    found = evaluate(ready, eval_step, state, run.eval_steps)
                     summary = steps.evaluation_loss(summarize(found))
                     writer.write(done, {f"eval/{k}": v for k, v in summary.items()})
                     pairs = sample_pairs(found, "value/correlation")
@@ -220,13 +224,13 @@ def train(run: Run, config_text: str = "") -> dict[str, float]:
 
 
 def evaluate(
-    ready: Setup, eval_step: Any, params: Any, eval_steps: int | None
+    ready: Setup, eval_step: Any, state: steps.TrainState, eval_steps: int | None
 ) -> list[Metrics]:
     """The metrics of each batch of the held-out feed."""
     feed = ready.inputs.evaluation
     batches = feed.evaluation_batches(meshes.process_rows(feed.batch_size))
     return [
-        eval_step(params, meshes.put_batch(ready.mesh, batch))
+        eval_step(state.params, meshes.put_batch(ready.mesh, batch), state.carried)
         for batch in itertools.islice(batches, eval_steps)
     ]
 

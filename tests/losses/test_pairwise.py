@@ -22,13 +22,23 @@ G1 = {
 GOLDENS = [
     ("dpo", {"beta": 0.1}, [0.6209570478, 0.7184596480]),
     ("dpo", {"beta": 0.1, "label_smoothing": 0.1}, [0.6359570478, 0.7134596480]),
+    ("robust_dpo", {"beta": 0.1}, [0.6022070478, 0.7247096480]),
     ("hinge", {"beta": 0.1}, [0.85, 1.05]),
+    ("ipo", {"beta": 0.1, "length_normalize": False}, [12.25, 30.25]),
+    ("sppo_hard", {"beta": 0.1}, [36.25, 58.25]),
+    ("nca_pair", {"beta": 0.1}, [1.3508248141, 1.4020735140]),
+    ("apo_zero", {"beta": 0.1}, [0.9625234160, 1.0124506579]),
+    ("apo_down", {"beta": 0.1}, [0.9875493421, 1.0374765840]),
+    ("exo_pair", {"beta": 0.1}, [2.5055165555, 2.8478595644]),
 ]
 # Loss and d loss / d margin where policy and reference agree.
 AT_START = [
     ("dpo", {"beta": 0.1}, math.log(2.0), -0.05),
     ("dpo", {"beta": 0.1, "label_smoothing": 0.1}, math.log(2.0), -0.05 * 0.8),
+    ("robust_dpo", {"beta": 0.1}, math.log(2.0), -0.05 / 0.8),
     ("hinge", {"beta": 0.1}, 1.0, -0.1),
+    ("ipo", {"beta": 0.1, "length_normalize": False}, 25.0, -10.0),
+    ("apo_zero", {"beta": 0.1}, 1.0, -0.025),
 ]
 
 
@@ -100,3 +110,59 @@ def test_hinge_rests_beyond_its_margin(margin, slope):
 def test_shapes_must_agree():
     with pytest.raises(AssertionError, match="shape"):
         losses.dpo(*(jnp.zeros(n) for n in (2, 2, 2, 3)), beta=0.1)
+
+
+def test_ipo_normalizes_each_log_ratio_by_its_own_length():
+    lengths = {
+        "chosen_lengths": jnp.array([4, 5]),
+        "rejected_lengths": jnp.array([2, 3]),
+    }
+    h = np.array([1.0 / 4 - -0.5 / 2, 1.0 / 5 - 1.5 / 3])
+    found = losses.ipo(*fixture(), beta=0.1, **lengths)
+    np.testing.assert_allclose(found, (h - 5.0) ** 2, rtol=1e-6)
+    with pytest.raises(ValueError, match="needs chosen_lengths and rejected_lengths"):
+        losses.ipo(*fixture(), beta=0.1)
+
+
+def test_ipo_has_its_minimum_where_the_closed_form_says():
+    # P(w beats l) = p: the population minimum is at h = (2p - 1) / (2 tau).
+    p, tau, zero = 0.8, 0.1, jnp.zeros(())
+
+    def population(h):
+        kwargs = {"beta": tau, "length_normalize": False}
+        return p * losses.ipo(h, zero, zero, zero, **kwargs) + (1 - p) * losses.ipo(
+            zero, h, zero, zero, **kwargs
+        )
+
+    np.testing.assert_allclose(jax.grad(population)(jnp.array(3.0)), 0.0, atol=1e-5)
+
+
+def test_robust_dpo_is_dpo_on_clean_labels_in_expectation():
+    eps, four = 0.2, fixture()
+    flipped = [four[1], four[0], four[3], four[2]]
+    robust = [
+        losses.robust_dpo(*x, beta=0.1, label_smoothing=eps) for x in (four, flipped)
+    ]
+    expected = (1 - eps) * robust[0] + eps * robust[1]
+    np.testing.assert_allclose(expected, losses.dpo(*four, beta=0.1), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("loss", "eps"), [(losses.robust_dpo, 0.5), (losses.exo_pair, 0.0)]
+)
+def test_smoothing_that_makes_no_sense_is_refused(loss, eps):
+    with pytest.raises(ValueError, match=f"got {eps}"):
+        loss(*fixture(), beta=0.1, label_smoothing=eps)
+
+
+def test_the_offset_is_added_to_the_scaled_margin():
+    found = losses.dpo(*fixture(), beta=0.1, offset=jnp.array([0.3, -0.2]))
+    z = np.array([0.15 + 0.3, -0.05 - 0.2])
+    np.testing.assert_allclose(found, np.log1p(np.exp(-z)), rtol=1e-6)
+
+
+def test_dpo_nll_adds_the_mean_likelihood_of_the_chosen():
+    lengths = jnp.array([4, 8])
+    found = losses.dpo_nll(*fixture(), beta=0.1, alpha=0.5, chosen_lengths=lengths)
+    expected = losses.dpo(*fixture(), beta=0.1) + 0.5 * np.array([10 / 4, 20 / 8])
+    np.testing.assert_allclose(found, expected, rtol=1e-6)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import functools
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
 from jaxalign import batch as batches
 from jaxalign import data, models, objectives
 from jaxalign.data.plan import Placement, RowShape
+from jaxalign.models.layers import Embed
 from jaxalign.training import step as steps
 
 CONFIG = models.T5Config(
@@ -25,15 +28,49 @@ CONFIG = models.T5Config(
 NUM_ROWS = 16
 
 
-def make_rows(count: int = NUM_ROWS, seed: int = 0) -> list[data.Row]:
-    """Rows with everything known: a pair, rewards and labels."""
+class BagOfTokens(models.T5):
+    """A network that compiles in no time: the last token and the prompt's mean.
+
+    What an objective does around its network is the same for any network; this one
+    stands in for T5 where T5 itself is covered by an objective of the same structure.
+    """
+
+    def setup(self):
+        self.token_embedder = Embed(self.config)
+        self.kernel = self.param(
+            "kernel",
+            nn.with_logical_partitioning(
+                nn.initializers.normal(1.0), ("embed", "vocab")
+            ),
+            (self.config.emb_dim, self.config.vocab_size),
+        )
+
+    def encode(self, tokens, segments, *, deterministic=True):
+        return self.token_embedder(tokens)
+
+    def decode(
+        self, encoded, of_encoder, tokens, segments, asked, *, deterministic=True
+    ):
+        seen = (asked[..., None] == of_encoder[:, None, None, :]).astype(jnp.float32)
+        seen /= jnp.maximum(jnp.sum(seen, axis=-1, keepdims=True), 1.0)
+        prompt = jnp.einsum("bkdl,ble->bkde", seen, encoded)
+        return jnp.tanh(self.token_embedder(tokens) + prompt)
+
+    def head(self, states):
+        return states, self.kernel
+
+
+def make_rows(
+    count: int = NUM_ROWS, seed: int = 0, rationales: bool = False
+) -> list[data.Row]:
+    """Rows with everything known: a pair, rewards and labels, and why on request."""
     rng = np.random.default_rng(seed)
 
     def ids(low: int, high: int) -> np.ndarray:
         tokens = rng.integers(3, CONFIG.vocab_size, rng.integers(low, high))
         return np.append(tokens, 1).astype(np.int32)
 
-    return [
+    rows = [
         data.Row(
             key=str(i),
             prompts=[ids(2, 7)],
@@ -46,17 +83,27 @@ def make_rows(count: int = NUM_ROWS, seed: int = 0) -> list[data.Row]:
         )
         for i in range(count)
     ]
+    if rationales:
+        for row in rows:
+            row.prompts.append(ids(2, 7))
+            row.responses.append(ids(1, 7))
+            row.response_prompt.append(1)
+            row.response_kind.append(batches.RATIONALE)
+            row.response_reward.append(float("nan"))
+            row.response_label.append(batches.NO_LABEL)
+    return rows
 
 
 def make_batch(rows: list[data.Row], prompts_per_row: int) -> dict[str, np.ndarray]:
     """Lays rows out, so many prompts beside each other, in the given order."""
     n = prompts_per_row
-    shape = RowShape(8 * n, 2, 8 * n, prompts=n, responses=2 * n, pairs=n)
+    p, r = len(rows[0].prompts), len(rows[0].responses)
+    shape = RowShape(8 * n * p, 2, 8 * n * p, prompts=n * p, responses=n * r, pairs=n)
     arrays = []
     for start in range(0, len(rows), n):
         part = rows[start : start + n]
         placement = Placement(
-            np.arange(start, start + n), np.array([0, 1] * n), inputs=8, targets=8
+            np.arange(start, start + n), np.arange(n * r) % r % 2, inputs=8, targets=8
         )
         arrays.append(data.to_arrays(part, placement, shape))
     return {k: np.stack([a[k] for a in arrays]) for k in arrays[0]}
@@ -68,16 +115,16 @@ class Case:
     Compiled functions are kept: tests share them wherever shapes agree.
     """
 
-    def __init__(self, name: str, **settings):
+    def __init__(self, name: str, network: type[models.T5] = models.T5, **settings):
         kind = objectives.OBJECTIVES[name]
-        self.objective = kind(model=models.T5(CONFIG), **settings)
+        self.objective = kind(model=network(CONFIG), **settings)
         self.params = self.objective.init_params(jax.random.key(1))
         # Sharpened, so that no gradient is negligible.
         self.params = jax.tree.map(lambda x: 1.5 * x, self.params)
-        self.reference = models.init_params(models.T5(CONFIG), jax.random.key(2))
+        self.reference = models.init_params(network(CONFIG), jax.random.key(2))
         self.tx = optax.sgd(1.0)  # the update is the gradient
         self.key = jax.random.key(3)
-        self.rows = make_rows()
+        self.rows = make_rows(rationales=self.objective.schema == "rationale")
         self._score = jax.jit(
             lambda p, b: objectives.reference_columns(
                 self.objective.model, p, b, mismatched=self.objective.uses_mismatched
@@ -93,9 +140,12 @@ class Case:
             return batch
         return {**batch, **jax.device_get(self._score(self.reference, batch))}
 
+    def state(self, params=None):
+        return steps.TrainState.create(params or self.params, self.tx, self.objective)
+
     def step(self, batch, *, params=None, reference=None, **settings):
         """``(gradients, metrics)`` of one step."""
-        state = steps.TrainState.create(params or self.params, self.tx)
+        state = self.state(params)
         function = self.step_function(**settings)
         new, metrics = function(state, batch, self.key, reference)
         return (
@@ -105,8 +155,16 @@ class Case:
 
 
 @functools.cache
-def get_case(name: str) -> Case:
-    return Case(name)
+def get_case(name: str, network: type[models.T5] = models.T5, **settings) -> Case:
+    return Case(name, network, **settings)
+
+
+def structures() -> dict[str, list[str]]:
+    """Objectives by the code they run around the network; the first stands for all."""
+    found: dict[object, list[str]] = {}
+    for name, kind in objectives.OBJECTIVES.items():
+        found.setdefault((kind.loss, kind.networks), []).append(name)
+    return {names[0]: names for names in found.values()}
 
 
 def assert_same_gradients(found, expected):

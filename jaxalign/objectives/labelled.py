@@ -1,0 +1,243 @@
+"""Objectives on single trajectories with thumbs: KTO, APO-zero unpaired, BCO."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from jaxalign import batch as batches
+from jaxalign import losses, models
+from jaxalign.batch import Batch
+from jaxalign.objectives.base import LossOutput, Objective, Params, Statistics, answers
+from jaxalign.objectives.metrics import Mean, Metrics, Values
+
+
+@dataclasses.dataclass(frozen=True)
+class KTO(Objective):
+    """Kahneman-Tversky optimisation from thumbs up and down.
+
+    The mismatched responses of the reference point are the batch's own, each pointed
+    at another prompt of its encoder row: one more decoder pass, no encoder pass.
+
+    Attributes:
+      beta: strength of the KL constraint, in 1/nat.
+      desirable_weight: ``lambda_D``.
+      undesirable_weight: ``lambda_U``; the paper keeps
+        ``lambda_D n_D : lambda_U n_U`` between 1:1 and 4:3.
+    """
+
+    beta: float = 0.1
+    desirable_weight: float = 1.0
+    undesirable_weight: float = 1.0
+
+    schema: ClassVar[str] = "trajectory"
+    columns: ClassVar[tuple[str, ...]] = (
+        "response_label",
+        "response_ref_logps",
+        "response_ref_kl_logps",
+    )
+    min_prompts: ClassVar[int] = 2
+
+    def statistics(self, params: Params, batch: Batch) -> Statistics:
+        mask = answers(batch) * (batch["response_kl_prompt"] >= 0)
+        policy = jax.lax.stop_gradient(params["policy"])
+        kl_logps = models.response_logps(
+            self.model, policy, batch, prompt=batch["response_kl_prompt"]
+        )
+        kl = losses.log_ratios(kl_logps, batch["response_ref_kl_logps"])
+        return {"kl": (jnp.sum(jnp.where(mask > 0, kl, 0.0)), jnp.sum(mask))}
+
+    def labels(self, batch: Batch, statistics: Statistics) -> jax.Array:
+        """``[B, R]``: 1 desirable, 0 undesirable, -1 unknown."""
+        del statistics
+        return batch["response_label"]
+
+    def loss(
+        self,
+        params: Params,
+        batch: Batch,
+        *,
+        statistics: Statistics,
+        dropout_key: jax.Array | None = None,
+    ) -> LossOutput:
+        total, count = statistics["kl"]
+        unclamped = total / jnp.maximum(count, 1.0)
+        z = jnp.maximum(unclamped, 0.0)
+        labels = self.labels(batch, statistics)
+        mask = answers(batch) * (labels >= 0)
+        logps = self.response_logps(params, batch, dropout_key)
+        losses_ = losses.kto_at_reference_point(
+            logps,
+            batch["response_ref_logps"],
+            z,
+            labels,
+            beta=self.beta,
+            desirable_weight=self.desirable_weight,
+            undesirable_weight=self.undesirable_weight,
+            where=mask,
+        )
+        responses = jnp.sum(mask)
+        return LossOutput(
+            {"responses": jnp.sum(losses_ * mask)},
+            {
+                **_metrics(batch, logps, labels, mask, self.beta, losses_, z),
+                "kl": Mean(z * responses, responses),
+                "kl/unclamped": Mean(unclamped * responses, responses),
+            },
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardKTO(KTO):
+    """KTO from scalar rewards: desirable is what exceeds the batch's mean reward.
+
+    The baseline of the DRO paper (arXiv 2405.19107), which found ``beta`` 5 best.
+    """
+
+    beta: float = 5.0
+
+    columns: ClassVar[tuple[str, ...]] = (
+        "response_reward",
+        "response_ref_logps",
+        "response_ref_kl_logps",
+    )
+
+    def statistics(self, params: Params, batch: Batch) -> Statistics:
+        mask = answers(batch)
+        rewards = jnp.sum(batch["response_reward"] * mask)
+        return {
+            **super().statistics(params, batch),
+            "reward": (rewards, jnp.sum(mask)),
+        }
+
+    def labels(self, batch: Batch, statistics: Statistics) -> jax.Array:
+        total, count = statistics["reward"]
+        above = batch["response_reward"] > total / jnp.maximum(count, 1.0)
+        return jnp.where(above, batches.DESIRABLE, batches.UNDESIRABLE)
+
+
+@dataclasses.dataclass(frozen=True)
+class APOZeroUnpaired(Objective):
+    """KTO with its reference point at zero: no mismatched responses to score.
+
+    Attributes:
+      beta: strength of the KL constraint, in 1/nat.
+      desirable_weight: ``lambda_D``.
+      undesirable_weight: ``lambda_U``.
+    """
+
+    beta: float = 0.1
+    desirable_weight: float = 1.0
+    undesirable_weight: float = 1.0
+
+    schema: ClassVar[str] = "trajectory"
+    columns: ClassVar[tuple[str, ...]] = ("response_label", "response_ref_logps")
+
+    def loss(
+        self,
+        params: Params,
+        batch: Batch,
+        *,
+        statistics: Statistics,
+        dropout_key: jax.Array | None = None,
+    ) -> LossOutput:
+        labels = batch["response_label"]
+        mask = answers(batch) * (labels >= 0)
+        logps = self.response_logps(params, batch, dropout_key)
+        losses_ = losses.apo_zero_unpaired(
+            logps,
+            batch["response_ref_logps"],
+            labels,
+            beta=self.beta,
+            desirable_weight=self.desirable_weight,
+            undesirable_weight=self.undesirable_weight,
+            where=mask,
+        )
+        return LossOutput(
+            {"responses": jnp.sum(losses_ * mask)},
+            _metrics(batch, logps, labels, mask, self.beta, losses_),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class BCO(APOZeroUnpaired):
+    """Binary classifier optimisation: the implicit reward as a classifier's logit.
+
+    The reward shift is the mean implicit reward over all responses of the run so far,
+    the current batch included.
+    """
+
+    running: ClassVar[tuple[str, ...]] = ("rewards",)
+
+    def statistics(self, params: Params, batch: Batch) -> Statistics:
+        mask = answers(batch) * (batch["response_label"] >= 0)
+        policy = jax.lax.stop_gradient(params["policy"])
+        logps = models.response_logps(self.model, policy, batch)
+        ratios = losses.log_ratios(logps, batch["response_ref_logps"], mask)
+        return {"rewards": (self.beta * jnp.sum(ratios * mask), jnp.sum(mask))}
+
+    def loss(
+        self,
+        params: Params,
+        batch: Batch,
+        *,
+        statistics: Statistics,
+        dropout_key: jax.Array | None = None,
+    ) -> LossOutput:
+        total, count = statistics["rewards"]
+        shift = total / jnp.maximum(count, 1.0)
+        labels = batch["response_label"]
+        mask = answers(batch) * (labels >= 0)
+        logps = self.response_logps(params, batch, dropout_key)
+        losses_ = losses.bco(
+            logps,
+            batch["response_ref_logps"],
+            labels,
+            shift,
+            beta=self.beta,
+            desirable_weight=self.desirable_weight,
+            undesirable_weight=self.undesirable_weight,
+            where=mask,
+        )
+        responses = jnp.sum(mask)
+        return LossOutput(
+            {"responses": jnp.sum(losses_ * mask)},
+            {
+                **_metrics(batch, logps, labels, mask, self.beta, losses_),
+                "rewards/shift": Mean(shift * responses, responses),
+            },
+        )
+
+
+def _metrics(
+    batch: Batch,
+    logps: jax.Array,
+    labels: jax.Array,
+    mask: jax.Array,
+    beta: float,
+    losses_: jax.Array,
+    z: jax.Array | float = 0.0,
+) -> Metrics:
+    """What every objective on thumbs reports, in TRL's spelling."""
+    chosen = mask * (labels == batches.DESIRABLE)
+    rejected = mask * (labels == batches.UNDESIRABLE)
+    ratios = losses.log_ratios(logps, batch["response_ref_logps"])
+    rewards = beta * ratios
+    lengths = batches.response_lengths(batch)
+    saturated = jnp.abs(rewards - beta * z) > 5.0
+    return {
+        "loss": Mean.of(losses_, mask),
+        "rewards/chosen": Mean.of(rewards, chosen),
+        "rewards/rejected": Mean.of(rewards, rejected),
+        "rewards/abs": Values.of(jnp.abs(rewards), mask),
+        "logps/chosen": Mean.of(logps, chosen),
+        "logps/rejected": Mean.of(logps, rejected),
+        "lengths/chosen": Mean.of(lengths, chosen),
+        "lengths/rejected": Mean.of(lengths, rejected),
+        "labels/desirable": Mean.of(chosen, mask),
+        "log_ratios": Mean.of(ratios, mask),
+        "saturated": Mean.of(saturated, mask),
+    }

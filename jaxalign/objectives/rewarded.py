@@ -1,0 +1,307 @@
+"""Objectives on trajectories with scalar rewards: DRO, and weighted imitation."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from jaxalign import batch as batches
+from jaxalign import losses, models
+from jaxalign.batch import Batch
+from jaxalign.objectives.base import LossOutput, Objective, Params, Statistics, answers
+from jaxalign.objectives.metrics import Mean, Metrics, Pairs, Values
+from jaxalign.objectives.sft import SFT
+
+VALUE_KINDS = ("prompt_scalar", "token_mean", "batch_constant")
+
+
+@dataclasses.dataclass(frozen=True)
+class DROV(Objective):
+    """DRO-V: direct reward optimisation from scalar rewards, with a learned value.
+
+    As the paper trains it: two networks that share nothing, one scalar value per
+    prompt, sums of log-probabilities. Rewards are standardised by the feed with the
+    training split's mean and deviation, which the checkpoint keeps. The other value
+    kinds and the shared trunk are the arms of the paper's ablation, where they lose.
+
+    Attributes:
+      tau: strength of the KL constraint, in (standardised) reward per nat.
+      rescale: divide the policy's loss by ``tau``, as the paper does.
+      value_kind: ``"prompt_scalar"``; ``"token_mean"``, the mean over a response's
+        positions of a value read off the decoder; or ``"batch_constant"``, the mean of
+        the prompts' values over the batch ("single value").
+      share_trunk: read the value off the policy's own states, with one trunk for both
+        losses.
+    """
+
+    tau: float = 1.0
+    rescale: bool = True
+    value_kind: str = "prompt_scalar"
+    share_trunk: bool = False
+
+    schema: ClassVar[str] = "trajectory"
+    columns: ClassVar[tuple[str, ...]] = ("response_reward", "response_ref_logps")
+
+    def __post_init__(self) -> None:
+        if self.value_kind not in VALUE_KINDS:
+            raise ValueError(
+                f"DROV.value_kind must be one of {VALUE_KINDS}, got "
+                f"{self.value_kind!r}."
+            )
+
+    def networks(self) -> dict[str, Any]:
+        if self.share_trunk:
+            value = models.ValueHead(config=self.model.config)
+        elif self.value_kind == "token_mean":
+            value = models.TokenValueModel(config=self.model.config)
+        else:
+            value = models.ValueModel(config=self.model.config)
+        return {"policy": self.model, "value": value}
+
+    def start_from(self, params: Params, policy_params: Any) -> Params:
+        # The value starts from the policy's own trunk, under a fresh head; a copy,
+        # because a training step gives up its state's buffers.
+        own = {k: v for k, v in policy_params.items() if k in params["value"]}
+        return {
+            **params,
+            "policy": policy_params,
+            "value": {**params["value"], **jax.tree.map(jnp.copy, own)},
+        }
+
+    def values(self, params: Params, batch: Batch) -> jax.Array:
+        """``[B, R]``: the value each response is compared with."""
+        net, own = self.networks()["value"], {"params": params["value"]}
+        if self.value_kind == "token_mean":
+            if not self.share_trunk:
+                return net.apply(own, batch)
+            states = self.model.apply(
+                {"params": params["policy"]}, batch, method=_decoder_states
+            )
+            return net.apply(own, batch, states, method="of_responses")
+        if self.share_trunk:
+            states = self.model.apply(
+                {"params": params["policy"]},
+                batch["encoder_input_tokens"],
+                batch["encoder_segment_ids"],
+                method="encode",
+            )
+            by_prompt = net.apply(own, batch, states)
+        else:
+            by_prompt = net.apply(own, batch)
+        return jnp.take_along_axis(by_prompt, batch["response_prompt"], axis=1)
+
+    def statistics(self, params: Params, batch: Batch) -> Statistics:
+        if self.value_kind != "batch_constant":
+            return {}
+        params = jax.lax.stop_gradient(params)
+        mask = answers(batch)
+        ratios = losses.log_ratios(
+            self.response_logps(params, batch), batch["response_ref_logps"], mask
+        )
+        targets = batch["response_reward"] - self.tau * ratios
+        count = jnp.sum(mask)
+        return {
+            "targets": (jnp.sum(targets * mask), count),
+            "values": (jnp.sum(self.values(params, batch) * mask), count),
+        }
+
+    def loss(
+        self,
+        params: Params,
+        batch: Batch,
+        *,
+        statistics: Statistics,
+        dropout_key: jax.Array | None = None,
+    ) -> LossOutput:
+        mask = answers(batch)
+        logps = self.response_logps(params, batch, dropout_key)
+        ref, rewards = batch["response_ref_logps"], batch["response_reward"]
+        values = self.values(params, batch)
+        moving = 0.0
+        if self.value_kind == "batch_constant":
+            mean = {k: t / jnp.maximum(n, 1.0) for k, (t, n) in statistics.items()}
+            # The gradient of (mean(V) - t)^2 / 2 needs every prompt of the batch; this
+            # term is zero and has it.
+            gap = mean["values"] - mean["targets"]
+            moving = gap * (values - jax.lax.stop_gradient(values))
+            values = jnp.full_like(values, mean["values"])
+        policy_losses, value_losses = losses.dro_v(
+            logps,
+            ref,
+            values,
+            rewards,
+            tau=self.tau,
+            rescale=self.rescale,
+            where=mask,
+        )
+        total = policy_losses + value_losses + moving
+        metrics = _regression_metrics(batch, logps, values, mask, self.tau)
+        return LossOutput(
+            {"responses": jnp.sum(total * mask)},
+            {
+                **metrics,
+                "loss/policy": Mean.of(policy_losses, mask),
+                "loss/value": Mean.of(value_losses, mask),
+                "value/mean": Mean.of(values, mask),
+                "value": Values.of(values, mask),
+                "value/correlation": Pairs.of(values, rewards, mask),
+            },
+        )
+
+
+def _decoder_states(module: models.T5, batch: Batch) -> jax.Array:
+    """``[B, K, Ld, E]``: the states the vocabulary head reads."""
+    encoded = module.encode(batch["encoder_input_tokens"], batch["encoder_segment_ids"])
+    return module.decode(
+        encoded,
+        batch["encoder_segment_ids"],
+        batch["decoder_input_tokens"],
+        batch["decoder_segment_ids"],
+        batches.prompt_of_tokens(
+            batch["decoder_segment_ids"], batch["response_prompt"]
+        ),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class DROP(Objective):
+    """DRO-P: the variance over the batch in place of a learned value.
+
+    Attributes:
+      tau: strength of the KL constraint, in (standardised) reward per nat.
+    """
+
+    tau: float = 1.0
+
+    schema: ClassVar[str] = "trajectory"
+    columns: ClassVar[tuple[str, ...]] = ("response_reward", "response_ref_logps")
+
+    def statistics(self, params: Params, batch: Batch) -> Statistics:
+        mask = answers(batch)
+        logps = self.response_logps(jax.lax.stop_gradient(params), batch)
+        ratios = losses.log_ratios(logps, batch["response_ref_logps"], mask)
+        u = batch["response_reward"] - self.tau * ratios
+        return {"u": (jnp.sum(u * mask), jnp.sum(mask))}
+
+    def loss(
+        self,
+        params: Params,
+        batch: Batch,
+        *,
+        statistics: Statistics,
+        dropout_key: jax.Array | None = None,
+    ) -> LossOutput:
+        total, count = statistics["u"]
+        mean = total / jnp.maximum(count, 1.0)
+        mask = answers(batch)
+        logps = self.response_logps(params, batch, dropout_key)
+        losses_ = losses.dro_p_at_mean(
+            logps,
+            batch["response_ref_logps"],
+            batch["response_reward"],
+            mean,
+            tau=self.tau,
+            where=mask,
+        )
+        values = jnp.full_like(logps, mean)
+        return LossOutput(
+            {"responses": jnp.sum(losses_ * mask)},
+            _regression_metrics(batch, logps, values, mask, self.tau),
+        )
+
+
+def _regression_metrics(
+    batch: Batch, logps: jax.Array, values: jax.Array, mask: jax.Array, tau: float
+) -> Metrics:
+    """What DRO reports: residuals, log-ratios, and which of the two terms rules."""
+    rewards = batch["response_reward"]
+    ratios = losses.log_ratios(logps, batch["response_ref_logps"])
+    residuals = rewards - values - tau * ratios
+    lengths = batches.response_lengths(batch)
+    pull = jnp.abs(tau * ratios) / jnp.maximum(jnp.abs(rewards - values), 1e-6)
+    return {
+        "loss": Mean.of(0.5 * jnp.square(residuals), mask),
+        "residual/mean": Mean.of(residuals, mask),
+        "residual": Values.of(residuals, mask),
+        "rewards/mean": Mean.of(rewards, mask),
+        "rewards/log_ratio_correlation": Pairs.of(ratios, rewards, mask),
+        "log_ratios": Values.of(ratios, mask),
+        "log_ratios/abs": Values.of(jnp.abs(ratios), mask),
+        "log_ratios/pull": Values.of(pull, mask),
+        "logps": Mean.of(logps, mask),
+        "kl": Mean.of(ratios, mask),
+        "kl/token": Mean.of(ratios / jnp.maximum(lengths, 1.0), mask),
+        "lengths": Mean.of(lengths, mask),
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class FilteredSFT(SFT):
+    """Maximum likelihood of the responses with good rewards only (RAFT).
+
+    Attributes:
+      threshold: standardised rewards above it are kept, 0 being the data's mean; None
+        keeps all.
+      best_of_prompt: of the responses to one prompt, keep only the best, as RAFT does
+        with its samples (Dong et al. 2023, arXiv 2304.06767); rows must hold a prompt's
+        responses together.
+    """
+
+    threshold: float | None = 0.0
+    best_of_prompt: bool = False
+
+    schema: ClassVar[str] = "trajectory"
+    columns: ClassVar[tuple[str, ...]] = ("response_reward",)
+    denominator: ClassVar[str] = "weighted_tokens"
+
+    def response_weights(self, batch: Batch) -> jax.Array:
+        """``[B, R]``: how much each response counts."""
+        rewards, kept = batch["response_reward"], answers(batch)
+        if self.threshold is not None:
+            kept = kept * (rewards > self.threshold)
+        if self.best_of_prompt:
+            prompt = batch["response_prompt"]
+            rival = (prompt[:, :, None] == prompt[:, None, :]) & (
+                answers(batch)[:, None, :] > 0
+            )
+            best = jnp.max(jnp.where(rival, rewards[:, None, :], -jnp.inf), axis=2)
+            kept = kept * (rewards >= best)
+        return kept
+
+    def token_weights(self, batch: Batch) -> jax.Array:
+        weights = batches.by_token(
+            self.response_weights(batch), batch["decoder_segment_ids"]
+        )
+        return weights * batch["decoder_loss_weights"]
+
+    def denominators(self, batch: Batch) -> dict[str, jax.Array]:
+        total = jnp.sum(self.token_weights(batch))
+        # A batch of which nothing is kept moves nothing.
+        return {"weighted_tokens": jnp.where(total > 0, total, 1.0)}
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardWeightedSFT(FilteredSFT):
+    """Maximum likelihood weighted by ``exp(reward / temperature)`` (RWR, AWR).
+
+    Rewards are standardised, so the baseline of the advantage is the data's mean. An
+    infinite temperature is plain SFT on all responses.
+
+    Attributes:
+      temperature: in standard deviations of the reward.
+      max_weight: bound on a weight.
+    """
+
+    threshold: float | None = None
+    temperature: float = 1.0
+    max_weight: float = 20.0
+
+    def response_weights(self, batch: Batch) -> jax.Array:
+        return super().response_weights(batch) * losses.reward_weights(
+            batch["response_reward"],
+            temperature=self.temperature,
+            max_weight=self.max_weight,
+        )

@@ -1,0 +1,110 @@
+"""A training run on the embedded data, as one stage of something larger.
+
+Every stage is an ordinary ``jaxalign train`` run of a packaged gin file; the command
+that repeats it by itself is printed before it starts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+
+from jaxalign import configs, world
+from jaxalign.training import train as loop
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One training run.
+
+    Attributes:
+      name: of the run's folder.
+      schema: of the embedded data (`jaxalign.world.SCHEMAS`).
+      rows: training examples.
+      settings: gin macros and their values, as a gin file spells them.
+      gin_file: ``runs/<gin_file>.gin``; the stage's name if empty.
+    """
+
+    name: str
+    schema: str
+    rows: int
+    settings: Mapping[str, str]
+    gin_file: str = ""
+
+
+def train(
+    folder: Path,
+    stage: Stage,
+    *,
+    data: Path,
+    seed: int = 0,
+    data_seed: int | None = None,
+    quiet: bool = False,
+) -> Path:
+    """Trains a stage in ``folder / stage.name``, or goes on where it stopped.
+
+    Args:
+      folder: of the stages' run directories.
+      stage: what to train.
+      data: folder of the data sets, which are written there if they are missing.
+      seed: of the run.
+      data_seed: of the data; `seed` if None.
+      quiet: print no command.
+
+    Returns:
+      The run directory.
+    """
+    data_seed = seed if data_seed is None else data_seed
+    paths = {}
+    for macro, split, size in (
+        ("DATA", "train", stage.rows),
+        ("EVAL_DATA", "validation", 400),
+    ):
+        paths[macro] = data / f"{stage.schema}.{split}.{size}.{data_seed}.jsonl"
+        world.write_dataset(paths[macro], stage.schema, split, size, data_seed)
+    macros = {
+        **{name: repr(str(path)) for name, path in paths.items()},
+        "CACHE_DIR": repr(str(data / "cache")),
+        "RANDOM_SEED": str(seed),
+        **stage.settings,
+    }
+    gin_file = f"runs/{stage.gin_file or stage.name}.gin"
+    directory = str(folder / stage.name)
+    flags = [f"--gin.{name}={value}" for name, value in macros.items()]
+    command = ["jaxalign", "train", f"--gin_file={gin_file}", *flags]
+    if not quiet:
+        text = shlex.join([*command, f"--run_dir={directory}"])
+        print(f"\n$ {text}", flush=True)
+    macros["MODEL_DIR"] = repr(directory)
+    configs.parse([gin_file], [f"{name} = {value}" for name, value in macros.items()])
+    text = configs.config_str()
+    loop.train(configs.configured(loop.Run)(), text)
+    return Path(directory)
+
+
+# The embedded data's lengths in bytes, and a schedule that suits runs of minutes.
+COMMON = {
+    "TASK_FEATURE_LENGTHS": "{'inputs': 48, 'targets': 56}",
+    "PACKING": "1",
+    "EVAL_PERIOD": "100",
+    "EVAL_STEPS": "4",
+    "CHECKPOINT_PERIOD": "1000",
+    "SCHEDULE": "@schedules.cosine()",
+    "WARMUP_STEPS": "10",
+    "TRAIN_STEPS": "100",
+    "LEARNING_RATE": "3e-3",
+}
+SFT = Stage(
+    "sft",
+    "supervised",
+    8000,
+    {
+        **COMMON,
+        "TRAIN_STEPS": "400",
+        "WARMUP_STEPS": "40",
+        "BATCH_SIZE": "64",
+        "LEARNING_RATE": "4e-2",
+    },
+)

@@ -8,9 +8,9 @@ methods on *one* particle; the driver batches them, so they are plain JAX:
 * ``init()`` returns the state at the start, any pytree;
 * ``proposal(state, context)`` returns unnormalised log-probabilities ``[V]`` to draw
   the next token from; ``-inf`` everywhere kills the particle;
-* ``step(state, context, token, key)`` returns the next state, ``log G``, and whether the
-  particle is finished. EOS finishes it in any case. ``key`` is for programs that draw
-  more than tokens.
+* ``step(state, context, token, key)`` returns the next state, ``log G``, and whether
+  the particle is finished. EOS finishes it in any case. ``key`` is for programs that
+  draw more than tokens.
 
 The driver weighs each draw by ``G p / q`` itself, where ``p`` is ``context.logps[0]``.
 
@@ -161,7 +161,7 @@ class PromptIntersection(Program):
     """The product of the model's distributions given several prompts.
 
     ``P(s) ~ prod_j p(s | prompt_j)``: text that continues all of them. The proposal is
-    the normalised product, so each step multiplies the weight by ``sum_v prod_j p_j(v)``.
+    the normalised product: a step multiplies the weight by ``sum_v prod_j p_j(v)``.
 
     Attributes:
       num_contexts: prompts ``M``.

@@ -1,8 +1,8 @@
 """Resampling of weighted particles: pure functions of ``[P]`` log-weights.
 
 Every scheme returns ``n`` indices with new log-weights, and is unbiased particle by
-particle: the expected new weight at ``i`` is the old weight of ``i``. So sums of weights,
-which estimate a normaliser, keep their expectation.
+particle: the expected new weight at ``i`` is the old weight of ``i``. So sums of
+weights, which estimate a normaliser, keep their expectation.
 
 Weights of ``-inf`` mark dead particles; they are never drawn. Fewer than ``n`` positive
 weights leave slots over, which come back with log-weight ``-inf``.
@@ -77,7 +77,7 @@ def multinomial(key: jax.Array, log_weights: jax.Array, n: int) -> Resampled:
 
 
 def stratified(key: jax.Array, log_weights: jax.Array, n: int) -> Resampled:
-    """One draw from each ``n``-th of the cumulative weights; see :func:`multinomial`."""
+    """One draw from each ``n``-th of the cumulative weights."""
     points = (jnp.arange(n) + jax.random.uniform(key, (n,))) / n
     return _with_replacement(log_weights, n, points, _normalised(log_weights))
 
@@ -122,9 +122,9 @@ def fearnhead_clifford(key: jax.Array, log_weights: jax.Array, n: int) -> Resamp
 
     With normalised weights ``w`` and ``c`` from :func:`threshold`, particles with
     ``c w >= 1`` are kept once each with their weight; ``n - m`` of the others are drawn
-    by a comb of stride ``tail / (n - m)`` and get one weight, ``1 / c`` of the total. The
-    factor ``N / N'`` of SMC steering (Lew et al. 2023, arXiv 2306.03081, algorithm 1)
-    undoes the ``N' / N`` of its expansion step; both are left out here.
+    by a comb of stride ``tail / (n - m)`` and get one weight, ``1 / c`` of the total.
+    The factor ``N / N'`` of SMC steering (Lew et al. 2023, arXiv 2306.03081, algorithm
+    1) undoes the ``N' / N`` of its expansion step; both are left out here.
 
     The reference implementation draws particles of weight 0 when fewer than ``n`` have
     any, and gives them weight. Here those that have some are all kept, and the slots

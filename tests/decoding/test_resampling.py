@@ -75,7 +75,7 @@ def test_the_same_choices_as_llamppl(case):
 
 
 def test_llamppl_weighs_drawn_particles_a_little_wrong():
-    """Its threshold need not solve ``sum min(1, c w) = n``; drawn ones weigh ``1/c``."""
+    """Its threshold need not solve ``sum min(1, c w) = n``."""
     for case in RECORDED["cases"]:
         weights = np.array(case["weights"])
         c, _ = resampling.threshold(jnp.asarray(weights, jnp.float32), case["n"])
@@ -112,7 +112,7 @@ def test_dead_particles_are_not_revived():
 
 
 def test_the_stride_divides_by_the_slots_left():
-    """Dividing by the number kept, as a listing in circulation does, loses particles."""
+    """Dividing by the number kept, as a listing in circulation does, loses some."""
     weights = [0.9, 0.05, 0.03, 0.01, 0.01]  # one is kept, three slots are left
     found = draw("fearnhead_clifford", weights, 4, draws=50)
     assert all(len(set(row.tolist())) == 4 for row in found.indices)

@@ -71,7 +71,9 @@ def main(folder):
             {
                 "llamppl": version,
                 "draws": DRAWS,
-                "cases": [record(module, w, n) for w, n in zip(cases, sizes)],
+                "cases": [
+                    record(module, w, n) for w, n in zip(cases, sizes, strict=True)
+                ],
                 "dead": {
                     "weights": dead.tolist(),
                     "n": 4,

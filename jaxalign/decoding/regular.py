@@ -1,6 +1,6 @@
 """Regular languages of text as automata over bytes.
 
-``compile_regex`` builds them with `outlines_core` (Rust's regex automata); intersection,
+``compile_regex`` builds them with `outlines_core` (Rust's regex automata); products,
 must-include languages and reading through a vocabulary's escapes are here.
 """
 

@@ -32,7 +32,8 @@ class Automaton(Program):
 
     Attributes:
       next_state: int32 ``[S, C]``, the state after a token of each class, or -1; state
-        0 is the start, the last one is behind EOS.
+        0 is the start. Both sizes are powers of two, so that constraints of like size
+        share what is compiled.
       token_class: int32 ``[V]``.
       distance: int32 ``[S]``, the fewest tokens to the end, EOS included.
     """
@@ -145,8 +146,12 @@ def over_tokens(
     columns = np.where(
         (columns >= 0) & (distance[columns] < _FAR), columns, regular.DEAD
     )
+    states, width = (max(16, 1 << (n - 1).bit_length()) for n in columns.shape)
+    more = ((0, states - len(columns)), (0, width - columns.shape[1]))
     return Automaton(
-        jnp.asarray(columns), jnp.asarray(token_class), jnp.asarray(distance)
+        jnp.asarray(np.pad(columns, more, constant_values=regular.DEAD)),
+        jnp.asarray(token_class),
+        jnp.asarray(np.pad(distance, more[0], constant_values=_FAR)),
     )
 
 

@@ -51,12 +51,14 @@ class Context(NamedTuple):
       position: int32 scalar, how many there are.
       remaining: int32 scalar, how many may follow, EOS included; huge where particles
         need not end.
+      prompt_id: uint32 scalar, as given to ``smc``.
     """
 
     logps: jax.Array
     tokens: jax.Array
     position: jax.Array
     remaining: jax.Array
+    prompt_id: jax.Array
 
 
 class Program:
@@ -181,8 +183,8 @@ class Potential(Program):
     """A reward: the target is ``p(s) exp(function(s))``.
 
     Attributes:
-      function: ``(tokens [T], length, done) -> scalar``, plain JAX, EOS counted; or a
-        :func:`text_function`.
+      function: ``(tokens [T], length, done, prompt_id) -> scalar``, plain JAX, EOS
+        counted in the length; or a :func:`text_function`.
       every_token: also reweight unfinished text by it. That is a twist: what it adds
         at one step it takes back at the next, so it changes which particles survive
         and not the target. Off, the function is used on finished text only.
@@ -197,14 +199,15 @@ class Potential(Program):
     def step(self, state, context, token, key):
         tokens = context.tokens.at[context.position].set(token)
         done = token == EOS_ID
-        value = self.function(tokens, context.position + 1, done)
+        length = context.position + 1
+        value = self.function(tokens, length, done, context.prompt_id)
         if not self.every_token:
             value = jnp.where(done, value, 0.0)
         return value, value - state, False
 
 
 def text_function(
-    function: Callable[[list[str]], Sequence[float]],
+    function: Callable[[list[str], list[int]], Sequence[float]],
     vocabulary: Any,
     *,
     every_token: bool = False,
@@ -212,14 +215,14 @@ def text_function(
     """A :class:`Potential` function out of Python code that scores texts.
 
     Args:
-      function: takes a list of texts and returns a log-potential for each; never
-        called with an empty list.
+      function: takes a list of texts and the prompt ids that they answer, returns a
+        log-potential for each; never called with empty lists.
       vocabulary: decodes token ids (``jaxalign.vocabularies``).
       every_token: score unfinished texts too; as in the ``Potential``.
     """
 
-    def on_host(tokens, length, done):
-        tokens, length, done = np.asarray(tokens), np.asarray(length), np.asarray(done)
+    def on_host(*arrays):
+        tokens, length, done, prompt_ids = map(np.asarray, arrays)
         wanted = np.ones_like(done) if every_token else done
         values = np.zeros(done.shape, np.float32)
         rows = np.argwhere(wanted)
@@ -228,7 +231,8 @@ def text_function(
                 vocabulary.decode(tokens[tuple(r)][: length[tuple(r)]].tolist())
                 for r in rows
             ]
-            scores = np.asarray(function(texts), np.float32)
+            ids = [int(prompt_ids[tuple(r)]) for r in rows]
+            scores = np.asarray(function(texts, ids), np.float32)
             if scores.shape != (len(texts),):
                 raise ValueError(
                     f"The potential must return one number for each of {len(texts)} "
@@ -237,10 +241,10 @@ def text_function(
             values[tuple(rows.T)] = scores
         return values
 
-    def potential(tokens, length, done):
+    def potential(tokens, length, done, prompt_id):
         shape = jax.ShapeDtypeStruct((), jnp.float32)
         return jax.pure_callback(
-            on_host, shape, tokens, length, done, vmap_method="broadcast_all"
+            on_host, shape, tokens, length, done, prompt_id, vmap_method="broadcast_all"
         )
 
     return potential

@@ -313,8 +313,10 @@ def _smc(
     cross_kv = apply("cross_key_values", apply("encode", flat, encoder_mask))
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, prompt_ids)
     expand = functools.partial(_expand, program, expansion, merge)
-    over_particles = jax.vmap(expand, (Context(0, 0, None, None), 0, 0, 0, 0))
-    over_prompts = jax.vmap(over_particles, (Context(0, 0, None, None), 0, 0, 0, 0))
+    axes = Context(0, 0, None, None, None)
+    over_particles = jax.vmap(expand, (axes, 0, 0, 0, 0))
+    axes = axes._replace(prompt_id=0)
+    over_prompts = jax.vmap(over_particles, (axes, 0, 0, 0, 0))
     resample = jax.vmap(
         functools.partial(_resample, scheme=resampling, threshold=ess_threshold)
     )
@@ -334,7 +336,7 @@ def _smc(
         logps = jax.nn.log_softmax(logits).reshape(b, m, n, -1).swapaxes(1, 2)
         old = carry.particles
         remaining = jnp.int32(t) - carry.position if must_end else jnp.int32(_UNLIMITED)
-        context = Context(logps, old.tokens, carry.position, remaining)
+        context = Context(logps, old.tokens, carry.position, remaining, prompt_ids)
 
         step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, carry.position)
         # Children and survivors never share randomness.

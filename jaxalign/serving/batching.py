@@ -50,8 +50,9 @@ class Backend(Protocol):
     ) -> list[list[list[int]]]:
         """``num_samples`` responses to each prompt.
 
-        Prompts and responses are token ids, EOS included where one came. A prompt's first ``k`` samples, and their first ``t`` tokens, depend on the
-        prompt, its seed and the settings alone.
+        Prompts and responses are token ids, EOS included where one came. A prompt's
+        first ``k`` samples, and their first ``t`` tokens, depend on the prompt, its
+        seed and the settings alone.
         """
 
 

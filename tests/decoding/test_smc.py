@@ -161,7 +161,7 @@ def test_prompt_intersection(small, strings):
         assert abs(found.logps[r, n] - strings.logps[0, i].sum()) < 1e-4
 
 
-def threes(tokens, length, done):
+def threes(tokens, length, done, prompt_id):
     return 0.8 * jnp.sum(tokens == 3)
 
 
@@ -172,7 +172,8 @@ class Digits:
 
 @pytest.mark.parametrize("every_token", [False, True])
 def test_rewards_and_products(small, strings, every_token):
-    def in_python(texts):
+    def in_python(texts, prompt_ids):
+        assert all(0 <= i < RUNS for i in prompt_ids)
         return [0.8 * text.count("3") for text in texts]
 
     function = threes
@@ -204,7 +205,7 @@ def test_one_step_with_its_best_proposal_has_no_variance(small, strings):
     assert found.ended.all() and (found.tokens == 1).all()
 
 
-def uneven(tokens, length, done):
+def uneven(tokens, length, done, prompt_id):
     return 3.0 * jnp.sin(jnp.sum(tokens * jnp.arange(1, 13)).astype(jnp.float32))
 
 

@@ -71,7 +71,17 @@ TEST = [
     pinned("torch"),
     "transformers>=4.57",  # T5ForConditionalGeneration, random weights, no downloads
     "ruff>=0.15",
+    # The extras `constraints` and `serve`, and the client that the server is asked by.
+    "outlines-core>=0.2.14",
+    "starlette>=1.0",
+    "uvicorn>=0.40",
+    "openai>=2",
 ]
+
+# Finite-state constraints for steering; regular expressions become automata there.
+CONSTRAINTS = ["outlines-core>=0.2.14"]
+# The HTTP API.
+SERVE = ["starlette>=1.0", "uvicorn>=0.40"]
 
 METRICS = ["sacrebleu>=2.4", "rouge-score>=0.1.2"]  # for their metric_fns only
 
@@ -110,6 +120,8 @@ setup(
     extras_require={
         "test": [*TEST, *METRICS],
         "metrics": METRICS,
+        "constraints": CONSTRAINTS,
+        "serve": SERVE,
         "docs": ["sphinx>=8", "myst-parser>=4", "sphinx-book-theme>=1.1"],
         "gpu": ["jax[cuda13]>=0.10"],
         "tpu": ["jax[tpu]>=0.10"],

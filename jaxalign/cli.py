@@ -20,6 +20,8 @@ jaxalign VERB [--gin_file=FILE ...] [--gin.NAME=VALUE ...] [flags]
 
   train        --gin_file=runs/sft.gin --gin.DATA="'my.jsonl'" --run_dir=DIR
   generate     --checkpoint=DIR --prompts=FILE --output=FILE
+  steer        --checkpoint=DIR --prompts=FILE --output=FILE --regex=PATTERN
+  serve        --checkpoint=DIR, as an OpenAI-compatible server
   score        --checkpoint=DIR --data=FILE --output=FILE
   eval         --checkpoint=DIR --data=FILE --judge=MODULE:FUNCTION
   data         check and prepare: --gin_file=runs/dpo.gin --gin.DATA="'my.jsonl'"
@@ -168,6 +170,51 @@ def _call(
     return configs.configured(function)(**given)
 
 
+def _steer(argv: list[str]) -> int:
+    from jaxalign.pipelines import steering
+
+    parser = _parser("steer", "Sample responses under constraints and rewards.")
+    parser.add_argument("--checkpoint", help="run directory or checkpoint")
+    parser.add_argument(
+        "--prompts",
+        help='JSONL file with {"prompt"[, "more_prompts", "regex", "include", '
+        '"template"]}',
+    )
+    parser.add_argument("--output", help="JSONL file to write")
+    parser.add_argument("--regex", help="what the whole response has to match")
+    parser.add_argument("--include", action="append", help="a phrase; repeatable")
+    parser.add_argument("--template", help="text with [BLANK] in it")
+    parser.add_argument("--potential", help="module:function, (prompt, response)")
+    parser.add_argument("--beta", type=float, help="divides the potential's scores")
+    parser.add_argument("--num_particles", type=int)
+    parser.add_argument("--expansion", type=int, help="children of a particle")
+    parser.add_argument("--resampling", help="default: without replacement")
+    parser.add_argument("--temperature", type=float)
+    parser.add_argument("--max_new_tokens", type=int)
+    parser.add_argument("--batch_size", type=int, help="prompts at a time")
+    parser.add_argument("--seed", type=int)
+    args = _arguments(parser, argv, "runs/steer.gin")
+    lines = _call(steering.steer, args, ("checkpoint", "prompts", "output"))
+    print(f"{lines} responses written to {args.output}")
+    return 0
+
+
+def _serve(argv: list[str]) -> int:
+    from jaxalign.serving import api
+
+    parser = _parser("serve", "Serve a checkpoint by the OpenAI-compatible HTTP API.")
+    parser.add_argument("--checkpoint", help="run directory or checkpoint")
+    parser.add_argument("--host", help="address to listen on")
+    parser.add_argument("--port", type=int)
+    parser.add_argument("--model", help="its name; default: the run directory's")
+    parser.add_argument("--batch_size", type=int, help="prompts at a time")
+    parser.add_argument("--max_prompt_tokens", type=int)
+    parser.add_argument("--max_new_tokens", type=int)
+    args = _arguments(parser, argv, "runs/serve.gin")
+    _call(api.serve, args, ("checkpoint",))
+    return 0
+
+
 def _score(argv: list[str]) -> int:
     from jaxalign.pipelines import inference
 
@@ -255,6 +302,8 @@ def _quickstart(argv: list[str]) -> int:
 _VERBS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
     "generate": _generate,
+    "steer": _steer,
+    "serve": _serve,
     "score": _score,
     "eval": _eval,
     "data": _data,

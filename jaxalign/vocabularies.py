@@ -45,6 +45,7 @@ class _Vocabulary:
     extra_ids: int
     vocab_size: int
     fingerprint: str
+    escapes: tuple[str, dict[str, str]] | None = None  # opener, and what letters mean
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Vocabulary) and self.fingerprint == other.fingerprint
@@ -92,6 +93,11 @@ class ByteVocabulary(_Vocabulary):
         kept = self._until_eos(ids) - 3
         kept = kept[(kept >= 0) & (kept < 256)].astype(np.uint8).tobytes()
         return kept.decode("utf-8", errors="ignore")
+
+    def token_bytes(self, first: bool = False) -> list[bytes | None]:
+        """What each id spells; None for special ids. ``first`` changes nothing."""
+        letters = [bytes([b]) for b in range(256)]
+        return [None] * 3 + letters + [None] * self.extra_ids
 
     def to_json(self) -> dict[str, Any]:
         """A JSON description for :func:`from_json`."""
@@ -142,6 +148,8 @@ class SentencePieceVocabulary(_Vocabulary):
         }
         self._letters = {code.strip(): c for c, code in self._codes.items()}
         self._scanner = self._compile_scanner()
+        if self._opener:
+            self.escapes = (self._opener, self._letters)
         self.fingerprint = _digest(
             self.to_json() | {"sha256": hashlib.sha256(self.model_bytes).hexdigest()}
         )
@@ -230,6 +238,25 @@ class SentencePieceVocabulary(_Vocabulary):
         opener = re.escape(self._opener)
         pattern = f"{opener}(?:x(?P<digits>[{_HEX}]{{1,6}});|(?P<code>n ?|.))"
         return re.sub(pattern, restore, text, flags=re.DOTALL)
+
+    def token_bytes(self, first: bool = False) -> list[bytes | None]:
+        """What each id spells, before escapes are undone; None for special ids.
+
+        Args:
+          first: with nothing before it; decoding drops a piece's space there.
+        """
+        model, spelt = self._model, []
+        for i in range(self.vocab_size):
+            special = model.is_control(i) or model.is_unknown(i) or model.is_unused(i)
+            if special or i >= self.vocab_size - self.extra_ids:
+                spelt.append(None)
+            elif model.is_byte(i):
+                spelt.append(bytes([int(model.id_to_piece(i)[3:5], 16)]))
+            else:
+                piece = model.id_to_piece(i)
+                piece = piece.removeprefix("▁") if first else piece
+                spelt.append(piece.replace("▁", " ").encode("utf-8"))
+        return spelt
 
     def to_json(self) -> dict[str, Any]:
         """A JSON description for :func:`from_json`."""

@@ -247,3 +247,91 @@ def test_report_of_runs(trained, work, capsys):
     assert cli.main(["report", "sft"]) == 0
     page = capsys.readouterr().out.strip()
     assert "</html>" in (work / page).read_text()
+
+
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_steer_keeps_constraints_and_weighs(trained, work):
+    import re
+
+    (work / "wishes.jsonl").write_text(
+        '{"prompt": "say 1", "id": 7}\n'
+        '{"prompt": "say 2", "include": ["at", "9"]}\n'
+        '{"prompt": "say 3", "more_prompts": ["say 4"]}\n'
+    )
+    (work / "liking.py").write_text(
+        "def nines(prompt, response):\n"
+        "    assert prompt.startswith('say ')\n"
+        "    return response.count('9')\n"
+    )
+    command = [
+        "steer",
+        "--checkpoint=sft",
+        "--prompts=wishes.jsonl",
+        "--output=steered.jsonl",
+        "--regex=[a-z9 ]{2,5}",
+        f"--potential={work / 'liking.py'}:nines",
+        "--beta=0.5",
+        "--num_particles=4",
+        "--expansion=2",
+        "--max_new_tokens=6",
+        "--batch_size=2",
+    ]
+    assert cli.main(command) == 0
+    rows = read_lines(work / "steered.jsonl")
+    by_prompt = {}
+    for row in rows:
+        assert re.fullmatch("[a-z9 ]{2,5}", row["response"])
+        assert row["num_tokens"] == len(row["response"]) + 1
+        assert row["log_evidence"] < 2.0 * 5 and row["logp"] < 0.0
+        by_prompt.setdefault(row["prompt"], []).append(row)
+    assert list(by_prompt) == ["say 1", "say 2", "say 3"]
+    assert all(
+        "at" in r["response"] and "9" in r["response"] for r in by_prompt["say 2"]
+    )
+    assert by_prompt["say 1"][0]["id"] == 7
+    for found in by_prompt.values():
+        assert abs(sum(r["weight"] for r in found) - 1.0) < 1e-6
+        assert [r["weight"] for r in found] == sorted(
+            (r["weight"] for r in found), reverse=True
+        )
+
+
+def test_steer_fills_templates_and_names_mistakes(trained, work, capsys):
+    (work / "one.jsonl").write_text('{"prompt": "say 1"}\n')
+    command = [
+        "steer",
+        "--checkpoint=sft",
+        "--prompts=one.jsonl",
+        "--output=filled.jsonl",
+        "--num_particles=2",
+        "--max_new_tokens=6",
+        "--batch_size=1",
+    ]
+    assert cli.main([*command, "--template=it[BLANK]!"]) == 0
+    for row in read_lines(work / "filled.jsonl"):
+        assert row["response"].startswith("it") and row["response"].endswith("!")
+    for flags_, message in (
+        (["--template=it"], r"has no [BLANK] in it"),
+        (["--template=[BLANK]", "--regex=a"], "a template excludes regex"),
+        (["--regex=(a"], "is no regular expression"),
+        (["--potential=liking.py:nines", "--beta=0"], "beta must be above 0"),
+        (["--resampling=best"], "resampling must be one of"),
+    ):
+        capsys.readouterr()
+        assert cli.main([*command, *flags_]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_serve_starts_a_server_for_the_checkpoint(trained, monkeypatch):
+    import uvicorn
+
+    started = {}
+    monkeypatch.setattr(
+        uvicorn, "run", lambda app, **settings: started.update(settings, app=app)
+    )
+    assert cli.main(["serve", "--checkpoint=sft", "--port=8123"]) == 0
+    assert started["port"] == 8123 and started["host"] == "127.0.0.1"
+    assert "/v1/completions" in {route.path for route in started["app"].routes}

@@ -1,0 +1,289 @@
+"""Probabilistic programs over a model: what SMC steering conditions on.
+
+A program is a Feynman-Kac model (Lew et al. 2023, arXiv 2306.03081, section 2): the
+network proposes tokens, potentials ``G_t >= 0`` reweight what they lead to, and the
+target is ``P(s) ~ E[prod_t G_t 1{S = s}]``. Programs are pytrees of arrays with three
+methods on *one* particle; the driver batches them, so they are plain JAX:
+
+* ``init()`` returns the state at the start, any pytree;
+* ``proposal(state, context)`` returns unnormalised log-probabilities ``[V]`` to draw
+  the next token from; ``-inf`` everywhere kills the particle;
+* ``step(state, context, token, key)`` returns the next state, ``log G``, and whether
+  the particle is finished. EOS finishes it in any case. ``key`` is for programs that
+  draw more than tokens.
+
+The driver weighs each draw by ``G p / q`` itself, where ``p`` is ``context.logps[0]``.
+
+A program of one's own is a ``flax.struct.dataclass`` that derives from ``Program``:
+
+>>> import flax
+>>> @flax.struct.dataclass
+... class NoLongerThan(Program):
+...     limit: int
+...     def step(self, state, context, token, key):
+...         too_long = context.position >= self.limit
+...         return state, jnp.where(too_long, -jnp.inf, 0.0), False
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+EOS_ID = 1
+BLANK = -1  # stands for "one or more tokens" in a template
+
+State = Any
+
+
+class Context(NamedTuple):
+    """What a program may look at before the token at ``position``.
+
+    Attributes:
+      logps: float32 ``[M, V]``, log-probabilities of the next token given each of the
+        ``M`` prompts; row 0 is the model that particles are drawn from.
+      tokens: int32 ``[T]``, the tokens so far, then 0.
+      position: int32 scalar, how many there are.
+      remaining: int32 scalar, how many may follow, EOS included; huge where particles
+        need not end.
+      prompt_id: uint32 scalar, as given to ``smc``.
+    """
+
+    logps: jax.Array
+    tokens: jax.Array
+    position: jax.Array
+    remaining: jax.Array
+    prompt_id: jax.Array
+
+
+class Program:
+    """The model itself, conditioned on ending in time; ``G = 1``."""
+
+    num_contexts = 1  # prompts that it reads, ``M``
+
+    def init(self) -> State:
+        return ()
+
+    def proposal(self, state: State, context: Context) -> jax.Array:
+        return only_eos_at_last(context.logps[0], context)
+
+    def step(
+        self, state: State, context: Context, token: jax.Array, key: jax.Array
+    ) -> tuple[State, jax.Array, jax.Array]:
+        return state, jnp.float32(0.0), False
+
+
+def only_eos_at_last(logits: jax.Array, context: Context) -> jax.Array:
+    """Leaves EOS alone where no other token could still be followed by it."""
+    allowed = (context.remaining > 1) | (jnp.arange(logits.shape[-1]) == EOS_ID)
+    return jnp.where(allowed, logits, -jnp.inf)
+
+
+@flax.struct.dataclass
+class Unconditioned(Program):
+    """The model itself: draws from it, with weights that are all equal."""
+
+
+@flax.struct.dataclass
+class AllowedTokens(Program):
+    """A hard constraint on every token.
+
+    The proposal is the model restricted to the allowed tokens and renormalised, so each
+    step multiplies the weight by their mass.
+
+    Attributes:
+      allowed: bool ``[V]``, EOS among them.
+    """
+
+    allowed: jax.Array
+
+    def proposal(self, state: State, context: Context) -> jax.Array:
+        kept = jnp.where(self.allowed, context.logps[0], -jnp.inf)
+        return only_eos_at_last(kept, context)
+
+
+@flax.struct.dataclass
+class Infilling(Program):
+    """Fixed text with blanks of one or more tokens in it.
+
+    A blank's length is ``1 + Geometric(1/2)``, drawn token by token; no blank holds an
+    EOS. Fixed tokens are forced, and cost their probability. Where tokens run short the
+    blank ends at once, and costs the 1/2 of that choice.
+
+    Attributes:
+      template: int32 ``[L]`` token ids, ``BLANK`` (-1) for blanks, EOS at the end; made
+        by :func:`infilling`.
+    """
+
+    template: jax.Array
+
+    def init(self) -> State:
+        return jnp.int32(0)
+
+    def proposal(self, state: State, context: Context) -> jax.Array:
+        wanted = self.template[state]
+        ids = jnp.arange(context.logps.shape[-1])
+        allowed = jnp.where(wanted == BLANK, ids != EOS_ID, ids == wanted)
+        enough = context.remaining >= self.template.size - state
+        return jnp.where(allowed & enough, context.logps[0], -jnp.inf)
+
+    def step(self, state, context, token, key):
+        blank = self.template[state] == BLANK
+        more = jax.random.bernoulli(key)
+        # Staying needs a token for everything from here on, this blank included.
+        short = context.remaining - 1 < self.template.size - state
+        stay = blank & more & ~short
+        log_g = jnp.where(blank & short, jnp.log(0.5), 0.0)
+        return jnp.where(stay, state, state + 1), log_g, False
+
+
+def infilling(parts: Sequence[Sequence[int] | None]) -> Infilling:
+    """An :class:`Infilling` from token ids and ``None`` for each blank.
+
+    >>> infilling([[5, 6], None, [7]]).template
+    Array([ 5,  6, -1,  7,  1], dtype=int32)
+    """
+    flat: list[int] = []
+    for i, part in enumerate(parts):
+        if part is None and i and parts[i - 1] is None:
+            raise ValueError(f"parts[{i - 1}] and parts[{i}] are both blank; use one.")
+        flat.extend([BLANK] if part is None else part)
+    if any(token in (0, EOS_ID) for token in flat):
+        raise ValueError("Fixed text may hold neither padding (0) nor EOS (1).")
+    return Infilling(jnp.array([*flat, EOS_ID], jnp.int32))
+
+
+@flax.struct.dataclass
+class PromptIntersection(Program):
+    """The product of the model's distributions given several prompts.
+
+    ``P(s) ~ prod_j p(s | prompt_j)``: text that continues all of them. The proposal is
+    the normalised product: a step multiplies the weight by ``sum_v prod_j p_j(v)``.
+
+    Attributes:
+      num_contexts: prompts ``M``.
+    """
+
+    num_contexts: int = flax.struct.field(pytree_node=False)
+
+    def proposal(self, state: State, context: Context) -> jax.Array:
+        return only_eos_at_last(jnp.sum(context.logps, axis=0), context)
+
+    def step(self, state, context, token, key):
+        return state, jnp.sum(context.logps[1:, token]), False
+
+
+@flax.struct.dataclass
+class Potential(Program):
+    """A reward: the target is ``p(s) exp(function(s))``.
+
+    Attributes:
+      function: ``(tokens [T], length, done, prompt_id) -> scalar``, plain JAX, EOS
+        counted in the length; or a :func:`text_function`.
+      every_token: also reweight unfinished text by it. That is a twist: what it adds
+        at one step it takes back at the next, so it changes which particles survive
+        and not the target. Off, the function is used on finished text only.
+    """
+
+    function: Callable[..., jax.Array] = flax.struct.field(pytree_node=False)
+    every_token: bool = flax.struct.field(pytree_node=False, default=False)
+
+    def init(self) -> State:
+        return jnp.float32(0.0)
+
+    def step(self, state, context, token, key):
+        tokens = context.tokens.at[context.position].set(token)
+        done = token == EOS_ID
+        length = context.position + 1
+        value = self.function(tokens, length, done, context.prompt_id)
+        if not self.every_token:
+            value = jnp.where(done, value, 0.0)
+        return value, value - state, False
+
+
+def text_function(
+    function: Callable[[list[str], list[int]], Sequence[float]],
+    vocabulary: Any,
+    *,
+    every_token: bool = False,
+) -> Callable[..., jax.Array]:
+    """A :class:`Potential` function out of Python code that scores texts.
+
+    Args:
+      function: takes a list of texts and the prompt ids that they answer, returns a
+        log-potential for each; never called with empty lists.
+      vocabulary: decodes token ids (``jaxalign.vocabularies``).
+      every_token: score unfinished texts too; as in the ``Potential``.
+    """
+
+    def on_host(*arrays):
+        tokens, length, done, prompt_ids = map(np.asarray, arrays)
+        wanted = np.ones_like(done) if every_token else done
+        values = np.zeros(done.shape, np.float32)
+        rows = np.argwhere(wanted)
+        if len(rows):
+            texts = [
+                vocabulary.decode(tokens[tuple(r)][: length[tuple(r)]].tolist())
+                for r in rows
+            ]
+            ids = [int(prompt_ids[tuple(r)]) for r in rows]
+            scores = np.asarray(function(texts, ids), np.float32)
+            if scores.shape != (len(texts),):
+                raise ValueError(
+                    f"The potential must return one number for each of {len(texts)} "
+                    f"texts, got shape {scores.shape}."
+                )
+            values[tuple(rows.T)] = scores
+        return values
+
+    def potential(tokens, length, done, prompt_id):
+        shape = jax.ShapeDtypeStruct((), jnp.float32)
+        return jax.pure_callback(
+            on_host, shape, tokens, length, done, prompt_id, vmap_method="broadcast_all"
+        )
+
+    return potential
+
+
+@flax.struct.dataclass
+class Product(Program):
+    """Several programs at once: their potentials multiply.
+
+    The proposal multiplies what each makes of the model, ``q ~ p prod_i (q_i / p)``.
+
+    Attributes:
+      programs: at most one of them may read more than one prompt.
+    """
+
+    programs: tuple[Program, ...]
+
+    @property
+    def num_contexts(self) -> int:
+        return max(program.num_contexts for program in self.programs)
+
+    def init(self) -> State:
+        return tuple(program.init() for program in self.programs)
+
+    def proposal(self, state: State, context: Context) -> jax.Array:
+        base = context.logps[0]
+        held = base > -jnp.inf
+        total = base
+        for program, own in zip(self.programs, state, strict=True):
+            # `held` on both sides: -inf minus -inf is no number.
+            change = program.proposal(own, context) - jnp.where(held, base, 0.0)
+            total = total + jnp.where(held, change, 0.0)
+        return total
+
+    def step(self, state, context, token, key):
+        keys = jax.random.split(key, len(self.programs))
+        log_g, done, states = jnp.float32(0.0), False, []
+        for program, own, k in zip(self.programs, state, keys, strict=True):
+            new, value, ends = program.step(own, context, token, k)
+            states.append(new)
+            log_g, done = log_g + value, done | ends
+        return tuple(states), log_g, done

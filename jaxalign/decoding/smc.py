@@ -1,0 +1,426 @@
+"""Sequential Monte Carlo steering (Lew et al. 2023, arXiv 2306.03081).
+
+Each step runs the model once on ``N`` particles, draws ``K`` children of every
+unfinished one, weighs a child by ``G p / q``, and resamples ``N`` of them, by default
+without replacement. The mean weight is an unbiased estimate of the program's
+normaliser ``Z``; the weighted particles approximate its target.
+
+The paper multiplies children by ``N' / (K N)`` and survivors by ``N / N'``, with ``N'``
+the number of children; the product ``1 / K`` is what stands here. Children share their
+parent's logits, so a step costs ``N`` decoder rows, not ``N K``. Survivors take their
+parent's self-attention cache; cross-attention keys and values belong to the prompt and
+are neither copied nor gathered.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxalign.decoding import resampling as schemes
+from jaxalign.decoding.programs import EOS_ID, Context, Program, State
+
+PAD_ID = 0
+_UNLIMITED = 2**30
+
+
+class Particles(NamedTuple):
+    """Weighted responses to ``B`` prompts, ``N`` each.
+
+    Attributes:
+      tokens: int32 ``[B, N, T]``, up to EOS, then 0.
+      lengths: int32 ``[B, N]`` tokens, EOS included.
+      log_weights: float32 ``[B, N]``; ``-inf`` for particles that died.
+      logps: float32 ``[B, N]``, log-probability of the tokens under the (tempered)
+        model given the first prompt.
+      ended: bool ``[B, N]``, whether the particle finished in time, alive.
+      log_evidence: float32 ``[B]``, the log of the mean weight. ``exp`` of it is
+        unbiased; itself it is biased low.
+      ess: float32 ``[B, T]``, effective sample size among a step's children, before
+        resampling; 0 for steps not taken.
+      ancestors: int32 ``[B, T, N]``, each survivor's parent; -1 for steps not taken.
+      num_invalid: int32 ``[B]`` weights that were NaN or +inf, counted as dead.
+    """
+
+    tokens: jax.Array
+    lengths: jax.Array
+    log_weights: jax.Array
+    logps: jax.Array
+    ended: jax.Array
+    log_evidence: jax.Array
+    ess: jax.Array
+    ancestors: jax.Array
+    num_invalid: jax.Array
+
+    @property
+    def weights(self) -> jax.Array:
+        """``[B, N]`` weights that sum to 1, or are all 0 where every particle died."""
+        return schemes._normalised(self.log_weights)
+
+
+def smc(
+    model: Any,
+    params: Any,
+    encoder_input_tokens: jax.Array | np.ndarray,
+    program: Program,
+    *,
+    key: jax.Array,
+    num_particles: int,
+    max_new_tokens: int,
+    expansion: int = 1,
+    resampling: str = "fearnhead_clifford",
+    ess_threshold: float = 0.5,
+    prompt_ids: jax.Array | np.ndarray | None = None,
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
+    must_end: bool = True,
+    merge: bool = False,
+) -> Particles:
+    """Samples from the model conditioned on a program.
+
+    A prompt's particles are a function of the parameters, its tokens, ``key`` and its
+    id. Compiled once per model, shape, setting and *structure* of the program: other
+    numbers in a program's arrays compile nothing.
+
+    Args:
+      model: a ``jaxalign.models.T5``, or anything with its decoding methods.
+      params: its parameters.
+      encoder_input_tokens: int32 ``[B, Le]``, right-padded with 0, EOS included; or
+        ``[B, M, Le]`` for a program that reads ``M`` prompts.
+      program: what to condition on.
+      key: a typed PRNG key.
+      num_particles: ``N``.
+      max_new_tokens: ``T``, EOS included.
+      expansion: children ``K`` of a particle. Resampling without replacement chooses
+        among children, so it needs ``K >= 2``.
+      resampling: ``"fearnhead_clifford"`` (without replacement, every step),
+        ``"systematic"``, ``"stratified"`` or ``"multinomial"``. The latter, with
+        ``expansion=1``, resample when the effective sample size is below
+        ``ess_threshold * N``: standard SMC.
+      ess_threshold: see ``resampling``.
+      prompt_ids: ``[B]`` integers that tell prompts apart; default: their positions.
+      temperature: divides the logits; the tempered model is what is conditioned.
+      vocab_size: ids from here on, padding of the embedding, are impossible.
+      must_end: particles without EOS after ``T`` tokens weigh 0. Otherwise they count
+        as they stand.
+      merge: add up equal children (parent, token and program state) before resampling;
+        the estimate stays unbiased and varies less.
+
+    Returns:
+      ``Particles``.
+
+    Raises:
+      ValueError: naming the argument and what it should be.
+    """
+    encoder_input_tokens = jnp.asarray(encoder_input_tokens, jnp.int32)
+    if encoder_input_tokens.ndim == 2:
+        encoder_input_tokens = encoder_input_tokens[:, None]
+    if encoder_input_tokens.ndim != 3:
+        raise ValueError(
+            "encoder_input_tokens must be [B, Le] or [B, M, Le], got shape "
+            f"{encoder_input_tokens.shape}."
+        )
+    batch, contexts, _ = encoder_input_tokens.shape
+    if contexts != program.num_contexts:
+        raise ValueError(
+            f"{type(program).__name__} reads {program.num_contexts} prompts, got "
+            f"{contexts}: encoder_input_tokens must be [B, M, Le] with that M."
+        )
+    sizes = {
+        "num_particles": num_particles,
+        "max_new_tokens": max_new_tokens,
+        "expansion": expansion,
+    }
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1, got {size}.")
+    if resampling not in schemes.SCHEMES:
+        raise ValueError(
+            f"resampling must be one of {sorted(schemes.SCHEMES)}, got {resampling!r}."
+        )
+    if resampling == "fearnhead_clifford" and expansion == 1 and num_particles > 1:
+        raise ValueError(
+            "Resampling without replacement needs expansion >= 2: it keeps N of the "
+            "N * expansion children. With expansion=1 choose resampling='stratified'."
+        )
+    if not temperature > 0.0:
+        raise ValueError(f"temperature must be above 0, got {temperature!r}.")
+    if prompt_ids is None:
+        prompt_ids = np.arange(batch)
+    return _smc(
+        model,
+        params,
+        encoder_input_tokens,
+        program,
+        key,
+        jnp.asarray(prompt_ids, jnp.uint32),
+        jnp.float32(temperature),
+        jnp.float32(ess_threshold),
+        num_particles=int(num_particles),
+        max_new_tokens=int(max_new_tokens),
+        expansion=int(expansion),
+        resampling=resampling,
+        vocab_size=vocab_size,
+        must_end=must_end,
+        merge=merge,
+    )
+
+
+class _Children(NamedTuple):
+    """Children of particles, ``[..., K]``."""
+
+    tokens: jax.Array
+    log_weights: jax.Array
+    logps: jax.Array
+    done: jax.Array
+    state: State
+    invalid: jax.Array
+
+
+class _Carry(NamedTuple):
+    """State before the token at ``position``; leaves ``[B, N, ...]``."""
+
+    position: jax.Array
+    inputs: jax.Array
+    done: jax.Array
+    particles: Particles
+    state: State
+    cache: Any
+
+
+def _expand(
+    program: Program,
+    expansion: int,
+    merge: bool,
+    context: Context,
+    state: State,
+    log_weight: jax.Array,
+    done: jax.Array,
+    key: jax.Array,
+) -> _Children:
+    """The ``K`` children of one particle; a finished one has one child, itself."""
+    draw_key, state_key = jax.random.split(key)
+    logits = program.proposal(state, context)
+    chex.assert_equal_shape([logits, context.logps[0]])
+    possible = jnp.max(logits) != -jnp.inf  # NaN is possible, and found out below
+    logits = jnp.where(possible, logits, 0.0)
+    log_q = jax.nn.log_softmax(logits)
+    tokens = jax.random.categorical(draw_key, logits, shape=(expansion,))
+    tokens = tokens.astype(jnp.int32)
+    states, log_g, ends = jax.vmap(program.step, (None, None, 0, 0))(
+        state, context, tokens, jax.random.split(state_key, expansion)
+    )
+    logps = context.logps[0][tokens]
+    log_g = jnp.where(possible, log_g + logps - log_q[tokens], -jnp.inf)
+    invalid = ~done & (jnp.isnan(log_g) | (log_g == jnp.inf))
+    log_g = jnp.where(jnp.isnan(log_g) | (log_g == jnp.inf), -jnp.inf, log_g)
+    weights = log_weight + log_g - jnp.log(expansion)
+    ended = ends | (tokens == EOS_ID)
+    if merge and expansion > 1:
+        weights = _merge(tokens, (states, ended), weights)
+    first = jnp.arange(expansion) == 0
+
+    def if_done(own, child):
+        own = jnp.asarray(own)
+        return jnp.where(done, own, child.astype(own.dtype))
+
+    return _Children(
+        tokens=jnp.where(done, PAD_ID, tokens),
+        log_weights=jnp.where(done, jnp.where(first, log_weight, -jnp.inf), weights),
+        logps=jnp.where(done, 0.0, logps),
+        done=done | ended,
+        state=jax.tree.map(if_done, state, states),
+        invalid=jnp.sum(invalid),
+    )
+
+
+def _merge(tokens: jax.Array, states: State, weights: jax.Array) -> jax.Array:
+    """Moves the weight of equal children to the first of them."""
+    same = tokens[:, None] == tokens[None]
+    for leaf in jax.tree.leaves(states):
+        equal = leaf[:, None] == leaf[None]
+        same &= jnp.all(equal, axis=tuple(range(2, equal.ndim)))
+    first = jnp.argmax(same, axis=1) == jnp.arange(tokens.size)
+    total = jax.nn.logsumexp(jnp.where(same, weights[None], -jnp.inf), axis=1)
+    return jnp.where(first, total, -jnp.inf)
+
+
+def _resample(
+    key: jax.Array,
+    log_weights: jax.Array,
+    *,
+    scheme: str,
+    threshold: jax.Array,
+) -> schemes.Resampled:
+    """``N`` of the children ``[N, K]``, as indices into the flat ``[N * K]``."""
+    n, expansion = log_weights.shape
+    flat = log_weights.reshape(-1)
+    drawn = schemes.SCHEMES[scheme](key, flat, n)
+    if expansion > 1 or scheme == "fearnhead_clifford":
+        return drawn
+    needed = schemes.effective_sample_size(flat) < threshold * n
+    needed &= jnp.max(flat) > -jnp.inf
+    return schemes.Resampled(
+        jnp.where(needed, drawn.indices, jnp.arange(n)),
+        jnp.where(needed, drawn.log_weights, flat),
+    )
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=(
+        "model",
+        "num_particles",
+        "max_new_tokens",
+        "expansion",
+        "resampling",
+        "vocab_size",
+        "must_end",
+        "merge",
+    ),
+)
+def _smc(
+    model,
+    params,
+    encoder_input_tokens,
+    program,
+    key,
+    prompt_ids,
+    temperature,
+    ess_threshold,
+    *,
+    num_particles,
+    max_new_tokens,
+    expansion,
+    resampling,
+    vocab_size,
+    must_end,
+    merge,
+) -> Particles:
+    b, m, length = encoder_input_tokens.shape
+    n, t = num_particles, max_new_tokens
+    flat = encoder_input_tokens.reshape(b * m, length)
+    encoder_mask = (flat != PAD_ID).astype(jnp.int32)
+
+    def apply(method: str, *args):
+        return model.apply({"params": params}, *args, method=method)
+
+    cross_kv = apply("cross_key_values", apply("encode", flat, encoder_mask))
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, prompt_ids)
+    expand = functools.partial(_expand, program, expansion, merge)
+    axes = Context(0, 0, None, None, None)
+    over_particles = jax.vmap(expand, (axes, 0, 0, 0, 0))
+    axes = axes._replace(prompt_id=0)
+    over_prompts = jax.vmap(over_particles, (axes, 0, 0, 0, 0))
+    resample = jax.vmap(
+        functools.partial(_resample, scheme=resampling, threshold=ess_threshold)
+    )
+
+    def unfinished(carry: _Carry) -> jax.Array:
+        return (carry.position < t) & ~jnp.all(carry.done)
+
+    def step(carry: _Carry) -> _Carry:
+        inputs = jnp.repeat(carry.inputs, m, axis=0)  # the same token in each context
+        logits, cache = apply(
+            "decode_step", inputs, carry.position, carry.cache, cross_kv, encoder_mask
+        )
+        logits = logits / temperature
+        if vocab_size is not None:
+            real = jnp.arange(logits.shape[-1]) < vocab_size
+            logits = jnp.where(real, logits, -jnp.inf)
+        logps = jax.nn.log_softmax(logits).reshape(b, m, n, -1).swapaxes(1, 2)
+        old = carry.particles
+        remaining = jnp.int32(t) - carry.position if must_end else jnp.int32(_UNLIMITED)
+        context = Context(logps, old.tokens, carry.position, remaining, prompt_ids)
+
+        step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, carry.position)
+        # Children and survivors never share randomness.
+        child_keys, offset_keys = jax.vmap(jax.random.split, out_axes=1)(step_keys)
+        child_keys = jax.vmap(lambda k: jax.random.split(k, n))(child_keys)
+        children = over_prompts(
+            context, carry.state, old.log_weights, carry.done, child_keys
+        )
+        survivors = resample(offset_keys, children.log_weights)
+        # A prompt whose particles are all finished waits for its neighbours unchanged.
+        settled = jnp.all(carry.done, axis=1, keepdims=True)
+        survivors = schemes.Resampled(
+            jnp.where(settled, jnp.arange(n) * expansion, survivors.indices),
+            jnp.where(settled, old.log_weights, survivors.log_weights),
+        )
+        parents = survivors.indices // expansion
+
+        def of_child(leaf):  # [B, N, K, ...] -> [B, N, ...]
+            leaf = leaf.reshape(b, n * expansion, *leaf.shape[3:])
+            return jax.vmap(lambda x, i: x[i])(leaf, survivors.indices)
+
+        def of_parent(leaf):  # [B, N, ...]
+            return jax.vmap(lambda x, i: x[i])(leaf, parents)
+
+        ancestors = jnp.repeat(parents, m, axis=0)
+        cache = jax.tree.map(
+            lambda leaf: jax.vmap(lambda x, i: x[i])(leaf, ancestors), cache
+        )
+        was_done = of_parent(carry.done)
+        tokens = of_child(children.tokens)
+        dead = survivors.log_weights == -jnp.inf
+        ess = schemes.effective_sample_size(children.log_weights.reshape(b, -1))
+        ess = jnp.where(settled[:, 0], 0.0, ess)
+        born = jnp.where(settled, -1, parents)
+        particles = old._replace(
+            tokens=jax.lax.dynamic_update_slice(
+                of_parent(old.tokens), tokens[:, :, None], (0, 0, carry.position)
+            ),
+            lengths=of_parent(old.lengths) + ~was_done,
+            log_weights=survivors.log_weights,
+            logps=of_parent(old.logps) + of_child(children.logps),
+            ended=of_child(children.done) & ~dead,
+            ess=old.ess.at[:, carry.position].set(ess),
+            ancestors=old.ancestors.at[:, carry.position].set(born),
+            num_invalid=old.num_invalid + jnp.sum(children.invalid, axis=1),
+        )
+        return _Carry(
+            position=carry.position + 1,
+            inputs=tokens,
+            done=particles.ended | dead,
+            particles=particles,
+            state=jax.tree.map(of_child, children.state),
+            cache=cache,
+        )
+
+    rows = (b, n)
+    start = Particles(
+        tokens=jnp.full((*rows, t), PAD_ID, jnp.int32),
+        lengths=jnp.zeros(rows, jnp.int32),
+        log_weights=jnp.zeros(rows, jnp.float32),
+        logps=jnp.zeros(rows, jnp.float32),
+        ended=jnp.zeros(rows, bool),
+        log_evidence=jnp.zeros(b, jnp.float32),
+        ess=jnp.zeros((b, t), jnp.float32),
+        ancestors=jnp.full((b, t, n), -1, jnp.int32),
+        num_invalid=jnp.zeros(b, jnp.int32),
+    )
+    state = jax.tree.map(
+        lambda x: jnp.broadcast_to(jnp.asarray(x), (*rows, *jnp.shape(x))),
+        program.init(),
+    )
+    carry = _Carry(
+        position=jnp.int32(0),
+        inputs=jnp.full(rows, PAD_ID, jnp.int32),
+        done=jnp.zeros(rows, bool),
+        particles=start,
+        state=state,
+        cache=model.init_self_cache(b * m, n, t),
+    )
+    found = jax.lax.while_loop(unfinished, step, carry).particles
+    log_weights = found.log_weights
+    if must_end:
+        log_weights = jnp.where(found.ended, log_weights, -jnp.inf)
+    return found._replace(
+        log_weights=log_weights,
+        log_evidence=jax.nn.logsumexp(log_weights, axis=1) - jnp.log(n),
+    )

@@ -1,0 +1,334 @@
+"""The server on loopback, asked by the real `openai` client and by raw sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import socket
+import threading
+import time
+import types
+import urllib.error
+import urllib.request
+
+import jax
+import openai
+import pytest
+import uvicorn
+
+from jaxalign.models import T5, T5Config, init_params
+from jaxalign.serving import api
+from jaxalign.serving.batching import GeneratorBackend
+from jaxalign.serving.requests import Limits
+from jaxalign.vocabularies import ByteVocabulary
+
+LIMITS = Limits(
+    body_bytes=20_000, prompt_tokens=40, new_tokens=8, samples=8, body_seconds=1.0
+)
+
+
+@contextlib.contextmanager
+def running(backend, **settings):
+    settings = {"limits": LIMITS, "batch_size": 4, **settings}
+    app = api.application(backend, ByteVocabulary(), model="tiny", **settings)
+    config = uvicorn.Config(app, port=0, log_level="error", ws="none")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started:
+            assert thread.is_alive()
+            time.sleep(0.01)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        yield types.SimpleNamespace(app=app, port=port)
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+class Recorder:
+    """A backend that answers with the seed's digits, when it is allowed to."""
+
+    def __init__(self):
+        self.open = threading.Event()
+        self.calls = []
+
+    def generate(self, prompts, seeds, settings, *, max_new_tokens, num_samples):
+        self.calls.append([bytes(t - 3 for t in p[:-1]).decode() for p in prompts])
+        self.open.wait(10.0)
+        if b"boom" in b"".join(bytes(t - 3 for t in p[:-1]) for p in prompts):
+            raise ZeroDivisionError("inside the engine")
+        return [
+            [[ord(c) + 3 for c in f"{s}.{k}"] + [1] for k in range(num_samples)]
+            for s in seeds
+        ]
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """A server of a random network."""
+    model = T5(T5Config(259, 16, 2, 8, 16, 1, 1))
+    params = init_params(model, jax.random.key(0))
+    policy = types.SimpleNamespace(
+        model=model, params=params, vocabulary=ByteVocabulary()
+    )
+    backend = GeneratorBackend(policy, max_prompt_tokens=40, batch_size=4)
+    with running(backend) as server:
+        yield server
+
+
+@pytest.fixture
+def recorder():
+    backend = Recorder()
+    with running(backend, max_waiting=3) as server:
+        server.backend = backend
+        yield server
+        backend.open.set()
+
+
+def client(server, kind=openai.OpenAI):
+    return kind(
+        base_url=f"http://127.0.0.1:{server.port}/v1", api_key="none", max_retries=0
+    )
+
+
+def post(server, body, path="/v1/completions"):
+    """Status and JSON of a raw request."""
+    request = urllib.request.Request(f"http://127.0.0.1:{server.port}{path}", body)
+    try:
+        with urllib.request.urlopen(request) as response:
+            return response.status, json.load(response)
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, json.load(error)
+
+
+def health(server):
+    with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/health") as response:
+        return json.load(response)
+
+
+def wait_until(condition):
+    for _ in range(500):
+        if condition():
+            return
+        time.sleep(0.01)
+    raise AssertionError("it did not happen in 5 seconds")
+
+
+def test_completions(tiny):
+    with client(tiny) as api_client:
+        first = api_client.completions.create(
+            model="tiny", prompt=["say a", "say b"], n=2, max_tokens=5, seed=3
+        )
+        assert [c.index for c in first.choices] == [0, 1, 2, 3]
+        assert first.usage.prompt_tokens == 12
+        assert 0 < first.usage.completion_tokens <= 20
+        assert {c.finish_reason for c in first.choices} <= {"stop", "length"}
+        # The same seed gives the same texts, alone or beside another prompt.
+        alone = api_client.completions.create(
+            model="tiny", prompt="say a", n=2, max_tokens=5, seed=3
+        )
+        assert [c.text for c in alone.choices] == [c.text for c in first.choices[:2]]
+        ids = [ord(c) + 3 for c in "say a"]
+        tokens = api_client.completions.create(
+            model="tiny", prompt=ids, n=2, max_tokens=5, seed=3
+        )
+        assert [c.text for c in tokens.choices] == [c.text for c in alone.choices]
+        assert [m.id for m in api_client.models.list()] == ["tiny"]
+
+
+def test_chat_and_streaming(tiny):
+    with client(tiny) as api_client:
+        settings = {"model": "tiny", "max_tokens": 5, "seed": 3}
+        completion = api_client.completions.create(prompt="say a", **settings)
+        messages = [{"role": "user", "content": "say a"}]
+        chat = api_client.chat.completions.create(messages=messages, **settings)
+        assert chat.choices[0].message.content == completion.choices[0].text
+        assert chat.choices[0].message.role == "assistant"
+        chunks = list(
+            api_client.chat.completions.create(
+                messages=messages,
+                stream=True,
+                stream_options={"include_usage": True},
+                **settings,
+            )
+        )
+        text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+        assert text == completion.choices[0].text
+        assert chunks[-2].choices[0].finish_reason == chat.choices[0].finish_reason
+        assert chunks[-1].usage == chat.usage
+        parts = api_client.completions.create(prompt="say a", stream=True, **settings)
+        assert "".join(p.choices[0].text for p in parts) == text
+
+
+def test_two_hundred_concurrent_requests_are_all_answered(tiny):
+    async def ask_all():
+        async with client(tiny, openai.AsyncOpenAI) as api_client:
+            return await asyncio.gather(
+                *(
+                    api_client.completions.create(
+                        model="tiny", prompt=f"say {i % 10}", max_tokens=5, seed=i % 10
+                    )
+                    for i in range(200)
+                )
+            )
+
+    answers = asyncio.run(ask_all())
+    texts = [answer.choices[0].text for answer in answers]
+    # Twenty of each, equal whoever shared their batches.
+    assert len(texts) == 200 and texts == texts[:10] * 20
+    assert health(tiny) == {"running": 0, "waiting": 0}
+
+
+def test_stops_cut_the_text(recorder):
+    recorder.backend.open.set()
+    with client(recorder) as api_client:
+        answer = api_client.completions.create(
+            model="tiny", prompt="x", seed=1234, stop=["4", ".", "3"]
+        )
+    assert answer.choices[0].text == "12"
+    assert answer.choices[0].finish_reason == "stop"
+
+
+def test_conversations_name_the_roles(recorder):
+    recorder.backend.open.set()
+    with client(recorder) as api_client:
+        api_client.chat.completions.create(
+            model="tiny",
+            messages=[
+                {"role": "system", "content": "be kind"},
+                {"role": "user", "content": [{"type": "text", "text": "hi"}]},
+            ],
+        )
+    assert recorder.backend.calls == [["system: be kind\nuser: hi\nassistant:"]]
+
+
+def test_waiting_requests_share_a_batch_if_their_settings_agree(recorder):
+    async def ask_all():
+        async with client(recorder, openai.AsyncOpenAI) as api_client:
+
+            def ask(prompt, **settings):
+                return asyncio.ensure_future(
+                    api_client.completions.create(
+                        model="tiny", prompt=prompt, seed=7, **settings
+                    )
+                )
+
+            tasks = [ask("first")]
+            await asyncio.to_thread(wait_until, lambda: recorder.backend.calls)
+            for prompt, temperature in (("a", 1.0), ("b", 0.5), ("c", 1.0)):
+                tasks.append(ask(prompt, temperature=temperature, max_tokens=2))
+                waiting = len(tasks) - 1
+                await asyncio.to_thread(
+                    wait_until, lambda n=waiting: health(recorder)["waiting"] == n
+                )
+            # The queue holds three; the fourth is told so, at once.
+            with pytest.raises(openai.RateLimitError, match="Too many requests are"):
+                await ask("d")
+            recorder.backend.open.set()
+            return [(await task).choices[0].text for task in tasks]
+
+    assert asyncio.run(ask_all()) == ["7.0", "7.", "7.", "7."]
+    assert recorder.backend.calls == [["first"], ["a", "c"], ["b"]]
+
+
+def test_clients_that_leave_are_forgotten(recorder):
+    body = json.dumps({"model": "tiny", "prompt": "PROMPT"})
+
+    def leave(prompt):
+        raw = body.replace("PROMPT", prompt).encode()
+        sock = socket.create_connection(("127.0.0.1", recorder.port))
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(raw)}"
+        sock.sendall(head.encode() + b"\r\n\r\n" + raw)
+        return sock
+
+    running_one = leave("running")
+    wait_until(lambda: recorder.backend.calls == [["running"]])
+    waiting_ones = [leave(f"waiting {i}") for i in range(3)]
+    wait_until(lambda: health(recorder)["waiting"] == 3)
+    for sock in (running_one, *waiting_ones):
+        sock.close()
+    wait_until(lambda: health(recorder)["waiting"] == 0)
+    recorder.backend.open.set()
+    wait_until(lambda: health(recorder) == {"running": 0, "waiting": 0})
+    assert recorder.backend.calls == [["running"]]  # nobody computed for the others
+    with client(recorder) as api_client:  # and the server goes on
+        assert api_client.completions.create(model="tiny", prompt="x").choices
+
+
+def test_a_failing_engine_fails_its_batch_alone(recorder, caplog):
+    recorder.backend.open.set()
+    with client(recorder) as api_client:
+        with pytest.raises(openai.InternalServerError, match="The server failed"):
+            api_client.completions.create(model="tiny", prompt="boom")
+        assert "inside the engine" in caplog.text
+        assert api_client.completions.create(model="tiny", prompt="x").choices
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "message"),
+    [
+        ({"prompt": None}, 400, "prompt must be a string"),
+        ({"prompt": []}, 400, "not empty"),
+        ({"prompt": "x" * 40}, 400, "longer than the 40 tokens"),
+        ({"prompt": [5, 999]}, 400, "holds the id 999; expected ids in"),
+        ({"prompt": ["x"] * 5, "n": 2}, 400, "5 prompts times n = 2 are more than 8"),
+        ({"n": 9}, 400, "n must be an integer in [1, 8], got 9"),
+        ({"n": True}, 400, "n must be an integer"),
+        ({"max_tokens": 9}, 400, "max_tokens must be an integer in [1, 8]"),
+        ({"temperature": -1}, 400, "temperature must be a number in [0.0, 2.0]"),
+        ({"temperature": float("nan")}, 400, "temperature must be a number"),
+        ({"top_p": "0.5"}, 400, "top_p must be a number"),
+        ({"stop": ["a"] * 5}, 400, "stop must be a string or up to 4"),
+        ({"stream": "yes"}, 400, "stream must be a bool, got str"),
+        ({"temprature": 1}, 400, "Did you mean 'temperature'?"),
+        ({"logprobs": 5}, 400, "logprobs is not supported"),
+        ({"model": "gpt"}, 404, "No model 'gpt' here; expected 'tiny'"),
+        ({"model": None}, 400, "model must be a str, got null"),
+    ],
+)
+def test_wrong_requests_are_refused_with_the_reason(tiny, change, status, message):
+    body = {"model": "tiny", "prompt": "x", **change}
+    got, answer = post(tiny, json.dumps(body).encode())
+    assert got == status and message in answer["error"]["message"]
+    assert answer["error"]["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([], "at least one message"),
+        ([{"role": "robot", "content": "x"}], "messages[0].role must be"),
+        ([{"role": "user", "content": [{"type": "image_url"}]}], "must be text"),
+        (["x"], "messages[0] must be an object"),
+    ],
+)
+def test_wrong_messages_are_refused(tiny, messages, message):
+    body = json.dumps({"model": "tiny", "messages": messages}).encode()
+    status, answer = post(tiny, body, "/v1/chat/completions")
+    assert status == 400 and message in answer["error"]["message"]
+
+
+def test_malformed_and_oversized_bodies_are_refused(tiny):
+    status, answer = post(tiny, b"{")
+    assert status == 400 and "The body is no JSON" in answer["error"]["message"]
+    status, answer = post(tiny, b"[" * 15_000)
+    assert status == 400
+    status, answer = post(tiny, b"[]")
+    assert status == 400 and "must be a JSON object" in answer["error"]["message"]
+    status, answer = post(tiny, b" " * 20_001)
+    assert status == 413 and "larger than 20000 bytes" in answer["error"]["message"]
+    status, answer = post(tiny, b"{}", "/v1/embeddings")
+    assert status == 404 and "/v1/completions" in answer["error"]["message"]
+    status, answer = post(tiny, None)
+    assert status == 405
+
+
+def test_a_body_that_never_ends_is_given_up(tiny):
+    with socket.create_connection(("127.0.0.1", tiny.port)) as sock:
+        sock.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n")
+        sock.sendall(b"Content-Length: 100\r\n\r\n{")
+        sock.settimeout(5.0)
+        assert b"408" in sock.recv(1000)

@@ -3,6 +3,7 @@
 #   make quickstart    install into .venv, then run the main job on the embedded data
 #   make test          install into .venv with the test extra, then run the tests
 #   make test-slow     the slow tests too (light environment, kills, longer runs)
+#   make compare       every objective on embedded data, three seeds (hours on 2 cores)
 #   make lint          ruff
 #   make clean         remove .venv, runs/ and caches
 #
@@ -19,10 +20,14 @@ PIP_INSTALL = $(BIN)/python -m pip install --no-compile --disable-pip-version-ch
 PYTEST_WORKERS ?= -n auto --dist loadfile
 INSTALL_INPUTS := setup.py pyproject.toml constraints.txt
 
-.PHONY: quickstart install test test-slow lint clean
+.PHONY: quickstart compare install test test-slow lint clean
 
 quickstart: install
 	$(BIN)/jaxalign quickstart
+
+compare: install
+	$(PIP_INSTALL) -e ".[plots]"
+	$(BIN)/jaxalign compare
 
 install: $(VENV)/.installed
 

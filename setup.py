@@ -83,6 +83,8 @@ CONSTRAINTS = ["outlines-core>=0.2.14"]
 # The HTTP API.
 SERVE = ["starlette>=1.0", "uvicorn>=0.40"]
 
+PLOTS = ["matplotlib>=3.9"]  # the page of `jaxalign compare`
+
 METRICS = ["sacrebleu>=2.4", "rouge-score>=0.1.2"]  # for their metric_fns only
 
 setup(
@@ -118,8 +120,9 @@ setup(
     python_requires=">=3.11,<3.14",
     install_requires=[*TRAIN, *PREPARE],
     extras_require={
-        "test": [*TEST, *METRICS],
+        "test": [*TEST, *METRICS, *PLOTS],
         "metrics": METRICS,
+        "plots": PLOTS,
         "constraints": CONSTRAINTS,
         "serve": SERVE,
         "docs": ["sphinx>=8", "myst-parser>=4", "sphinx-book-theme>=1.1"],

@@ -27,6 +27,7 @@ jaxalign VERB [--gin_file=FILE ...] [--gin.NAME=VALUE ...] [flags]
   data         check and prepare: --gin_file=runs/dpo.gin --gin.DATA="'my.jsonl'"
   tasks        list the registered data sets and the gin files
   report       one HTML page about runs: RUN_DIR...
+  compare      every objective on embedded data at equal compute
   quickstart   supervised fine-tuning, then DRO-V, KTO and DPO, on embedded data
 
 `jaxalign VERB --help` lists a verb's flags. Gin files are looked up in the working
@@ -299,6 +300,35 @@ def _quickstart(argv: list[str]) -> int:
     return 0
 
 
+def _compare(argv: list[str]) -> int:
+    from jaxalign.pipelines import comparison
+
+    parser = _parser("compare", "Every objective on embedded data at equal compute.")
+    parser.add_argument("--run_dir", default="runs/compare")
+    parser.add_argument(
+        "--objectives",
+        type=lambda text: tuple(text.split(",")),
+        default=(),
+        help="comma-separated gin files of runs/, e.g. dpo,kto; default: all",
+    )
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--num_prompts", type=int, default=300)
+    parser.add_argument("--split", choices=("test", "validation"), default="test")
+    args = parser.parse_args(argv)
+    table = comparison.run(
+        args.run_dir,
+        names=args.objectives,
+        seeds=args.seeds,
+        steps=args.steps,
+        num_prompts=args.num_prompts,
+        split=args.split,
+    )
+    print(comparison.as_text(table))
+    print(f"\nPage: {args.run_dir}/comparison.html")
+    return 0
+
+
 _VERBS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
     "generate": _generate,
@@ -309,6 +339,7 @@ _VERBS: dict[str, Callable[[list[str]], int]] = {
     "data": _data,
     "tasks": _tasks,
     "report": _report,
+    "compare": _compare,
     "quickstart": _quickstart,
 }
 

@@ -33,7 +33,7 @@ _NOTHING_ELSE = {
 }
 
 # By gin file: the objective's class, and what differs from the gin file's defaults. One
-# learning rate for all; strengths were chosen on the validation split.
+# learning rate for all, and strengths that are round numbers: none was searched for.
 SETTINGS: dict[str, tuple[str, dict[str, str]]] = {
     "preferred_ft": ("PreferredFT", {}),
     "filtered_sft": ("FilteredSFT", {}),
@@ -50,7 +50,7 @@ SETTINGS: dict[str, tuple[str, dict[str, str]]] = {
     "dpo_nll": ("DPONLL", {"BETA": "0.5", "NLL_WEIGHT": "0.2"}),
     "pair_sum": ("PairSum", {"objectives.DPO.beta": "0.5"}),
     "cpo": ("CPO", {"BETA": "0.5"}),
-    "simpo": ("SimPO", {"BETA": "10.0", "GAMMA": "3.0"}),
+    "simpo": ("SimPO", {"BETA": "2.5", "GAMMA": "0.5"}),
     "orpo": ("ORPO", {"BETA": "1.0"}),
     "slic_hf": ("SLiCHF", {"DELTA": "2.0"}),
     "kto": ("KTO", {"BETA": "0.5"}),
@@ -113,7 +113,7 @@ def run(
       split: ``"test"``, or ``"validation"`` to choose settings by.
 
     Returns:
-      ``{objective: {"reward", "kl", "tokens", "win_rate_vs_sft": [one per seed]}}``.
+      ``{objective: {"reward", "kl", "tokens": [one per seed]}}``.
     """
     folder = Path(run_dir).absolute()
     names = list(names or SETTINGS)
@@ -217,3 +217,14 @@ def collect(
             )
             wins[a][b] = compared.win_rate.mean
     return {"objectives": table, "win_rates": wins}
+
+
+def as_text(table: dict[str, dict[str, list[float]]]) -> str:
+    """The table for a terminal, best reward first."""
+    lines = [f"{'objective':<22}{'true reward':>12}{'KL':>9}{'tokens':>9}"]
+    for name in sorted(table, key=lambda n: -np.mean(table[n]["reward"])):
+        reward, kl, tokens = (
+            np.mean(table[name][k]) for k in ("reward", "kl", "tokens")
+        )
+        lines.append(f"{name:<22}{reward:>12.3f}{kl:>9.2f}{tokens:>9.1f}")
+    return "\n".join(lines)

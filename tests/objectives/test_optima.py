@@ -172,15 +172,18 @@ def test_pair_objective_reaches_its_optimum(name):
 
 
 @pytest.mark.parametrize(
-    "behaviour", [pytest.param("reference", marks=pytest.mark.slow), "uniform"]
+    "behaviour", [pytest.param("skewed", marks=pytest.mark.slow), "uniform"]
 )
 def test_dro_v_reaches_its_optimum_whoever_wrote_the_responses(behaviour):
     tau = 0.5
-    mu = reference() if behaviour == "reference" else np.full(REWARDS.shape, 1 / 10)
+    # Not the reference itself: it writes some responses once in ten thousand times, and
+    # what is never seen is not learned in a test's time.
+    logits = np.random.default_rng(1).normal(size=REWARDS.shape)
+    mu = np.exp(logits) if behaviour == "skewed" else np.ones(REWARDS.shape)
+    mu /= mu.sum(axis=1, keepdims=True)
     batch = {**everything(), "response_mask": mu.astype(np.float32)}
     objective = objectives.DROV(MODEL, tau=tau)
-    # Some responses are rare, and are learned slowly.
-    params = converge(objective, batch, 4000 if behaviour == "reference" else 1500)
+    params = converge(objective, batch)
     distance = kl(tilted(REWARDS / tau), params)
     print(f"DROV, {behaviour}: KL to the optimum {distance.max():.2e}")
     assert distance.max() < 1e-4

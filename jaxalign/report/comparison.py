@@ -1,0 +1,163 @@
+"""The page of a comparison: reward against KL, and who beats whom."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxalign.report import style
+from jaxalign.training.run_directory import write_atomically
+
+
+def write(path: Path, results: Mapping[str, Any], *, steps: int, split: str) -> None:
+    """Writes one self-contained HTML page.
+
+    Args:
+      path: of the page.
+      results: what `jaxalign.pipelines.comparison.collect` returns.
+      steps: of each objective, for the page's text.
+      split: of the prompts, for the page's text.
+
+    Raises:
+      ImportError: without matplotlib, saying how to get it.
+    """
+    table, wins = results["objectives"], results["win_rates"]
+    seeds = len(table["sft"]["reward"])
+    parts = [
+        "<h1>Objectives compared</h1>",
+        f'<p class="sub">The embedded village, {seeds} seed{"s" * (seeds != 1)}, '
+        f"{steps} steps of equally many responses each, {html.escape(split)} prompts, "
+        "one sample each at temperature 1. Rewards are the village's own.</p>",
+        "<h2>Reward against KL</h2>",
+        "<p>KL is the mean log-ratio of a policy's samples to the supervised policy, "
+        "in nats per response. Up and to the left is better. Large marks are means "
+        "over seeds, small ones the seeds.</p>",
+        _frontier(table),
+        "<h2>Results</h2>",
+        _table(table, wins),
+        "<h2>Win rates</h2>",
+        "<p>How often the row's objective beats the column's on the same prompt, in "
+        "percent, ties counted half. Rows are sorted by reward.</p>",
+        _matrix(table, wins),
+    ]
+    write_atomically(
+        path,
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">'
+        f"<title>Objectives compared · jaxalign</title><style>{style.CSS}"
+        "figure img{max-width:100%;height:auto;background:#fff}</style></head>"
+        f"<body><main>{''.join(parts)}</main></body></html>\n",
+    )
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib
+    except ImportError:
+        raise ImportError(
+            "The comparison's page is drawn with matplotlib, which is not installed: "
+            "pip install 'jaxalign[plots]'. The numbers are in comparison.json."
+        ) from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _figure(figure: Any) -> str:
+    text = io.StringIO()
+    figure.savefig(text, format="svg", bbox_inches="tight")
+    _pyplot().close(figure)
+    # As an image, so that the page's style does not reach into it.
+    data = base64.b64encode(text.getvalue().encode()).decode()
+    return f'<figure><img alt="" src="data:image/svg+xml;base64,{data}"></figure>'
+
+
+def _by_reward(table: Mapping[str, Any]) -> list[str]:
+    return sorted(table, key=lambda name: -np.mean(table[name]["reward"]))
+
+
+def _frontier(table: Mapping[str, Any]) -> str:
+    figure, axes = _pyplot().subplots(figsize=(9, 5.5))
+    colours = _pyplot().get_cmap("tab20")
+    for i, name in enumerate(_by_reward(table)):
+        row, colour = table[name], colours(i % 20)
+        axes.plot(row["kl"], row["reward"], ".", color=colour, alpha=0.5, markersize=4)
+        x, y = np.mean(row["kl"]), np.mean(row["reward"])
+        axes.plot(x, y, "o", color=colour, markersize=7)
+        axes.annotate(
+            name,
+            (x, y),
+            (4, 3),
+            textcoords="offset points",
+            fontsize=7,
+            annotation_clip=True,
+        )
+    # A policy that fell apart is far off; a logarithm keeps the others apart, and what
+    # lies far below the supervised policy is named instead of drawn.
+    floor = 0.9 * np.mean(table["sft"]["reward"])
+    below = [name for name in table if np.mean(table[name]["reward"]) < floor]
+    if below:
+        axes.set_ylim(bottom=floor)
+        axes.set_title(f"below the frame: {', '.join(below)}", fontsize=8)
+    axes.set_xscale("symlog", linthresh=1.0)
+    shown = [np.mean(row["kl"]) for n, row in table.items() if n not in below]
+    axes.set_xlim(-0.05, 1.5 * max(shown) + 0.1)
+    axes.set_xlabel("KL to the supervised policy, nats per response")
+    axes.set_ylabel("true reward")
+    axes.grid(alpha=0.3)
+    return _figure(figure)
+
+
+def _matrix(table: Mapping[str, Any], wins: Mapping[str, Any]) -> str:
+    names = _by_reward(table)
+    rates = np.array([[100 * wins[a].get(b, np.nan) for b in names] for a in names])
+    size = 0.36 * len(names) + 1.5
+    figure, axes = _pyplot().subplots(figsize=(size, size))
+    axes.imshow(rates, cmap="RdBu", vmin=0, vmax=100)
+    for i, j in np.argwhere(np.isfinite(rates)):
+        dark = abs(rates[i, j] - 50) > 35
+        axes.text(
+            j,
+            i,
+            f"{rates[i, j]:.0f}",
+            ha="center",
+            va="center",
+            fontsize=6,
+            color="white" if dark else "black",
+        )
+    axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
+    axes.set_yticks(range(len(names)), names, fontsize=7)
+    return _figure(figure)
+
+
+def _table(table: Mapping[str, Any], wins: Mapping[str, Any]) -> str:
+    def spread(values: list[float], digits: int) -> str:
+        text = f"{np.mean(values):.{digits}f}"
+        if len(values) > 1:
+            text += f" ± {np.std(values, ddof=1):.{digits}f}"
+        return text
+
+    rows = []
+    for name in _by_reward(table):
+        row = table[name]
+        won = f"{wins[name]['sft']:.1%}" if name != "sft" else "–"
+        cells = (
+            html.escape(name),
+            spread(row["reward"], 3),
+            won,
+            spread(row["kl"], 2),
+            spread(row["tokens"], 1),
+        )
+        rows.append("<tr>" + "".join(f"<td>{c}</td>" for c in cells) + "</tr>")
+    heads = ("objective", "true reward", "win rate vs SFT", "KL", "tokens")
+    head = "".join(f"<th>{h}</th>" for h in heads)
+    return (
+        f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    )

@@ -195,6 +195,7 @@ class T5(nn.Module):
         self_cache: Any,
         cross_kv: Any,
         encoder_mask: jax.Array,
+        cursor: jax.Array | int | None = None,
     ) -> tuple[jax.Array, Any]:
         """Logits of the token after ``tokens``, one position at a time.
 
@@ -211,6 +212,10 @@ class T5(nn.Module):
           cross_kv: from :meth:`cross_key_values`.
           encoder_mask: ``[B, Le]``, non-zero at the prompt's tokens (the encoder's
             segment ids where a row holds one prompt).
+          cursor: int32 scalar, with ``position [B, N]``: use the cache as a ring, in
+            which step ``cursor`` writes the column ``cursor % T`` for all rows at
+            once, whatever their positions. Increase it by 1 a step and never mix it
+            with calls without; a continuation may start at any step.
 
         Returns:
           Float32 logits ``[B, N, V]`` and the new cache.
@@ -219,8 +224,15 @@ class T5(nn.Module):
         chex.assert_rank([tokens, encoder_mask], 2)
         if position.ndim != 0:
             chex.assert_equal_shape([tokens, position])
+        if cursor is not None:
+            cursor = jnp.asarray(cursor, jnp.int32)
         states, self_cache = self.decoder.step(
-            self.token_embedder(tokens), position, self_cache, cross_kv, encoder_mask
+            self.token_embedder(tokens),
+            position,
+            self_cache,
+            cross_kv,
+            encoder_mask,
+            cursor,
         )
         return self.logits(states), self_cache
 

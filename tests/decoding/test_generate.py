@@ -203,8 +203,8 @@ class Chain:
     def init_self_cache(self, batch, n, length):
         return ()
 
-    def decode_step(self, tokens, position, cache, cross, mask):
-        jax.debug.callback(lambda t: self.steps.append(int(t)), position)
+    def decode_step(self, tokens, position, cache, cross, mask, cursor):
+        jax.debug.callback(lambda t: self.steps.append(int(t)), cursor)
         return jnp.log(jnp.array(self.table, jnp.float32))[tokens], cache
 
 
@@ -259,6 +259,7 @@ def test_cross_attention_memory_does_not_grow_with_samples(tiny):
             jnp.zeros(1, jnp.uint32),
             num_samples=n,
             max_new_tokens=2,
+            slots=n,
             sampling=GREEDY,
         )
         return lowered.compile().memory_analysis().temp_size_in_bytes

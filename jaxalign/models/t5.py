@@ -220,13 +220,28 @@ class T5(nn.Module):
         Returns:
           Float32 logits ``[B, N, V]`` and the new cache.
         """
+        states, self_cache = self.decode_step_states(
+            tokens, position, self_cache, cross_kv, encoder_mask, cursor
+        )
+        return self.logits(states), self_cache
+
+    def decode_step_states(
+        self,
+        tokens: jax.Array,
+        position: jax.Array | int,
+        self_cache: Any,
+        cross_kv: Any,
+        encoder_mask: jax.Array,
+        cursor: jax.Array | int | None = None,
+    ) -> tuple[jax.Array, Any]:
+        """:meth:`decode_step` without the head: final states ``[B, N, E]``, cache."""
         position = jnp.asarray(position, jnp.int32)
         chex.assert_rank([tokens, encoder_mask], 2)
         if position.ndim != 0:
             chex.assert_equal_shape([tokens, position])
         if cursor is not None:
             cursor = jnp.asarray(cursor, jnp.int32)
-        states, self_cache = self.decoder.step(
+        return self.decoder.step(
             self.token_embedder(tokens),
             position,
             self_cache,
@@ -234,7 +249,6 @@ class T5(nn.Module):
             encoder_mask,
             cursor,
         )
-        return self.logits(states), self_cache
 
 
 def project(states: jax.Array, kernel: jax.Array) -> jax.Array:

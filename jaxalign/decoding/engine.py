@@ -218,6 +218,14 @@ class Engine:
         for name, size in sizes.items():
             if size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}.")
+        if sharding is not None:
+            try:
+                sharding.shard_shape((groups,))
+            except ValueError as error:
+                raise ValueError(
+                    f"groups={groups} prompts at a time (batch_size) do not divide "
+                    f"over {sharding}; choose a multiple of its devices."
+                ) from error
         sizes["slots"] = min(sizes["slots"], num_samples)
         sizes["admit"] = min(sizes["admit"], groups)
         self._setup = _Setup(

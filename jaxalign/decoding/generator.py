@@ -17,7 +17,7 @@ from jaxalign.decoding.sampling import EOS_ID, PAD_ID, Sampling
 # The smallest padded prompt length, and how many batches are sorted together: enough to
 # find neighbours of equal length, few enough that results stream.
 _SMALLEST_BUCKET = 16
-_BATCHES_PER_WINDOW = 32
+_BATCHES_PER_WINDOW = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,6 +133,7 @@ class Generator:
         *,
         prompt_ids: Sequence[int] | None = None,
         prefixes: Sequence[Sequence[Sequence[int]]] | None = None,
+        start: int = 0,
     ) -> Iterator[Generation]:
         """Yields a ``Generation`` per prompt, in order.
 
@@ -142,6 +143,8 @@ class Generator:
           prompt_ids: one integer in ``[0, 2**32)`` each; default: the position in
             ``prompts``. Give your own to sample a subset as in the whole list.
           prefixes: for each prompt and sample the tokens its response begins with.
+          start: yield from this position on, with the numbers, to the bit, of a call
+            that yields all.
 
         Raises:
           ValueError: naming the prompt that is empty or holds an impossible id.
@@ -163,7 +166,7 @@ class Generator:
                 )
         cut = [self._cut(i, prompt) for i, prompt in enumerate(prompts)]
         # Not inside the generator function below: arguments are checked when called.
-        return self._run(params, cut, ids, prefixes)
+        return self._run(params, cut, ids, prefixes, start)
 
     def _cut(self, i: int, prompt: np.ndarray | Sequence[int]) -> tuple:
         tokens = np.asarray(prompt, np.int32)
@@ -187,7 +190,7 @@ class Generator:
                 tokens[-1] = EOS_ID
         return tokens, truncated
 
-    def _run(self, params: Any, cut: list[tuple], ids: Sequence[int], prefixes: Any):
+    def _run(self, params, cut: list[tuple], ids, prefixes: Any, first: int):
         # Few prompts do not pay for a whole batch; sharded batches keep their size, so
         # that it stays divisible.
         size = self._batch_size
@@ -195,22 +198,32 @@ class Generator:
             size = min(size, 1 << max(len(cut) - 1, 0).bit_length())
         # tqdm's None: only on a terminal.
         disable = None if self._progress is None else not self._progress
+        window = self._batch_size * _BATCHES_PER_WINDOW
         with tqdm.tqdm(
-            total=len(cut), desc="generate", unit="prompt", disable=disable
+            total=len(cut),
+            initial=first,
+            desc="generate",
+            unit="prompt",
+            disable=disable,
         ) as bar:
             new_tokens = 0
-            window = self._batch_size * _BATCHES_PER_WINDOW
-            for start in range(0, len(cut), window):
+            # What a window gives, to the bit, depends on its prompts only.
+            for start in range(first // window * window, len(cut), window):
                 rows = range(start, min(start + window, len(cut)))
                 done: dict[int, Generation] = {}
+                following = max(start, first)
                 for i, finished in self._window(params, cut, ids, rows, size, prefixes):
-                    done[i] = self._generation(finished, cut[i][1])
                     new_tokens += sum(map(len, finished.tokens))
+                    if i < first:
+                        continue
+                    done[i] = self._generation(finished, cut[i][1])
                     bar.update(1)
                     rate = new_tokens / max(bar.format_dict["elapsed"], 1e-9)
                     bar.set_postfix_str(f"{rate:.0f} tokens/s", refresh=False)
-                self.num_truncated += sum(cut[i][1] for i in rows)
-                yield from (done[i] for i in rows)
+                    while following in done:
+                        self.num_truncated += cut[following][1]
+                        yield done.pop(following)
+                        following += 1
 
     def _window(
         self, params, cut, ids, rows: range, size: int, prefixes: Any

@@ -17,7 +17,7 @@ from typing import Any
 from jaxalign import configs, report, world
 from jaxalign.decoding import Sampling
 from jaxalign.evaluation import compare, mean_reward
-from jaxalign.pipelines import inference
+from jaxalign.pipelines import generation
 from jaxalign.training import checkpoints, run_directory
 from jaxalign.training import train as loop
 
@@ -139,7 +139,7 @@ def _evaluate(folder: Path, names: list[str], seed: int) -> dict[str, dict[str, 
     texts: dict[str, list[list[str]]] = {}
     for name in names:
         generations = list(
-            inference.sample(
+            generation.sample(
                 checkpoints.load_policy(folder / name),
                 prompts,
                 num_samples=2,

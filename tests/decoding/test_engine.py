@@ -220,6 +220,8 @@ def test_submissions_that_do_not_fit_are_refused(tiny):
             engine.submit(**({"tokens": [5, 1], "prompt_id": 0} | arguments))
     with pytest.raises(ValueError, match="groups must be at least 1"):
         _engine(*tiny, groups=0)
+    with pytest.raises(ValueError, match="groups=6 .* do not divide"):
+        _engine(*tiny, groups=6, sharding=_sharding())
     engine = _engine(*tiny, prefixes=True)
     for prefixes, message in [
         ([[2] * 11], "has 11 tokens; max_new_tokens is 10"),

@@ -137,15 +137,22 @@ def _train(argv: list[str]) -> int:
 
 
 def _generate(argv: list[str]) -> int:
-    from jaxalign.pipelines import inference
+    from jaxalign.pipelines import generation
 
     parser = _parser("generate", "Sample responses to the prompts of a JSONL file.")
     parser.add_argument("--checkpoint", help="run directory or checkpoint")
     parser.add_argument("--prompts", help='JSONL file with {"prompt"}')
-    parser.add_argument("--output", help="JSONL file to write")
+    parser.add_argument(
+        "--output", help="JSONL file to write; resumes an unfinished one"
+    )
     _sampling_flags(parser)
+    parser.add_argument("--min_p", type=float)
+    parser.add_argument("--typical_p", type=float)
+    parser.add_argument("--repetition_penalty", type=float)
+    parser.add_argument("--stop", action="append", help="text that ends a response")
+    parser.add_argument("--min_new_tokens", type=int)
     args = _arguments(parser, argv, "runs/generate.gin")
-    lines = _call(inference.generate, args, ("checkpoint", "prompts", "output"))
+    lines = _call(generation.generate, args, ("checkpoint", "prompts", "output"))
     print(f"{lines} responses written to {args.output}")
     return 0
 

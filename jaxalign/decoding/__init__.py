@@ -1,7 +1,27 @@
-"""Generation: sampling rules, the jitted decode loop, and a driver over texts."""
+"""Generation: sampling rules, the jitted decode loop, engines and searches over it."""
 
-from jaxalign.decoding.generate import Samples, generate
+from jaxalign.decoding.beam import Beams, BeamSearch, beam_search
+from jaxalign.decoding.contrastive import contrastive_search
+from jaxalign.decoding.engine import Engine, Finished
+from jaxalign.decoding.generate import generate
 from jaxalign.decoding.generator import Generation, Generator
+from jaxalign.decoding.loop import Constraint, Samples
+from jaxalign.decoding.mbr import minimum_bayes_risk
 from jaxalign.decoding.sampling import Sampling, sample
 
-__all__ = ["Generation", "Generator", "Samples", "Sampling", "generate", "sample"]
+__all__ = [
+    "BeamSearch",
+    "Beams",
+    "Constraint",
+    "Engine",
+    "Finished",
+    "Generation",
+    "Generator",
+    "Samples",
+    "Sampling",
+    "beam_search",
+    "contrastive_search",
+    "generate",
+    "minimum_bayes_risk",
+    "sample",
+]

@@ -1,44 +1,24 @@
-"""The jitted decode loop: N samples for each of B prompts.
+"""N samples for each of B prompts, in one compiled call on arrays.
 
 The encoder runs once per prompt, and so do the cross-attention keys and values, which
-the prompt's N samples share without copies. Self-attention caches are
-``[B, N, T, H, D]``; the loop writes them in place and ends as soon as every row has
-ended. Of the model it uses ``encode``, ``cross_key_values``, ``init_self_cache`` and
-``decode_step`` only.
+the prompt's N samples share without copies. The loop (``jaxalign.decoding.loop``) ends
+as soon as every response has ended.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign.decoding.sampling import Sampling, sample, sample_keys
-
-PAD_ID = 0  # also the token a T5 decoder starts from
-EOS_ID = 1
-
-
-class Samples(NamedTuple):
-    """Sampled responses; masks follow from ``lengths``, never from token values.
-
-    Attributes:
-      tokens: int32 ``[B, N, T]``: the response up to its EOS, then 0.
-      logps: float32 ``[B, N, T]``, the model's full, untempered log-probability of each
-        token, EOS included; 0 after it.
-      sampler_logps: float32 ``[B, N, T]``, under the distribution that tokens were
-        drawn from; 0 after EOS.
-      lengths: int32 ``[B, N]`` tokens, EOS included; ``T`` where none came.
-    """
-
-    tokens: jax.Array
-    logps: jax.Array
-    sampler_logps: jax.Array
-    lengths: jax.Array
+from jaxalign.decoding import loop
+from jaxalign.decoding.loop import Constraint, Samples
+from jaxalign.decoding.sampling import EOS_ID, PAD_ID, Sampling
 
 
 def generate(
@@ -51,6 +31,10 @@ def generate(
     num_samples: int,
     max_new_tokens: int,
     sampling: Sampling,
+    slots: int | None = None,
+    constraint: Constraint | None = None,
+    prefixes: Sequence[Sequence[Sequence[int]]] | None = None,
+    entropy: bool = False,
 ) -> Samples:
     """Samples ``num_samples`` responses to each prompt.
 
@@ -68,15 +52,27 @@ def generate(
       prompt_ids: ``[B]`` integers in ``[0, 2**32)`` that tell prompts apart.
       num_samples: ``N``.
       max_new_tokens: ``T``, EOS included.
-      sampling: temperature and truncation.
+      sampling: the rules.
+      slots: samples of a prompt that are decoded at a time, the next taking over as
+        one ends; default: all ``N``. Changes no sample.
+      constraint: which tokens may come next (``jaxalign.decoding.loop.Constraint``).
+      prefixes: for each prompt and sample the tokens its response begins with (empty:
+        none), part of the response and of ``max_new_tokens``.
+      entropy: also return the full distribution's entropy at each token.
 
     Returns:
       ``Samples``.
 
     Raises:
-      ValueError: on a size below 1, or prompts that are not right-padded.
+      ValueError: on a size below 1, prompts that are not right-padded, or prefixes
+        that do not fit.
     """
-    sizes = {"num_samples": num_samples, "max_new_tokens": max_new_tokens}
+    slots = num_samples if slots is None else min(slots, num_samples)
+    sizes = {
+        "num_samples": num_samples,
+        "max_new_tokens": max_new_tokens,
+        "slots": slots,
+    }
     for name, size in sizes.items():
         if size < 1:
             raise ValueError(f"{name} must be at least 1, got {size}.")
@@ -88,31 +84,73 @@ def generate(
                 f"Prompt row {late[0]} has padding (0) before its last token; expected "
                 "right padding. Move the tokens to the left."
             )
-    prompt_ids = jnp.asarray(prompt_ids, jnp.uint32)
+    planned = lengths = None
+    if prefixes is not None:
+        planned, lengths = pad_prefixes(prefixes, num_samples, max_new_tokens)
+        chex.assert_axis_dimension(planned, 0, encoder_input_tokens.shape[0])
     return _generate(
         model,
         params,
         jnp.asarray(encoder_input_tokens, jnp.int32),
         key,
-        prompt_ids,
+        jnp.asarray(prompt_ids, jnp.uint32),
+        constraint,
+        planned,
+        lengths,
         num_samples=int(num_samples),
         max_new_tokens=int(max_new_tokens),
+        slots=int(slots),
         sampling=sampling,
+        entropy=bool(entropy),
     )
 
 
-class _Carry(NamedTuple):
-    """State of the loop before drawing the token at ``position``."""
+def prompt_keys(key: jax.Array, prompt_ids: jax.Array) -> jax.Array:
+    """One key per prompt ``[B]``; sample ``n`` at position ``t`` folds in both."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, prompt_ids)
 
-    position: jax.Array  # scalar
-    inputs: jax.Array  # [B, N] the token before it
-    ended: jax.Array  # [B, N]
-    samples: Samples
-    cache: Any
+
+def pad_prefixes(
+    prefixes: Sequence[Sequence[Sequence[int]]], num_samples: int, length: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Arrays ``[B, N, T]`` and lengths ``[B, N]`` of forced prefixes.
+
+    Raises:
+      ValueError: naming the prefix that is too long or holds an EOS.
+    """
+    padded = np.full((len(prefixes), num_samples, length), PAD_ID, np.int32)
+    lengths = np.zeros((len(prefixes), num_samples), np.int32)
+    for b, rows in enumerate(prefixes):
+        if len(rows) > num_samples:
+            raise ValueError(
+                f"prefixes[{b}] has {len(rows)} rows for {num_samples} samples."
+            )
+        for n, row in enumerate(rows):
+            if len(row) > length:
+                raise ValueError(
+                    f"prefixes[{b}][{n}] has {len(row)} tokens; max_new_tokens is "
+                    f"{length}, prefix included."
+                )
+            if EOS_ID in list(row):
+                raise ValueError(
+                    f"prefixes[{b}][{n}] holds EOS ({EOS_ID}), after which nothing can "
+                    "be sampled; leave it out."
+                )
+            padded[b, n, : len(row)] = row
+            lengths[b, n] = len(row)
+    return padded, lengths
 
 
 @functools.partial(
-    jax.jit, static_argnames=("model", "num_samples", "max_new_tokens", "sampling")
+    jax.jit,
+    static_argnames=(
+        "model",
+        "num_samples",
+        "max_new_tokens",
+        "slots",
+        "sampling",
+        "entropy",
+    ),
 )
 def _generate(
     model: Any,
@@ -120,67 +158,37 @@ def _generate(
     encoder_input_tokens: jax.Array,
     key: jax.Array,
     prompt_ids: jax.Array,
+    constraint: Constraint | None = None,
+    prefixes: jax.Array | None = None,
+    prefix_lengths: jax.Array | None = None,
     *,
     num_samples: int,
     max_new_tokens: int,
+    slots: int,
     sampling: Sampling,
+    entropy: bool = False,
 ) -> Samples:
     chex.assert_rank([encoder_input_tokens, prompt_ids], [2, 1])
     chex.assert_equal_shape_prefix([encoder_input_tokens, prompt_ids], 1)
     batch = encoder_input_tokens.shape[0]
-    rows = (batch, num_samples)
-    encoder_mask = (encoder_input_tokens != PAD_ID).astype(jnp.int32)
-
-    def apply(method: str, *args):
-        return model.apply({"params": params}, *args, method=method)
-
-    encoded = apply("encode", encoder_input_tokens, encoder_mask)
-    cross_kv = apply("cross_key_values", encoded)
-    keys = sample_keys(key, prompt_ids, num_samples)
-    fold_in = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (0, None))
-
-    def unfinished(carry: _Carry) -> jax.Array:
-        return (carry.position < max_new_tokens) & ~jnp.all(carry.ended)
-
-    def step(carry: _Carry) -> _Carry:
-        logits, cache = apply(
-            "decode_step",
-            carry.inputs,
-            carry.position,
-            carry.cache,
-            cross_kv,
-            encoder_mask,
-        )
-        draw = sample(logits, fold_in(keys, carry.position), sampling)
-        alive = ~carry.ended
-        tokens = jnp.where(alive, draw.tokens, PAD_ID)
-
-        def write(array, values):
-            values = jnp.where(alive, values, 0)[:, :, None].astype(array.dtype)
-            start = (0, 0, carry.position)
-            return jax.lax.dynamic_update_slice(array, values, start)
-
-        samples = Samples(
-            tokens=write(carry.samples.tokens, tokens),
-            logps=write(carry.samples.logps, draw.logps),
-            sampler_logps=write(carry.samples.sampler_logps, draw.sampler_logps),
-            lengths=carry.samples.lengths + alive,
-        )
-        ended = carry.ended | (tokens == EOS_ID)
-        return _Carry(carry.position + 1, tokens, ended, samples, cache)
-
-    shape = (*rows, max_new_tokens)
-    no_prompt = ~jnp.any(encoder_mask, axis=1, keepdims=True)
-    start = _Carry(
-        position=jnp.int32(0),
-        inputs=jnp.full(rows, PAD_ID, jnp.int32),
-        ended=jnp.broadcast_to(no_prompt, rows),
-        samples=Samples(
-            tokens=jnp.full(shape, PAD_ID, jnp.int32),
-            logps=jnp.zeros(shape, jnp.float32),
-            sampler_logps=jnp.zeros(shape, jnp.float32),
-            lengths=jnp.zeros(rows, jnp.int32),
-        ),
-        cache=model.init_self_cache(batch, num_samples, max_new_tokens),
+    requests = loop.Requests(
+        tokens=encoder_input_tokens,
+        keys=prompt_keys(key, prompt_ids),
+        num_samples=jnp.full(batch, num_samples, jnp.int32),
+        max_new_tokens=jnp.full(batch, max_new_tokens, jnp.int32),
+        prefixes=prefixes,
+        prefix_lengths=prefix_lengths,
     )
-    return jax.lax.while_loop(unfinished, step, start).samples
+    groups = loop.new_groups(
+        model,
+        params,
+        requests,
+        slots=slots,
+        num_samples=num_samples,
+        length=max_new_tokens,
+        rules=sampling,
+        constraint=constraint,
+        entropy=entropy,
+    )
+    state = loop.run(model, params, loop.begin(model, groups), sampling, constraint)
+    return state.groups.samples

@@ -9,15 +9,15 @@ from typing import Any
 import jax
 import numpy as np
 import tqdm
-from jax.experimental import multihost_utils
 
-from jaxalign.decoding.generate import EOS_ID, PAD_ID, Samples, generate
-from jaxalign.decoding.sampling import Sampling
+from jaxalign.decoding.engine import Engine, Finished
+from jaxalign.decoding.loop import Constraint
+from jaxalign.decoding.sampling import EOS_ID, PAD_ID, Sampling
 
 # The smallest padded prompt length, and how many batches are sorted together: enough to
 # find neighbours of equal length, few enough that results stream.
 _SMALLEST_BUCKET = 16
-_BATCHES_PER_WINDOW = 32
+_BATCHES_PER_WINDOW = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +31,7 @@ class Generation:
       tokens: ``N`` int32 arrays, EOS included where one came.
       logps: ``N`` float32 arrays, the model's full distribution, one number a token.
       sampler_logps: ``N`` float32 arrays, the distribution drawn from.
+      entropies: ``N`` float32 arrays of the full distribution, or None.
     """
 
     prompt_id: int
@@ -39,6 +40,7 @@ class Generation:
     tokens: list[np.ndarray]
     logps: list[np.ndarray]
     sampler_logps: list[np.ndarray]
+    entropies: list[np.ndarray] | None = None
 
     @property
     def logp(self) -> np.ndarray:
@@ -55,18 +57,13 @@ def prompt_bucket(length: int, limit: int) -> int:
     return min(max(_SMALLEST_BUCKET, 1 << (length - 1).bit_length()), limit)
 
 
-def _to_host(array: jax.Array) -> np.ndarray:
-    if array.is_fully_addressable:
-        return np.asarray(array)
-    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
-
-
 class Generator:
     """Samples responses to lists of tokenised prompts.
 
-    Prompts are sorted by length inside windows, padded to power-of-two lengths and to
-    whole batches; results come in the order of the prompts, whatever the batching. The
-    function compiled for a shape is reused over calls and over parameters.
+    Prompts are sorted by length inside windows and padded to power-of-two lengths; the
+    prompts of a length share an `Engine`, in which a prompt whose samples have ended
+    makes room for the next. Results come in the order of the prompts, whatever the
+    batching. What is compiled for a length is reused over calls and over parameters.
 
     Args:
       model: a ``jaxalign.models.T5``.
@@ -74,8 +71,11 @@ class Generator:
       max_prompt_length: tokens; longer prompts are cut and keep their EOS.
       max_new_tokens: tokens of a response, EOS included.
       num_samples: per prompt.
-      sampling: temperature and truncation; greedy with temperature 0.
-      batch_size: prompts per batch (each with ``num_samples`` rows).
+      sampling: the rules; greedy with temperature 0.
+      batch_size: prompts decoded at a time.
+      slots: samples of a prompt decoded at a time; default: all of them.
+      constraint: which tokens may come next.
+      entropy: whether to record entropies.
       seed: of the samples.
       sharding: where to put the prompt tokens ``[B, Le]``, e.g. a ``NamedSharding``
         over the data axes, which must divide ``batch_size``; None leaves it to JAX.
@@ -95,6 +95,9 @@ class Generator:
         num_samples: int = 1,
         sampling: Sampling | None = None,
         batch_size: int = 16,
+        slots: int | None = None,
+        constraint: Constraint | None = None,
+        entropy: bool = False,
         seed: int = 0,
         sharding: jax.sharding.Sharding | None = None,
         progress: bool | None = None,
@@ -115,7 +118,10 @@ class Generator:
         self._num_samples = num_samples
         self._sampling = Sampling() if sampling is None else sampling
         self._batch_size = batch_size
-        self._key = jax.random.key(seed)
+        self._slots = slots
+        self._constraint = constraint
+        self._entropy = entropy
+        self._seed = seed
         self._sharding = sharding
         self._progress = progress
         self.num_truncated = 0
@@ -126,6 +132,8 @@ class Generator:
         prompts: Sequence[np.ndarray | Sequence[int]],
         *,
         prompt_ids: Sequence[int] | None = None,
+        prefixes: Sequence[Sequence[Sequence[int]]] | None = None,
+        start: int = 0,
     ) -> Iterator[Generation]:
         """Yields a ``Generation`` per prompt, in order.
 
@@ -134,6 +142,9 @@ class Generator:
           prompts: token ids, EOS included.
           prompt_ids: one integer in ``[0, 2**32)`` each; default: the position in
             ``prompts``. Give your own to sample a subset as in the whole list.
+          prefixes: for each prompt and sample the tokens its response begins with.
+          start: yield from this position on, with the numbers, to the bit, of a call
+            that yields all.
 
         Raises:
           ValueError: naming the prompt that is empty or holds an impossible id.
@@ -143,6 +154,11 @@ class Generator:
             raise ValueError(
                 f"Expected an id for each of {len(prompts)} prompts, got {len(ids)}."
             )
+        if prefixes is not None and len(prefixes) != len(prompts):
+            raise ValueError(
+                f"Expected prefixes for each of {len(prompts)} prompts, got "
+                f"{len(prefixes)}."
+            )
         for i, prompt_id in enumerate(ids):
             if not 0 <= prompt_id < 2**32:
                 raise ValueError(
@@ -150,7 +166,7 @@ class Generator:
                 )
         cut = [self._cut(i, prompt) for i, prompt in enumerate(prompts)]
         # Not inside the generator function below: arguments are checked when called.
-        return self._run(params, cut, ids)
+        return self._run(params, cut, ids, prefixes, start)
 
     def _cut(self, i: int, prompt: np.ndarray | Sequence[int]) -> tuple:
         tokens = np.asarray(prompt, np.int32)
@@ -174,72 +190,85 @@ class Generator:
                 tokens[-1] = EOS_ID
         return tokens, truncated
 
-    def _run(self, params: Any, cut: list[tuple], ids: Sequence[int]):
+    def _run(self, params, cut: list[tuple], ids, prefixes: Any, first: int):
         # Few prompts do not pay for a whole batch; sharded batches keep their size, so
         # that it stays divisible.
         size = self._batch_size
         if self._sharding is None:
             size = min(size, 1 << max(len(cut) - 1, 0).bit_length())
-        window = size * _BATCHES_PER_WINDOW
         # tqdm's None: only on a terminal.
         disable = None if self._progress is None else not self._progress
+        window = self._batch_size * _BATCHES_PER_WINDOW
         with tqdm.tqdm(
-            total=len(cut), desc="generate", unit="prompt", disable=disable
+            total=len(cut),
+            initial=first,
+            desc="generate",
+            unit="prompt",
+            disable=disable,
         ) as bar:
             new_tokens = 0
-            for start in range(0, len(cut), window):
+            # What a window gives, to the bit, depends on its prompts only.
+            for start in range(first // window * window, len(cut), window):
                 rows = range(start, min(start + window, len(cut)))
-                # Longest first: memory runs out at once or not at all.
-                order = sorted(rows, key=lambda i: -len(cut[i][0]))
                 done: dict[int, Generation] = {}
-                for at in range(0, len(order), size):
-                    batch = order[at : at + size]
-                    for i, generation in self._batch(params, cut, ids, batch, size):
-                        done[i] = generation
-                        new_tokens += sum(len(t) for t in generation.tokens)
-                    bar.update(len(batch))
+                following = max(start, first)
+                for i, finished in self._window(params, cut, ids, rows, size, prefixes):
+                    new_tokens += sum(map(len, finished.tokens))
+                    if i < first:
+                        continue
+                    done[i] = self._generation(finished, cut[i][1])
+                    bar.update(1)
                     rate = new_tokens / max(bar.format_dict["elapsed"], 1e-9)
-                    bar.set_postfix_str(f"{rate:.0f} tokens/s")
-                self.num_truncated += sum(cut[i][1] for i in rows)
-                yield from (done[i] for i in rows)
+                    bar.set_postfix_str(f"{rate:.0f} tokens/s", refresh=False)
+                    while following in done:
+                        self.num_truncated += cut[following][1]
+                        yield done.pop(following)
+                        following += 1
 
-    def _batch(self, params, cut, ids, batch: list[int], size: int):
-        length = prompt_bucket(len(cut[batch[0]][0]), self._max_prompt_length)
-        tokens = np.full((size, length), PAD_ID, np.int32)
-        prompt_ids = np.zeros(size, np.uint32)
-        for row, i in enumerate(batch):
-            tokens[row, : len(cut[i][0])] = cut[i][0]
-            prompt_ids[row] = ids[i]
-        placed = tokens
-        if self._sharding is not None:
-            placed = jax.make_array_from_callback(
-                tokens.shape, self._sharding, lambda index: tokens[index]
+    def _window(
+        self, params, cut, ids, rows: range, size: int, prefixes: Any
+    ) -> Iterator[tuple[int, Finished]]:
+        """Everything of a window, length by length, as it finishes."""
+        by_length: dict[int, list[int]] = {}
+        for i in rows:
+            length = prompt_bucket(len(cut[i][0]), self._max_prompt_length)
+            by_length.setdefault(length, []).append(i)
+        # Longest first: memory runs out at once or not at all.
+        for length in sorted(by_length, reverse=True):
+            engine = Engine(
+                self._model,
+                params,
+                prompt_length=length,
+                max_new_tokens=self._max_new_tokens,
+                num_samples=self._num_samples,
+                groups=size,
+                slots=self._slots,
+                sampling=self._sampling,
+                constraint=self._constraint,
+                prefixes=prefixes is not None,
+                entropy=self._entropy,
+                sharding=self._sharding,
             )
-        samples = generate(
-            self._model,
-            params,
-            placed,
-            key=self._key,
-            prompt_ids=prompt_ids,
-            num_samples=self._num_samples,
-            max_new_tokens=self._max_new_tokens,
-            sampling=self._sampling,
-        )
-        host = Samples(*map(_to_host, samples))
-        for row, i in enumerate(batch):
-            yield i, self._generation(ids[i], cut[i][1], host, row)
+            tickets = {}
+            for i in by_length[length]:
+                ticket = engine.submit(
+                    cut[i][0],
+                    prompt_id=ids[i],
+                    seed=self._seed,
+                    prefixes=() if prefixes is None else prefixes[i],
+                )
+                tickets[ticket] = i
+            while engine.pending:
+                for finished in engine.step():
+                    yield tickets[finished.ticket], finished
 
-    def _generation(self, prompt_id, truncated, host: Samples, row: int) -> Generation:
-        def trim(array):
-            pairs = zip(array[row], host.lengths[row], strict=True)
-            return [values[:length].copy() for values, length in pairs]
-
-        tokens = trim(host.tokens)
+    def _generation(self, finished: Finished, truncated: bool) -> Generation:
         return Generation(
-            prompt_id=int(prompt_id),
+            prompt_id=finished.prompt_id,
             truncated=truncated,
-            texts=[self._vocabulary.decode(t.tolist()) for t in tokens],
-            tokens=tokens,
-            logps=trim(host.logps),
-            sampler_logps=trim(host.sampler_logps),
+            texts=[self._vocabulary.decode(t.tolist()) for t in finished.tokens],
+            tokens=finished.tokens,
+            logps=finished.logps,
+            sampler_logps=finished.sampler_logps,
+            entropies=finished.entropies,
         )

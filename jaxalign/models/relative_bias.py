@@ -97,3 +97,7 @@ class RelativePositionBias(nn.Module):
         """
         distance = jnp.arange(length) - position[..., None]
         return jnp.moveaxis(self._by_distance(distance), 0, -2)
+
+    def before(self, distance: jax.Array) -> jax.Array:
+        """The bias on keys that stand ``distance [T]`` before the query: ``[H, T]``."""
+        return self._by_distance(-distance)

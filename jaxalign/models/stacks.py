@@ -306,15 +306,27 @@ class Decoder(nn.Module):
         cache: Any,
         cross_kv: Any,
         encoder_mask: jax.Array,
+        cursor: jax.Array | None = None,
     ) -> tuple[jax.Array, Any]:
         """States ``[B, N, E]`` of the tokens at ``position`` and the new cache."""
         cfg = self.config
         length = jax.tree.leaves(cache)[0].shape[3 if cfg.scan_layers else 2]
-        # [T] for a scalar position, [B, N, T] for one per continuation.
-        self_mask = jnp.arange(length) <= position[..., None]
-        bias = self.relpos_bias.at(position, length)
-        if position.ndim == 0:
-            self_mask, bias = self_mask[None, None], bias[None, None]
+        if cursor is None:
+            # [T] for a scalar position, [B, N, T] for one per continuation.
+            self_mask = jnp.arange(length) <= position[..., None]
+            bias = self.relpos_bias.at(position, length)
+        else:
+            # A ring: the column behind the cursor by `age` holds the token that many
+            # positions before the query, in every row. T5's bias depends on that
+            # distance only, so rows at different positions share the write and bias.
+            age = jnp.mod(cursor - jnp.arange(length), length)
+            self_mask = age <= position[..., None]
+            bias = self.relpos_bias.before(age)
+            position = jnp.mod(cursor, length)
+        if self_mask.ndim == 1:
+            self_mask = self_mask[None, None]
+        if bias.ndim == 2:
+            bias = bias[None, None]
         cross_mask = (encoder_mask != 0)[:, None]
 
         def body(layer, y, x):

@@ -195,6 +195,7 @@ class T5(nn.Module):
         self_cache: Any,
         cross_kv: Any,
         encoder_mask: jax.Array,
+        cursor: jax.Array | int | None = None,
     ) -> tuple[jax.Array, Any]:
         """Logits of the token after ``tokens``, one position at a time.
 
@@ -211,18 +212,43 @@ class T5(nn.Module):
           cross_kv: from :meth:`cross_key_values`.
           encoder_mask: ``[B, Le]``, non-zero at the prompt's tokens (the encoder's
             segment ids where a row holds one prompt).
+          cursor: int32 scalar, with ``position [B, N]``: use the cache as a ring, in
+            which step ``cursor`` writes the column ``cursor % T`` for all rows at
+            once, whatever their positions. Increase it by 1 a step and never mix it
+            with calls without; a continuation may start at any step.
 
         Returns:
           Float32 logits ``[B, N, V]`` and the new cache.
         """
+        states, self_cache = self.decode_step_states(
+            tokens, position, self_cache, cross_kv, encoder_mask, cursor
+        )
+        return self.logits(states), self_cache
+
+    def decode_step_states(
+        self,
+        tokens: jax.Array,
+        position: jax.Array | int,
+        self_cache: Any,
+        cross_kv: Any,
+        encoder_mask: jax.Array,
+        cursor: jax.Array | int | None = None,
+    ) -> tuple[jax.Array, Any]:
+        """:meth:`decode_step` without the head: final states ``[B, N, E]``, cache."""
         position = jnp.asarray(position, jnp.int32)
         chex.assert_rank([tokens, encoder_mask], 2)
         if position.ndim != 0:
             chex.assert_equal_shape([tokens, position])
-        states, self_cache = self.decoder.step(
-            self.token_embedder(tokens), position, self_cache, cross_kv, encoder_mask
+        if cursor is not None:
+            cursor = jnp.asarray(cursor, jnp.int32)
+        return self.decoder.step(
+            self.token_embedder(tokens),
+            position,
+            self_cache,
+            cross_kv,
+            encoder_mask,
+            cursor,
         )
-        return self.logits(states), self_cache
 
 
 def project(states: jax.Array, kernel: jax.Array) -> jax.Array:

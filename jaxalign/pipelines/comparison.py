@@ -20,7 +20,7 @@ from jaxalign import objectives, world
 from jaxalign.data.bad_rows import nearest
 from jaxalign.decoding import Sampling
 from jaxalign.evaluation import compare
-from jaxalign.pipelines import inference, stages
+from jaxalign.pipelines import generation, inference, stages
 from jaxalign.pipelines.stages import COMMON, SFT, Stage
 from jaxalign.training import checkpoints, run_directory
 
@@ -151,7 +151,7 @@ def _answer(
     if path.exists():
         return
     policy = checkpoints.load_policy(folder / f"seed{seed}" / name)
-    generations = inference.sample(
+    generations = generation.sample(
         policy,
         prompts,
         sampling=Sampling(temperature=1.0),

@@ -1,4 +1,4 @@
-"""What a checkpoint is used for: generate, score, evaluate. Files in, files out.
+"""What a checkpoint is used for: score and evaluate. Files in, files out.
 
 A checkpoint carries its network's shape and its vocabulary, so these functions need a
 path and nothing else; none of them imports TensorFlow.
@@ -7,7 +7,6 @@ path and nothing else; none of them imports TensorFlow.
 from __future__ import annotations
 
 import json
-import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -21,115 +20,10 @@ from jaxalign import batch as batches
 from jaxalign import data as data_lib
 from jaxalign import models
 from jaxalign.data import records
-from jaxalign.decoding import Generator, Sampling
+from jaxalign.decoding import Sampling
 from jaxalign.evaluation import compare, judges, metrics
+from jaxalign.pipelines import generation
 from jaxalign.training import checkpoints
-
-_log = logging.getLogger(__name__)
-
-
-def generate(
-    *,
-    checkpoint: str,
-    prompts: str,
-    output: str,
-    num_samples: int = 1,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    max_new_tokens: int = 128,
-    max_prompt_length: int | None = None,
-    batch_size: int = 16,
-    seed: int = 0,
-    field_map: Mapping[str, str] | None = None,
-    on_bad_row: str = "error",
-) -> int:
-    """Samples responses to the prompts of a JSON Lines file.
-
-    Args:
-      checkpoint: a run directory or one of its checkpoints.
-      prompts: rows with a ``prompt``.
-      output: a JSON Lines file: each row as it was read, once per sample, with
-        ``response``, ``sample`` (its index), ``logp`` (sum under the model's full
-        distribution, EOS included) and ``num_tokens``.
-      num_samples: per prompt; the encoder runs once for all of them.
-      temperature: 0 takes the most probable tokens.
-      top_k: keep so many tokens; 0 keeps all.
-      top_p: keep so much probability.
-      max_new_tokens: tokens of a response, EOS included.
-      max_prompt_length: longer prompts are truncated, with a warning; None truncates
-        nothing.
-      batch_size: prompts at a time; changes no sample.
-      seed: of the samples.
-      field_map: our field names to the file's.
-      on_bad_row: ``"error"`` or ``"skip"``.
-
-    Returns:
-      The number of lines written.
-    """
-    policy = checkpoints.load_policy(checkpoint)
-    examples, _ = records.load(
-        prompts, "prompts", field_map=field_map, on_bad_row=on_bad_row
-    )
-    rows = [(e.raw, record["prompt"]) for e in examples for record in e.records]
-    generations = sample(
-        policy,
-        [text for _, text in rows],
-        num_samples=num_samples,
-        sampling=Sampling(temperature, top_k, top_p),
-        max_new_tokens=max_new_tokens,
-        max_prompt_length=max_prompt_length,
-        batch_size=batch_size,
-        seed=seed,
-    )
-
-    def lines() -> Iterable[dict[str, Any]]:
-        for (raw, _), generation in zip(rows, generations, strict=True):
-            for i, text in enumerate(generation.texts):
-                yield {
-                    **raw,
-                    "response": text,
-                    "sample": i,
-                    "logp": float(generation.logp[i]),
-                    "num_tokens": len(generation.tokens[i]),
-                }
-
-    return write_jsonl(output, lines())
-
-
-def sample(
-    policy: checkpoints.Policy,
-    prompts: Sequence[str],
-    *,
-    num_samples: int = 1,
-    sampling: Sampling | None = None,
-    max_new_tokens: int = 128,
-    max_prompt_length: int | None = None,
-    batch_size: int = 16,
-    seed: int = 0,
-) -> Iterable[Any]:
-    """Yields a `jaxalign.decoding.Generation` per prompt text, in order."""
-    vocabulary = policy.vocabulary
-    tokens = [[*vocabulary.encode(text), vocabulary.eos_id] for text in prompts]
-    longest = max(map(len, tokens), default=1)
-    generator = Generator(
-        policy.model,
-        vocabulary,
-        max_prompt_length=max_prompt_length or longest,
-        max_new_tokens=max_new_tokens,
-        num_samples=num_samples,
-        sampling=sampling,
-        batch_size=batch_size,
-        seed=seed,
-    )
-    yield from generator(policy.params, tokens)
-    if generator.num_truncated:
-        _log.warning(
-            "%d of %d prompts were truncated to %d tokens.",
-            generator.num_truncated,
-            len(tokens),
-            max_prompt_length,
-        )
 
 
 def score(
@@ -292,7 +186,7 @@ def evaluate(
     prompts = [record["prompt"] for record in rows]
 
     def texts(path: str) -> list[list[str]]:
-        generations = sample(
+        generations = generation.sample(
             checkpoints.load_policy(path),
             prompts,
             num_samples=num_samples,
@@ -301,7 +195,7 @@ def evaluate(
             batch_size=batch_size,
             seed=seed,
         )
-        return [generation.texts for generation in generations]
+        return [found.texts for found in generations]
 
     responses = texts(checkpoint)
     result: dict[str, Any] = {"checkpoint": checkpoint, "num_prompts": len(prompts)}

@@ -16,7 +16,7 @@ from typing import Any
 from jaxalign import report, world
 from jaxalign.decoding import Sampling
 from jaxalign.evaluation import compare, mean_reward
-from jaxalign.pipelines import inference, stages
+from jaxalign.pipelines import generation, stages
 from jaxalign.pipelines.stages import COMMON, SFT, Stage
 from jaxalign.training import checkpoints, run_directory
 
@@ -80,7 +80,7 @@ def _evaluate(folder: Path, names: list[str], seed: int) -> dict[str, dict[str, 
     texts: dict[str, list[list[str]]] = {}
     for name in names:
         generations = list(
-            inference.sample(
+            generation.sample(
                 checkpoints.load_policy(folder / name),
                 prompts,
                 num_samples=2,

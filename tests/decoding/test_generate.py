@@ -10,13 +10,12 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-import transformers
+from hugging_face import torch_model
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxalign import batch as batch_lib
 from jaxalign.decoding import Sampling, generate
 from jaxalign.decoding.generate import _generate
-from jaxalign.interop import huggingface
 from jaxalign.models import T5, init_params, response_logps, token_logps
 
 GREEDY = Sampling(temperature=0.0)
@@ -51,26 +50,6 @@ def _run(
     )
 
 
-def _hugging_face(model, params):
-    theirs = transformers.T5ForConditionalGeneration(
-        transformers.T5Config(**huggingface.config_to_huggingface(model.config))
-    ).eval()
-    # A head of its own, which some versions of transformers tie whatever they are told.
-    theirs.lm_head.weight = torch.nn.Parameter(theirs.lm_head.weight.detach().clone())
-    state = huggingface.params_to_huggingface(params, model.config)
-    if model.config.logits_via_embedding:
-        state["lm_head.weight"] = state["shared.weight"]
-    result = theirs.load_state_dict(
-        {name: torch.tensor(value) for name, value in state.items()}, strict=False
-    )
-    assert not result.unexpected_keys
-    assert set(result.missing_keys) <= {
-        "encoder.embed_tokens.weight",  # aliases of shared.weight
-        "decoder.embed_tokens.weight",
-    }
-    return theirs
-
-
 @pytest.mark.parametrize(
     "changes",
     [
@@ -87,7 +66,7 @@ def test_greedy_equals_hugging_face(tiny, changes):
     model = T5(dataclasses.replace(tiny[0].config, **changes))
     params = init_params(model, jax.random.key(3))
     params = jax.tree.map(lambda x: 2.0 * x if x.ndim > 1 else x, params)
-    theirs = _hugging_face(model, params)
+    theirs = torch_model(model, params)
     prompts = _prompts(8)
     with torch.no_grad():
         expected = theirs.generate(
@@ -203,8 +182,8 @@ class Chain:
     def init_self_cache(self, batch, n, length):
         return ()
 
-    def decode_step(self, tokens, position, cache, cross, mask):
-        jax.debug.callback(lambda t: self.steps.append(int(t)), position)
+    def decode_step(self, tokens, position, cache, cross, mask, cursor):
+        jax.debug.callback(lambda t: self.steps.append(int(t)), cursor)
         return jnp.log(jnp.array(self.table, jnp.float32))[tokens], cache
 
 
@@ -259,6 +238,7 @@ def test_cross_attention_memory_does_not_grow_with_samples(tiny):
             jnp.zeros(1, jnp.uint32),
             num_samples=n,
             max_new_tokens=2,
+            slots=n,
             sampling=GREEDY,
         )
         return lowered.compile().memory_analysis().temp_size_in_bytes

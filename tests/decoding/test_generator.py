@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxalign.decoding import Generator, Sampling, generate
-from jaxalign.decoding.generate import _generate
+from jaxalign.decoding import engine as engines
 from jaxalign.decoding.generator import prompt_bucket
 
 
@@ -44,12 +44,14 @@ def test_results_come_in_order_and_equal_single_calls(tiny, capsys):
     model, params = tiny
     prompts = _prompts(LENGTHS)
     generator = _generator(model, seed=5)
-    before = _generate._cache_size()
+    compiled = (engines._empty, engines._admit, engines._run)
+    before = [function._cache_size() for function in compiled]
     found = list(generator(params, prompts))
     # Two lengths (16 and 32) and one batch size, whatever the prompts.
-    assert _generate._cache_size() - before == 2
+    after = [function._cache_size() for function in compiled]
+    assert [b - a for a, b in zip(before, after, strict=True)] == [2, 2, 2]
     list(generator(jax.tree.map(lambda x: x * 1.1, params), prompts[::-1]))
-    assert _generate._cache_size() - before == 2
+    assert [function._cache_size() for function in compiled] == after
     assert capsys.readouterr().err == ""  # a bar belongs on a terminal
 
     assert [g.prompt_id for g in found] == list(range(len(prompts)))

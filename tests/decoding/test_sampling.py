@@ -25,6 +25,11 @@ SETTINGS = [
     Sampling(top_p=1e-4),
     Sampling(temperature=0.7, top_k=6, top_p=0.8),
     Sampling(temperature=1.5, top_k=3, top_p=0.5),
+    Sampling(min_p=0.2),
+    Sampling(temperature=1.3, min_p=0.05),
+    Sampling(typical_p=0.6),
+    Sampling(typical_p=0.15),
+    Sampling(temperature=1.4, top_k=9, top_p=0.95, min_p=0.02, typical_p=0.8),
 ]
 
 
@@ -55,6 +60,18 @@ def _enumerate(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
             if mass >= sampling.top_p:
                 keep[token] = False
             mass += probs[token]
+    probs = softmax(np.where(keep, logits, -np.inf))
+    keep &= probs >= sampling.min_p * probs.max()
+    if sampling.typical_p < 1.0:
+        probs = softmax(np.where(keep, logits, -np.inf))
+        entropy = scipy.stats.entropy(probs)
+        with np.errstate(divide="ignore"):
+            distance = np.abs(-np.log(probs) - entropy)
+        mass = 0.0
+        for token in np.argsort(distance):
+            if mass >= sampling.typical_p:
+                keep[token] = False
+            mass += probs[token]
     return softmax(np.where(keep, logits, -np.inf))
 
 
@@ -69,6 +86,10 @@ def test_transforms_equal_hugging_face(setting, vocab):
         scores = hf.TopKLogitsWarper(setting.top_k)(None, scores)
     if setting.top_p < 1.0:
         scores = hf.TopPLogitsWarper(setting.top_p)(None, scores)
+    if setting.min_p:
+        scores = hf.MinPLogitsWarper(setting.min_p)(None, scores)
+    if setting.typical_p < 1.0:
+        scores = hf.TypicalLogitsWarper(setting.typical_p)(None, scores)
     expected = torch.log_softmax(scores, -1).numpy()
     found = np.asarray(
         jax.nn.log_softmax(sampling_lib.sampler_logits(jnp.asarray(logits), setting))
@@ -78,7 +99,9 @@ def test_transforms_equal_hugging_face(setting, vocab):
 
 
 # One of each rule: every setting is a compilation, and the transforms are tested above.
-@pytest.mark.parametrize("setting", [SETTINGS[i] for i in (0, 1, 4, 6, 9)], ids=str)
+@pytest.mark.parametrize(
+    "setting", [SETTINGS[i] for i in (0, 1, 4, 6, 9, 11, 13, 15)], ids=str
+)
 def test_frequencies_follow_the_enumerated_distribution(setting):
     draws = 20_000
     logits = _logits(1, 12, scale=1.0)
@@ -147,7 +170,8 @@ def test_tokens_without_mass_are_never_drawn():
     logits[[127, 256]] = 0.0
     uniform = jnp.array([0.0, 0.25, 0.5, 0.75, 1.0 - 2**-24, 1.0])
     rows = jnp.broadcast_to(logits, (6, 300))
-    tokens = np.asarray(sampling_lib._categorical(uniform, rows))
+    tokens, total = map(np.asarray, sampling_lib._categorical(uniform, rows))
+    np.testing.assert_allclose(total, np.log(2.0), rtol=1e-6)
     np.testing.assert_array_equal(tokens, [127, 127, 256, 256, 256, 256])
 
 
@@ -163,17 +187,6 @@ def test_ties_at_the_border_are_kept_together():
     )
 
 
-def test_sample_keys_depend_on_prompt_and_index_only():
-    key = jax.random.key(5)
-    data = jax.random.key_data
-    full = data(sampling_lib.sample_keys(key, jnp.array([9, 4, 7]), 4))
-    alone = data(sampling_lib.sample_keys(key, jnp.array([7]), 2))
-    np.testing.assert_array_equal(full[2, :2], alone[0])
-    assert len(np.unique(full.reshape(-1, full.shape[-1]), axis=0)) == 12
-    by_hand = jax.random.fold_in(jax.random.fold_in(key, 4), 3)
-    np.testing.assert_array_equal(full[1, 3], data(by_hand))
-
-
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -184,8 +197,37 @@ def test_sample_keys_depend_on_prompt_and_index_only():
         ({"top_k": 2.5}, "top_k must be an integer >= 0"),
         ({"top_p": 0.0}, "top_p must lie in"),
         ({"top_p": 1.5}, "top_p must lie in"),
+        ({"typical_p": 0.0}, "typical_p must lie in"),
+        ({"min_p": 1.5}, "min_p must lie in"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be positive"),
+        ({"length_penalty": (-1, 1.0)}, "length_penalty must be"),
+        ({"bad_words": [[]]}, "bad_words holds an empty sequence"),
+        ({"bad_words": [[1]]}, "bad_words forbids EOS"),
+        ({"min_new_tokens": -1}, "min_new_tokens must be >= 0"),
     ],
 )
 def test_bad_settings_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         Sampling(**arguments)
+
+
+def test_entropy_and_forced_tokens():
+    logits = _logits(5, 20)
+    keys = jax.random.split(jax.random.key(0), 5)
+    forced = jnp.array([3, -1, 7, -1, -1])
+    draw = jax.jit(
+        lambda forced: sampling_lib.sample(
+            jnp.asarray(logits), keys, Sampling(top_k=3), forced=forced, entropy=True
+        )
+    )
+    free, found = draw(jnp.full(5, -1)), draw(forced)
+    full = np.stack([_enumerate(row, Sampling()) for row in logits])
+    np.testing.assert_allclose(
+        found.entropies, scipy.stats.entropy(full, axis=1), rtol=1e-5
+    )
+    expected = np.where(forced >= 0, forced, free.tokens)
+    np.testing.assert_array_equal(found.tokens, expected)
+    np.testing.assert_allclose(
+        found.logps, np.log(full[np.arange(5), expected]), atol=1e-5
+    )
+    np.testing.assert_array_equal(found.sampler_logps == 0.0, forced >= 0)

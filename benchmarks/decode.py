@@ -1,0 +1,189 @@
+"""Decoding speed, each as a ratio of medians measured in one process.
+
+    python benchmarks/decode.py samples   # against Hugging Face generate (PyTorch)
+    python benchmarks/decode.py ragged --prompts=FILE.jsonl   # slot refill or not
+
+``samples``: T5 1.1 small with random weights draws N samples of T tokens for each of B
+prompts, in float32. Hugging Face gets the same weights, prompts and threads, and
+``num_return_sequences=N``; its sampling settings are ours (temperature 1, nothing
+truncated).
+
+``ragged``: one response to each real prompt. Rows of the file have an ``instruction``
+(or ``prompt``) and a ``baseline`` (or ``completion``): random weights never end a
+response, so each is as long as the file's own, one token a word. The same engine
+either seats a waiting prompt as soon as some have ended, or waits until all have.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from jaxalign import decoding, models
+from jaxalign.decoding import Engine, Sampling
+from jaxalign.interop import huggingface
+
+SMALL = models.T5Config(
+    vocab_size=32128,
+    emb_dim=512,
+    num_heads=6,
+    head_dim=64,
+    mlp_dim=1024,
+    num_encoder_layers=8,
+    num_decoder_layers=8,
+)
+# Nothing ends early: every response has all its tokens.
+_FULL = Sampling(min_new_tokens=10**6)
+
+
+def _medians(repeats: int, **runs: Callable[[], None]) -> dict[str, float]:
+    """Median seconds of each, taken in turns, so that noise falls on all alike."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for run in runs.values():
+        run()  # compiles, allocates
+    for _ in range(repeats):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def _random_prompts(count: int, length: int) -> np.ndarray:
+    tokens = np.random.default_rng(0).integers(2, 32000, (count, length))
+    tokens[:, -1] = 1
+    return tokens.astype(np.int32)
+
+
+def samples(args: argparse.Namespace) -> None:
+    """B x N samples of T tokens: this library, Hugging Face, and their ratio."""
+    import torch
+    import transformers
+
+    model = models.T5(SMALL)
+    params = models.init_params(model, jax.random.key(0))
+    theirs = transformers.T5ForConditionalGeneration(
+        transformers.T5Config(**huggingface.config_to_huggingface(SMALL))
+    ).eval()
+    state = huggingface.params_to_huggingface(params, SMALL)
+    theirs.load_state_dict({k: torch.tensor(v) for k, v in state.items()}, strict=False)
+    prompts = _random_prompts(args.prompts_count, args.prompt_length)
+    inputs = torch.tensor(prompts, dtype=torch.long)
+
+    def ours() -> None:
+        jax.block_until_ready(
+            decoding.generate(
+                model,
+                params,
+                prompts,
+                key=jax.random.key(0),
+                prompt_ids=np.arange(len(prompts)),
+                num_samples=args.num_samples,
+                max_new_tokens=args.tokens,
+                sampling=_FULL,
+            )
+        )
+
+    def hugging_face() -> None:
+        with torch.no_grad():
+            found = theirs.generate(
+                inputs,
+                attention_mask=torch.ones_like(inputs),
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                num_return_sequences=args.num_samples,
+                max_new_tokens=args.tokens,
+                min_new_tokens=args.tokens,
+            )
+        assert found.shape[1] == args.tokens + 1
+
+    seconds = _medians(args.repeats, jaxalign=ours, hugging_face=hugging_face)
+    total = len(prompts) * args.num_samples * args.tokens
+    for name, value in seconds.items():
+        print(f"{name:13} {value:8.2f} s  {total / value:8.0f} tokens/s")
+    print(f"ratio         {seconds['hugging_face'] / seconds['jaxalign']:8.2f}")
+
+
+def _read(path: str, count: int, max_tokens: int) -> list[tuple[np.ndarray, int]]:
+    """Prompts as random ids, one a word, and the lengths of their responses."""
+    rng, rows = np.random.default_rng(0), []
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            row = json.loads(line)
+            prompt = row.get("prompt", row.get("instruction", "")).split()[:127]
+            answer = row.get("completion", row.get("baseline", "")).split()
+            ids = np.append(rng.integers(2, 32000, len(prompt)), 1)
+            rows.append((ids.astype(np.int32), min(len(answer) + 1, max_tokens)))
+    return rows[:count]
+
+
+def ragged(args: argparse.Namespace) -> None:
+    """One response per real prompt, with slot refill and waiting for the longest."""
+    model = models.T5(SMALL)
+    params = models.init_params(model, jax.random.key(0))
+    rows = _read(args.prompts, args.prompts_count, args.tokens)
+    length = max(len(tokens) for tokens, _ in rows)
+    lengths = np.array([n for _, n in rows])
+    print(
+        f"{len(rows)} prompts; responses: mean {lengths.mean():.0f}, median "
+        f"{np.median(lengths):.0f}, longest {lengths.max()} tokens"
+    )
+
+    def drain(admit: int) -> None:
+        engine = Engine(
+            model,
+            params,
+            prompt_length=length,
+            max_new_tokens=args.tokens,
+            groups=args.groups,
+            admit=admit,
+            sampling=_FULL,
+        )
+        for i, (tokens, wanted) in enumerate(rows):
+            engine.submit(tokens, prompt_id=i, max_new_tokens=wanted)
+        done = 0
+        while engine.pending:
+            done += sum(len(f.tokens[0]) for f in engine.step())
+        assert done == lengths.sum()
+
+    seconds = _medians(
+        args.repeats,
+        refill=lambda: drain(args.admit),
+        wait_for_longest=lambda: drain(args.groups),
+    )
+    for name, value in seconds.items():
+        print(f"{name:17} {value:8.2f} s  {lengths.sum() / value:8.0f} tokens/s")
+    print(f"ratio             {seconds['wait_for_longest'] / seconds['refill']:8.2f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    for name, function in {"samples": samples, "ragged": ragged}.items():
+        verb = verbs.add_parser(name, help=function.__doc__)
+        verb.set_defaults(function=function)
+        verb.add_argument("--repeats", type=int, default=3)
+    verb = verbs.choices["samples"]
+    verb.add_argument("--prompts_count", type=int, default=16)
+    verb.add_argument("--prompt_length", type=int, default=64)
+    verb.add_argument("--num_samples", type=int, default=64)
+    verb.add_argument("--tokens", type=int, default=64)
+    verb = verbs.choices["ragged"]
+    verb.add_argument("--prompts", required=True, help="JSON Lines")
+    verb.add_argument("--prompts_count", type=int, default=256)
+    verb.add_argument("--tokens", type=int, default=256, help="at most")
+    verb.add_argument("--groups", type=int, default=32)
+    verb.add_argument("--admit", type=int, default=4)
+    args = parser.parse_args()
+    args.function(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,352 @@
+"""Beam search and diverse beam search.
+
+Token for token what Hugging Face's ``generate`` does: at each step the best ``2 K``
+continuations of the ``K`` running beams; those that end among the first ``K`` compete
+for the ``K`` finished places by normalised score, the best ``K`` that go on run on.
+``2 K`` suffice, since each beam has one continuation that ends.
+
+Diverse beam search (Vijayakumar et al. 2016, arXiv 1610.02424) runs ``num_groups``
+such searches side by side; a group's log-probabilities are lowered by
+``diversity_penalty`` for each time a group before it took the token at this step. As in
+Hugging Face's implementation, the lowered ones add up to the score.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxalign.decoding import history as histories
+from jaxalign.decoding import loop
+from jaxalign.decoding.sampling import EOS_ID, PAD_ID, START_ID, Sampling
+
+_NEVER = -1e9
+
+
+@dataclasses.dataclass(frozen=True)
+class BeamSearch:
+    """How to search.
+
+    Attributes:
+      num_beams: ``K``, over all groups.
+      length_penalty: the exponent ``alpha`` of the normalisation; 0 is none.
+      normalization: a finished beam's score is its log-probability divided by
+        ``length ** alpha`` (``"length"``, Hugging Face's) or by
+        ``((5 + length) / 6) ** alpha`` (``"brevity"``, Wu et al. 2016, arXiv
+        1609.08144, equation 14; T5X's), EOS counted.
+      early_stopping: True ends a search at ``K`` finished beams; False when no running
+        beam would beat the worst of them at its present length (a heuristic, Hugging
+        Face's default); ``"never"`` when none could at the length that suits it best.
+      num_groups: of diverse beam search; 1 is plain beam search.
+      diversity_penalty: for each earlier group that took a token.
+      rules: the repetition penalty, bad words and ``min_new_tokens`` of a `Sampling`,
+        applied to log-probabilities; its other fields do not apply.
+
+    >>> BeamSearch(num_beams=4).normalization
+    'length'
+    """
+
+    num_beams: int = 4
+    length_penalty: float = 1.0
+    normalization: str = "length"
+    early_stopping: bool | str = False
+    num_groups: int = 1
+    diversity_penalty: float = 0.0
+    rules: Sampling = dataclasses.field(default_factory=Sampling)
+
+    def __post_init__(self):
+        if self.num_groups < 1 or self.num_beams < 1:
+            raise ValueError(
+                "num_beams and num_groups must be at least 1, got "
+                f"{self.num_beams} and {self.num_groups}."
+            )
+        if self.num_beams % self.num_groups:
+            raise ValueError(
+                f"num_beams={self.num_beams} must be a multiple of "
+                f"num_groups={self.num_groups}."
+            )
+        if self.normalization not in ("length", "brevity"):
+            raise ValueError(
+                "normalization must be 'length' (Hugging Face) or 'brevity' (T5X), "
+                f"got {self.normalization!r}."
+            )
+        if self.early_stopping not in (True, False, "never"):
+            raise ValueError(
+                "early_stopping must be True, False or 'never', got "
+                f"{self.early_stopping!r}."
+            )
+        if self.diversity_penalty < 0.0 or (
+            self.diversity_penalty and self.num_groups == 1
+        ):
+            raise ValueError(
+                "diversity_penalty must be >= 0 and needs num_groups > 1, got "
+                f"{self.diversity_penalty!r} with num_groups={self.num_groups}."
+            )
+        if self.rules.stop_sequences or self.rules.length_penalty:
+            raise ValueError(
+                "Beam search ends at EOS only and normalises by length itself: leave "
+                "out stop_sequences and length_penalty of its rules."
+            )
+
+    def normalizer(self, length: jax.Array | float) -> jax.Array:
+        """What the log-probability of a beam of ``length`` tokens is divided by."""
+        length = jnp.asarray(length, jnp.float32)
+        if self.normalization == "brevity":
+            length = (5.0 + length) / 6.0
+        return length**self.length_penalty
+
+
+class Beams(NamedTuple):
+    """The ``R`` best beams of each prompt, best first.
+
+    Attributes:
+      tokens: int32 ``[B, R, T]``, EOS included, then 0.
+      scores: float32 ``[B, R]``, normalised log-probabilities.
+      lengths: int32 ``[B, R]``; 0 where the search ended with fewer beams (their score
+        is about -1e9).
+    """
+
+    tokens: jax.Array
+    scores: jax.Array
+    lengths: jax.Array
+
+
+class _Group(NamedTuple):
+    """One group's search; ``k`` beams."""
+
+    running: jax.Array  # [B, k, T]
+    running_scores: jax.Array  # [B, k] sums of log-probabilities
+    tokens: jax.Array  # [B, k, T] finished
+    scores: jax.Array  # [B, k] normalised
+    lengths: jax.Array  # [B, k]
+    finished: jax.Array  # [B, k]
+    improvable: jax.Array  # [B]
+
+
+class _Carry(NamedTuple):
+    position: jax.Array
+    go_on: jax.Array
+    inputs: jax.Array  # [B, K]
+    groups: tuple[_Group, ...]
+    history: histories.History
+    cache: Any
+
+
+def beam_search(
+    model: Any,
+    params: Any,
+    encoder_input_tokens: jax.Array | np.ndarray,
+    *,
+    max_new_tokens: int,
+    search: BeamSearch,
+    num_return: int = 1,
+) -> Beams:
+    """Searches the most probable responses to each prompt.
+
+    Compiled once per model, shapes and search. Rows do not depend on each other.
+
+    Args:
+      model: a ``jaxalign.models.T5``, or anything with its decoding methods.
+      params: its parameters.
+      encoder_input_tokens: int32 ``[B, Le]``, right-padded with 0, EOS included.
+      max_new_tokens: ``T``, EOS included.
+      search: the rules.
+      num_return: ``R``, how many beams to return of each prompt (n-best).
+
+    Returns:
+      ``Beams``; groups of a diverse search are merged by score.
+
+    Raises:
+      ValueError: on sizes that do not fit.
+    """
+    if not 1 <= num_return <= search.num_beams:
+        raise ValueError(
+            f"num_return must lie in [1, num_beams={search.num_beams}], got "
+            f"{num_return}."
+        )
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
+    beams = _search(
+        model,
+        params,
+        jnp.asarray(encoder_input_tokens, jnp.int32),
+        length=int(max_new_tokens),
+        search=search,
+    )
+    return jax.tree.map(lambda x: x[:, :num_return], beams)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "length", "search"))
+def _search(
+    model: Any,
+    params: Any,
+    encoder_input_tokens: jax.Array,
+    *,
+    length: int,
+    search: BeamSearch,
+) -> Beams:
+    chex.assert_rank(encoder_input_tokens, 2)
+    batch, beams = encoder_input_tokens.shape[0], search.num_beams
+    size = beams // search.num_groups
+    rules = search.rules
+    mask, cross_kv = loop.encode(model, params, encoder_input_tokens)
+
+    def step(carry: _Carry) -> _Carry:
+        logits, cache = loop.apply(
+            model,
+            params,
+            "decode_step",
+            carry.inputs,
+            carry.position,
+            carry.cache,
+            cross_kv,
+            mask,
+        )
+        logps = jax.nn.log_softmax(logits, axis=-1)
+        if rules.looks_back:
+            logps = histories.apply_rules(logps, rules, carry.history, carry.position)
+        groups, taken, parents, ended = [], [], [], []
+        for g, group in enumerate(carry.groups):
+            own = logps[:, g * size : (g + 1) * size]
+            if search.diversity_penalty and taken:
+                before = jnp.concatenate(taken, axis=1)
+                counts = jnp.sum(jax.nn.one_hot(before, own.shape[-1]), axis=1)
+                own = own - search.diversity_penalty * counts[:, None]
+            group, tokens, parent, done = _advance(group, own, carry.position, search)
+            groups.append(group)
+            taken.append(tokens)
+            parents.append(parent + g * size)
+            ended.append(done)
+        inputs = jnp.concatenate(taken, axis=1)
+        ancestors = jnp.concatenate(parents, axis=1)
+
+        def follow(x: jax.Array) -> jax.Array:
+            index = ancestors.reshape(*ancestors.shape, *[1] * (x.ndim - 2))
+            return jnp.take_along_axis(x, index, axis=1)
+
+        history = jax.tree.map(follow, carry.history)
+        return _Carry(
+            position=carry.position + 1,
+            go_on=~jnp.all(jnp.stack(ended)),
+            inputs=inputs,
+            groups=tuple(groups),
+            history=histories.extend(history, inputs),
+            cache=jax.tree.map(follow, cache),
+        )
+
+    shape = (batch, size, length)
+    # Only one of the equal first beams counts.
+    alone = jnp.where(jnp.arange(size) == 0, 0.0, _NEVER)
+    group = _Group(
+        running=jnp.full(shape, PAD_ID, jnp.int32),
+        running_scores=jnp.broadcast_to(alone, shape[:2]),
+        tokens=jnp.full(shape, PAD_ID, jnp.int32),
+        scores=jnp.full(shape[:2], _NEVER),
+        lengths=jnp.zeros(shape[:2], jnp.int32),
+        finished=jnp.zeros(shape[:2], bool),
+        improvable=jnp.any(mask, axis=1),
+    )
+    vocab_size = model.config.vocab_size if rules.repetition_penalty != 1.0 else None
+    start = _Carry(
+        position=jnp.int32(0),
+        go_on=jnp.bool_(True),
+        inputs=jnp.full((batch, beams), START_ID, jnp.int32),
+        groups=(group,) * search.num_groups,
+        history=histories.empty((batch, beams), vocab_size, rules),
+        cache=model.init_self_cache(batch, beams, length),
+    )
+    groups = jax.lax.while_loop(lambda carry: carry.go_on, step, start).groups
+    merged = Beams(
+        *(
+            jnp.concatenate([getattr(group, name) for group in groups], axis=1)
+            for name in Beams._fields
+        )
+    )
+    return _best(merged, merged.scores, beams)
+
+
+def _best(tree: Any, scores: jax.Array, count: int) -> Any:
+    """The ``count`` entries of axis 1 with the highest scores, in order."""
+    order = jax.lax.top_k(scores, count)[1]
+    return jax.tree.map(
+        lambda x: jnp.take_along_axis(
+            x, order.reshape(*order.shape, *[1] * (x.ndim - 2)), axis=1
+        ),
+        tree,
+    )
+
+
+def _advance(
+    group: _Group, logps: jax.Array, position: jax.Array, search: BeamSearch
+) -> tuple[_Group, jax.Array, jax.Array, jax.Array]:
+    """One step of one group.
+
+    Args:
+      group: its beams.
+      logps: ``[B, k, V]``.
+      position: scalar, tokens that running beams have.
+      search: the rules.
+
+    Returns:
+      The group, the tokens ``[B, k]`` and parents ``[B, k]`` of the running beams, and
+      a scalar: no row can get better.
+    """
+    batch, size, vocab = logps.shape
+    length = group.running.shape[2]
+    total = logps + group.running_scores[:, :, None]
+    scores, index = jax.lax.top_k(total.reshape(batch, -1), 2 * size)
+    parents, tokens = index // vocab, index % vocab
+    sequences = jnp.take_along_axis(group.running, parents[:, :, None], axis=1)
+    sequences = jax.lax.dynamic_update_index_in_dim(sequences, tokens, position, 2)
+    ends = (tokens == EOS_ID) | (position + 1 >= length)
+
+    # The best that go on.
+    run_on = scores + jnp.where(ends, _NEVER, 0.0)
+    running, running_scores, inputs, parents = _best(
+        (sequences, run_on, tokens, parents), run_on, size
+    )
+
+    # The best that have ended, among the first k candidates only.
+    ended = ends & (jnp.arange(2 * size) < size)
+    closed = ~group.improvable
+    if search.early_stopping is True:
+        closed |= jnp.all(group.finished, axis=1)
+    normalised = scores / search.normalizer(position + 1)
+    normalised += jnp.where(ended & ~closed[:, None], 0.0, _NEVER)
+    candidates = (
+        sequences,
+        normalised,
+        jnp.broadcast_to(position + 1, normalised.shape),
+        ended,
+    )
+    known = (group.tokens, group.scores, group.lengths, group.finished)
+    merged = jax.tree.map(
+        lambda a, b: jnp.concatenate([a, b], axis=1), known, candidates
+    )
+    best, best_scores, lengths, finished = _best(merged, merged[1], size)
+
+    reach = position + 1
+    if search.early_stopping == "never" and search.length_penalty > 0.0:
+        reach = length
+    hope = running_scores[:, :1] / search.normalizer(reach)
+    worst = jnp.where(finished, jnp.min(best_scores, axis=1, keepdims=True), _NEVER)
+    improvable = group.improvable & jnp.any(hope > worst, axis=1)
+    closed = ~improvable | jnp.all(ends, axis=1)
+    if search.early_stopping is True:
+        closed |= jnp.all(finished, axis=1)
+    group = _Group(
+        running=running,
+        running_scores=running_scores,
+        tokens=best,
+        scores=best_scores,
+        lengths=jnp.where(best_scores > _NEVER / 2, lengths, 0),
+        finished=finished,
+        improvable=improvable,
+    )
+    return group, inputs, parents, jnp.all(closed)

@@ -1,0 +1,168 @@
+"""Contrastive search (Su et al. 2022, arXiv 2202.06417, equation 5).
+
+Deterministic: of the ``k`` most probable tokens, the one with the largest ::
+
+    (1 - alpha) p(v | x, y) - alpha max_j cos(h_v, h_j)
+
+where ``h_v`` is the decoder's final state after reading ``v`` and ``h_j`` those of the
+inputs so far, the start token among them. All ``k`` candidates are read in one step.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxalign.decoding import loop
+from jaxalign.decoding.loop import Samples
+from jaxalign.decoding.sampling import EOS_ID, PAD_ID, START_ID
+
+
+class _Carry(NamedTuple):
+    position: jax.Array
+    logits: jax.Array  # [B, V] of the next token
+    ended: jax.Array  # [B]
+    states: jax.Array  # [B, T + 1, E] unit vectors of the inputs so far
+    samples: Samples
+    cache: Any  # [B, k, ...], k equal continuations
+
+
+def contrastive_search(
+    model: Any,
+    params: Any,
+    encoder_input_tokens: jax.Array | np.ndarray,
+    *,
+    max_new_tokens: int,
+    top_k: int = 4,
+    penalty_alpha: float = 0.6,
+) -> Samples:
+    """One response to each prompt, probable and unlike what it has said already.
+
+    Args:
+      model: a ``jaxalign.models.T5``, or anything with its decoding methods and
+        ``decode_step_states``.
+      params: its parameters.
+      encoder_input_tokens: int32 ``[B, Le]``, right-padded with 0, EOS included.
+      max_new_tokens: ``T``, EOS included.
+      top_k: candidates ``k`` at each step; 1 is greedy.
+      penalty_alpha: weight of the degeneration penalty, in ``[0, 1]``.
+
+    Returns:
+      ``Samples`` with ``N = 1``; ``sampler_logps`` are 0, nothing is drawn.
+
+    Raises:
+      ValueError: on a setting out of range.
+    """
+    if top_k < 1 or max_new_tokens < 1:
+        raise ValueError(
+            f"top_k and max_new_tokens must be at least 1, got {top_k} and "
+            f"{max_new_tokens}."
+        )
+    if not 0.0 <= penalty_alpha <= 1.0:
+        raise ValueError(f"penalty_alpha must lie in [0, 1], got {penalty_alpha!r}.")
+    return _search(
+        model,
+        params,
+        jnp.asarray(encoder_input_tokens, jnp.int32),
+        jnp.float32(penalty_alpha),
+        length=int(max_new_tokens),
+        top_k=int(top_k),
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("model", "length", "top_k"))
+def _search(
+    model: Any,
+    params: Any,
+    encoder_input_tokens: jax.Array,
+    alpha: jax.Array,
+    *,
+    length: int,
+    top_k: int,
+) -> Samples:
+    chex.assert_rank(encoder_input_tokens, 2)
+    batch = encoder_input_tokens.shape[0]
+    mask, cross_kv = loop.encode(model, params, encoder_input_tokens)
+
+    def read(tokens, position, cache):
+        """Unit states ``[B, k, E]``, logits ``[B, k, V]`` and the cache."""
+        states, cache = loop.apply(
+            model,
+            params,
+            "decode_step_states",
+            tokens,
+            position,
+            cache,
+            cross_kv,
+            mask,
+        )
+        logits = loop.apply(model, params, "logits", states)
+        states = states.astype(jnp.float32)
+        norms = jnp.linalg.norm(states, axis=-1, keepdims=True)
+        return states / jnp.maximum(norms, 1e-12), logits, cache
+
+    def step(carry: _Carry) -> _Carry:
+        logps = jax.nn.log_softmax(carry.logits, axis=-1)
+        best, candidates = jax.lax.top_k(logps, top_k)  # [B, k]
+        states, logits, cache = read(candidates, carry.position + 1, carry.cache)
+        likeness = jnp.einsum("bke,bte->bkt", states, carry.states)
+        known = jnp.arange(length + 1) <= carry.position
+        likeness = jnp.max(jnp.where(known, likeness, -jnp.inf), axis=-1)
+        scores = (1.0 - alpha) * jnp.exp(best) - alpha * likeness
+        choice = jnp.argmax(scores, axis=-1)[:, None]
+
+        def chosen(x):
+            index = choice.reshape(batch, 1, *[1] * (x.ndim - 2))
+            return jnp.take_along_axis(x, index, axis=1)
+
+        alive = ~carry.ended
+        tokens = jnp.where(alive, chosen(candidates)[:, 0], PAD_ID)
+
+        def write(array, values):
+            values = jnp.where(alive, values, 0).astype(array.dtype)
+            return array.at[:, 0, carry.position].set(values)
+
+        old = carry.samples
+        samples = old._replace(
+            tokens=write(old.tokens, tokens),
+            logps=write(old.logps, chosen(best)[:, 0]),
+            lengths=old.lengths + alive[:, None],
+        )
+        return _Carry(
+            position=carry.position + 1,
+            logits=chosen(logits)[:, 0],
+            ended=carry.ended | (tokens == EOS_ID),
+            states=carry.states.at[:, carry.position + 1].set(chosen(states)[:, 0]),
+            samples=samples,
+            cache=jax.tree.map(lambda x: jnp.broadcast_to(chosen(x), x.shape), cache),
+        )
+
+    start = jnp.full((batch, top_k), START_ID, jnp.int32)
+    # One column more than tokens: candidates of the last step are read as well.
+    cache = model.init_self_cache(batch, top_k, length + 1)
+    states, logits, cache = read(start, jnp.int32(0), cache)
+    shape = (batch, 1, length)
+    carry = _Carry(
+        position=jnp.int32(0),
+        logits=logits[:, 0],
+        ended=~jnp.any(mask, axis=1),
+        states=jnp.zeros((batch, length + 1, states.shape[-1]), jnp.float32)
+        .at[:, 0]
+        .set(states[:, 0]),
+        samples=Samples(
+            tokens=jnp.full(shape, PAD_ID, jnp.int32),
+            logps=jnp.zeros(shape, jnp.float32),
+            sampler_logps=jnp.zeros(shape, jnp.float32),
+            lengths=jnp.zeros((batch, 1), jnp.int32),
+        ),
+        cache=cache,
+    )
+    done = jax.lax.while_loop(
+        lambda c: (c.position < length) & ~jnp.all(c.ended), step, carry
+    )
+    return done.samples

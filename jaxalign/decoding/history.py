@@ -1,0 +1,135 @@
+"""Rules that depend on the tokens so far: penalties, bad words, stop sequences.
+
+They apply to the raw logits, before temperature and truncation, as Hugging Face's
+logits processors do and in the same order. What a row has to remember is a `History`,
+whose parts exist only where a rule needs them.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxalign.decoding.sampling import EOS_ID, START_ID, Sampling
+
+
+class History(NamedTuple):
+    """What rows remember of their tokens.
+
+    Attributes:
+      recent: int32 ``[..., L]``, the last ``L`` inputs, oldest first, -1 before the
+        first; ``L`` is what the longest bad word or stop sequence needs.
+      seen: bool ``[..., V]``, the inputs so far, the start token among them; None
+        without a repetition penalty.
+    """
+
+    recent: jax.Array
+    seen: jax.Array | None
+
+
+def empty(rows: tuple[int, ...], vocab_size: int | None, rules: Sampling) -> History:
+    """The history of rows that have their start token only.
+
+    Args:
+      rows: leading shape.
+      vocab_size: ``V``; may be None without a repetition penalty.
+      rules: decide what is remembered.
+    """
+    words = [len(word) - 1 for word in rules.bad_words]
+    size = max([0, *words, *map(len, rules.stop_sequences)])
+    recent = jnp.full((*rows, size), -1, jnp.int32)
+    if size:
+        recent = recent.at[..., -1].set(START_ID)
+    seen = None
+    if rules.repetition_penalty != 1.0:
+        seen = jnp.broadcast_to(jnp.arange(vocab_size) == START_ID, (*rows, vocab_size))
+    return History(recent, seen)
+
+
+def extend(history: History, tokens: jax.Array) -> History:
+    """The history after ``tokens`` ``[...]``."""
+    recent, seen = history
+    if recent.shape[-1]:
+        recent = jnp.concatenate([recent[..., 1:], tokens[..., None]], axis=-1)
+    if seen is not None:
+        seen = seen | (tokens[..., None] == jnp.arange(seen.shape[-1]))
+    return History(recent, seen)
+
+
+def restart(history: History, where: jax.Array) -> History:
+    """Forgets the tokens of the rows ``where`` ``[...]``."""
+    recent, seen = history
+    if recent.shape[-1]:
+        start = jnp.full(recent.shape[-1:], -1, jnp.int32).at[-1].set(START_ID)
+        recent = jnp.where(where[..., None], start, recent)
+    if seen is not None:
+        start = jnp.arange(seen.shape[-1]) == START_ID
+        seen = jnp.where(where[..., None], start, seen)
+    return History(recent, seen)
+
+
+def _ends_with(recent: jax.Array, sequence: tuple[int, ...]) -> jax.Array:
+    if not sequence:
+        return jnp.ones(recent.shape[:-1], bool)
+    tail = recent[..., recent.shape[-1] - len(sequence) :]
+    return jnp.all(tail == jnp.asarray(sequence), axis=-1)
+
+
+def stopped(history: History, rules: Sampling) -> jax.Array:
+    """Whether the tokens so far end with a stop sequence, ``[...]``."""
+    found = jnp.zeros(history.recent.shape[:-1], bool)
+    for sequence in rules.stop_sequences:
+        found |= _ends_with(history.recent, sequence)
+    return found
+
+
+def apply_rules(
+    logits: jax.Array,
+    rules: Sampling,
+    history: History | None = None,
+    position: jax.Array | None = None,
+    allowed: jax.Array | None = None,
+) -> jax.Array:
+    """Logits after the rules that look back; tokens ruled out get ``-inf``.
+
+    Args:
+      logits: float32 ``[..., V]``, the model's own.
+      rules: the repetition penalty (Keskar et al. 2019, arXiv 1909.05858: a seen
+        token's logit is divided by the penalty where positive, multiplied where
+        negative), bad words, ``min_new_tokens`` and the length penalty.
+      history: of the rows; needed where a rule uses it.
+      position: int32 ``[...]`` or scalar, tokens of the response so far.
+      allowed: bool ``[..., V]``: tokens that may come next. Where none may, the
+        response can only end: EOS is what remains.
+
+    Returns:
+      ``[..., V]``.
+    """
+    tokens = jnp.arange(logits.shape[-1])
+    if rules.repetition_penalty != 1.0:
+        factor = jnp.float32(rules.repetition_penalty)
+        less = jnp.where(logits < 0, logits * factor, logits / factor)
+        logits = jnp.where(history.seen, less, logits)
+    for *before, last in rules.bad_words:
+        completed = _ends_with(history.recent, tuple(before))
+        ruled_out = completed[..., None] & (tokens == last)
+        logits = jnp.where(ruled_out, -jnp.inf, logits)
+    if rules.min_new_tokens:
+        early = jnp.asarray(position < rules.min_new_tokens)[..., None]
+        logits = jnp.where(early & (tokens == EOS_ID), -jnp.inf, logits)
+    if allowed is not None:
+        some = jnp.any(allowed & (logits > -jnp.inf), axis=-1, keepdims=True)
+        eos = (tokens == EOS_ID) & ~some
+        logits = jnp.where(
+            some, jnp.where(allowed, logits, -jnp.inf), jnp.where(eos, 0.0, -jnp.inf)
+        )
+    if rules.length_penalty is not None:
+        start, factor = rules.length_penalty
+        over = jnp.maximum(position - start, 0)[..., None].astype(jnp.float32)
+        more = logits + jnp.abs(logits) * (jnp.float32(factor) ** over - 1.0)
+        # -inf times 0 is NaN: what is ruled out stays so.
+        raised = (tokens == EOS_ID) & (over > 0) & (logits > -jnp.inf)
+        logits = jnp.where(raised, more, logits)
+    return logits

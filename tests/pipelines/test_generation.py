@@ -1,0 +1,157 @@
+"""Files of prompts to files of responses: resumed runs give the same bytes."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import pytest
+import tiny_run
+
+from jaxalign import models
+from jaxalign import vocabularies as vocabs
+from jaxalign.decoding import Sampling
+from jaxalign.pipelines import generation, inference
+from jaxalign.training import checkpoints
+
+SETTINGS = {
+    "checkpoint": "sft",
+    "num_samples": 3,
+    "batch_size": 2,  # windows of 32 prompts
+    "max_new_tokens": 5,
+    "slots": 2,
+    "temperature": 0.8,
+}
+
+
+@pytest.fixture(scope="module")
+def policy():
+    model = models.T5(tiny_run.CONFIG)
+    params = models.init_params(model, jax.random.key(0))
+    vocabulary = vocabs.ByteVocabulary(extra_ids=125)
+    return checkpoints.Policy(
+        model, params, vocabulary, {"policy_fingerprint": "abc"}, None
+    )
+
+
+@pytest.fixture
+def run(policy, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "load_policy", lambda path: policy)
+    prompts = tmp_path / "prompts.jsonl"
+    rows = [{"prompt": f"say {'long ' * (i % 7)}{i}", "id": i} for i in range(40)]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def generate(name, **changes):
+        output = tmp_path / name
+        arguments = SETTINGS | {"prompts": str(prompts), "output": str(output)}
+        return generation.generate(**(arguments | changes)), output
+
+    return generate
+
+
+def _interrupt(monkeypatch, after: int) -> None:
+    """Ctrl-C when so many prompts have been written."""
+    original, calls = generation._lines, []
+
+    def lines(*arguments):
+        calls.append(arguments)
+        if len(calls) > after:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    monkeypatch.setattr(generation, "_lines", lines)
+
+
+def test_a_resumed_run_gives_the_bytes_of_an_unbroken_one(run, monkeypatch):
+    count, output = run("whole.jsonl")
+    whole = output.read_bytes()
+    assert count == 120 == whole.count(b"\n")
+    rows = [json.loads(line) for line in whole.splitlines()]
+    assert [(row["id"], row["sample"]) for row in rows] == [
+        (i, n) for i in range(40) for n in range(3)
+    ]
+    with monkeypatch.context() as patch:
+        _interrupt(patch, after=37)
+        with pytest.raises(KeyboardInterrupt):
+            run("broken.jsonl")
+    broken = output.with_name("broken.jsonl")
+    partial = output.with_name("broken.jsonl.partial")
+    left = partial.read_bytes()
+    assert whole.startswith(left) and left.count(b"\n") == 111
+    assert not broken.exists()
+    about = output.with_name("broken.jsonl.partial.json").read_bytes()
+    # As it was left; torn inside a line, and inside a prompt; before the first line.
+    for size in (len(left), len(left) - 7, len(whole) // 3, 5):
+        partial.write_bytes(left[:size])
+        partial.with_name(partial.name + ".json").write_bytes(about)
+        assert run("broken.jsonl")[0] == 120
+        assert broken.read_bytes() == whole
+        assert not partial.exists()
+        assert not partial.with_name(partial.name + ".json").exists()
+
+
+def test_other_settings_do_not_go_on(run, monkeypatch):
+    with monkeypatch.context() as patch:
+        _interrupt(patch, after=2)
+        with pytest.raises(KeyboardInterrupt):
+            run("broken.jsonl")
+    with pytest.raises(ValueError, match=r"other settings: seed=0 \(now seed=1\)"):
+        run("broken.jsonl", seed=1)
+
+
+def test_a_mesh_and_other_batches_change_no_text(run, policy, monkeypatch):
+    _, output = run("whole.jsonl")
+    calls = []
+
+    def load_policy(path, shardings=None):
+        calls.append(shardings)
+        params = policy.params
+        if shardings is not None:
+            params = jax.device_put(params, shardings)
+        return checkpoints.Policy(
+            policy.model, params, policy.vocabulary, policy.meta, None
+        )
+
+    monkeypatch.setattr(checkpoints, "load_policy", load_policy)
+    monkeypatch.setattr(checkpoints, "resolve", lambda path: path)
+    shape = {"model": vars(tiny_run.CONFIG)}
+    monkeypatch.setattr(checkpoints, "read_meta", lambda path: shape)
+    _, other = run("mesh.jsonl", mesh={"data": 4, "fsdp": 2}, batch_size=16, slots=None)
+    assert calls[-1] is not None
+    texts = [
+        [json.loads(line)["response"] for line in path.read_text().splitlines()]
+        for path in (output, other)
+    ]
+    assert texts[0] == texts[1]
+
+
+def test_log_probabilities_equal_scoring(run, policy):
+    # Letters only, so that texts survive decoding and encoding.
+    letters = {b + 3 for b in b"abcdefghijklmnopqrstuvwxyz "}
+    vocabulary = policy.vocabulary
+    bad = [
+        [i]
+        for i in range(vocabulary.vocab_size)
+        if i not in letters and i != vocabulary.eos_id
+    ]
+    prompts = [f"say {i}" for i in range(12)]
+    found = list(
+        generation.sample(
+            policy,
+            prompts,
+            num_samples=2,
+            sampling=Sampling(bad_words=bad, length_penalty=(1, 3.0)),
+            max_new_tokens=12,
+        )
+    )
+    rows = [
+        (prompt, text, logp)
+        for prompt, generated in zip(prompts, found, strict=True)
+        for text, tokens, logp in zip(
+            generated.texts, generated.tokens, generated.logp, strict=True
+        )
+        if tokens[-1] == vocabulary.eos_id and text == text.strip()
+    ]
+    assert len(rows) > 5
+    logps, _ = inference.score_pairs(policy, [row[:2] for row in rows])
+    assert [row[2] for row in rows] == pytest.approx(logps.tolist(), abs=1e-4)

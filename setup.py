@@ -73,6 +73,10 @@ TEST = [
     "ruff>=0.15",
 ]
 
+# `jaxalign plan` compiles for TPUs with it, on machines without one. The release that
+# jax 0.10.2 names in its own extra "tpu".
+PLAN = ["libtpu>=0.0.42"]
+
 METRICS = ["sacrebleu>=2.4", "rouge-score>=0.1.2"]  # for their metric_fns only
 
 setup(
@@ -110,6 +114,7 @@ setup(
     extras_require={
         "test": [*TEST, *METRICS],
         "metrics": METRICS,
+        "plan": PLAN,
         "docs": ["sphinx>=8", "myst-parser>=4", "sphinx-book-theme>=1.1"],
         "gpu": ["jax[cuda13]>=0.10"],
         "tpu": ["jax[tpu]>=0.10"],

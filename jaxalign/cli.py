@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from jaxalign import configs
@@ -24,6 +25,7 @@ jaxalign VERB [--gin_file=FILE ...] [--gin.NAME=VALUE ...] [flags]
   eval         --checkpoint=DIR --data=FILE --judge=MODULE:FUNCTION
   data         check and prepare: --gin_file=runs/dpo.gin --gin.DATA="'my.jsonl'"
   tasks        list the registered data sets and the gin files
+  plan         what a run needs of a pod, without the pod: --topology=v5e:4x4
   report       one HTML page about runs: RUN_DIR...
   quickstart   supervised fine-tuning, then DRO-V, KTO and DPO, on embedded data
 
@@ -214,6 +216,60 @@ def _data(argv: list[str]) -> int:
     return 0
 
 
+def _plan(argv: list[str]) -> int:
+    parser = _parser(
+        "plan", "Compile a run for TPU topologies on any machine; report what it needs."
+    )
+    parser.add_argument(
+        "--topology",
+        action="append",
+        required=True,
+        help="v5e:4x4, v5p:4x4x8, v5e:4x4:2 (two slices), gpu-h100:8 ...; repeatable",
+    )
+    parser.add_argument(
+        "--mesh",
+        action="append",
+        default=[],
+        help="DATA,FSDP,TENSOR sizes to compare; repeatable; default: MESH, or a few",
+    )
+    parser.add_argument("--steps", default="train,score,decode", help="comma-separated")
+    parser.add_argument(
+        "--largest_batch",
+        action="store_true",
+        help="also search the largest BATCH_SIZE of the cheapest mesh",
+    )
+    parser.add_argument("--output", help="FILE.json to write, with FILE.html beside it")
+    flags = configs.parse_flags(argv)
+    args = parser.parse_args(flags.rest)
+    _read_gin(flags, "plan needs a run")
+    # The machine's own accelerator, if any, is not asked.
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    # Shapes depend on neither text nor vocabulary, and both may be out of reach here.
+    needless = ["VOCABULARY = None", "MIXTURE_OR_TASK_NAME = None", "DATA = 'planned'"]
+    _read_gin(
+        flags._replace(gin_bindings=[*flags.gin_bindings, *needless]),
+        "plan needs a run",
+    )
+    from jaxalign import planning
+    from jaxalign.planning import hardware
+    from jaxalign.training import train
+
+    found = planning.plan(
+        configs.configured(train.Run)(),
+        args.topology,
+        meshes=[hardware.parse_mesh(text) for text in args.mesh],
+        steps=args.steps.split(","),
+        find_largest_batch=args.largest_batch,
+    )
+    print(planning.table(found))
+    if args.output:
+        output = Path(args.output)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(found, indent=2) + "\n")
+        output.with_suffix(".html").write_text(planning.html(found, "jaxalign plan"))
+    return 0
+
+
 def _tasks(argv: list[str]) -> int:
     _parser("tasks", "List the data sets and the gin files.").parse_args(argv)
     from jaxalign import prepare
@@ -258,6 +314,7 @@ _VERBS: dict[str, Callable[[list[str]], int]] = {
     "score": _score,
     "eval": _eval,
     "data": _data,
+    "plan": _plan,
     "tasks": _tasks,
     "report": _report,
     "quickstart": _quickstart,

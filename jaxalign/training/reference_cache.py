@@ -90,6 +90,20 @@ def write(folder: Path, key: dict[str, Any], columns: dict[str, np.ndarray]) -> 
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def score_step(objective: Objective, mesh: jax.sharding.Mesh) -> Callable[..., Any]:
+    """The compiled scoring pass: ``(policy parameters, batch) -> columns``."""
+
+    def score(params: Any, batch: Any) -> dict[str, jax.Array]:
+        return reference_columns(
+            objective.model, params, batch, mismatched=objective.uses_mismatched
+        )
+
+    return jax.jit(
+        meshes.with_activation_rules(mesh, score),
+        out_shardings=meshes.replicated(mesh),
+    )
+
+
 def compute(
     objective: Objective, params: Any, feed: Feed, mesh: jax.sharding.Mesh
 ) -> dict[str, np.ndarray]:
@@ -98,12 +112,7 @@ def compute(
     Returns:
       Float32 arrays over the feed's flat response ids, one per column.
     """
-    score = jax.jit(
-        lambda p, b: reference_columns(
-            objective.model, p, b, mismatched=objective.uses_mismatched
-        ),
-        out_shardings=meshes.replicated(mesh),
-    )
+    score = score_step(objective, mesh)
     columns = {
         name: np.full(feed.num_responses, np.nan, np.float32)
         for name in _columns(objective)

@@ -157,10 +157,7 @@ def train(run: Run, config_text: str = "") -> dict[str, float]:
 
     # ---- 6. The loop ----------------------------------------------------------------
     train_step = ready.train_step()
-    eval_step = jax.jit(
-        steps.make_eval_step(ready.objective),
-        out_shardings=meshes.replicated(ready.mesh),
-    )
+    eval_step = ready.eval_step()
     first = int(state.step)
     sample_period = run.sample_period or run.eval_period
     window: list[Metrics] = []

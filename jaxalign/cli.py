@@ -6,6 +6,7 @@ Nothing but parsing; each verb calls one function.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import logging
 import os
@@ -34,7 +35,13 @@ folder, then in the package. Strings need quotes: --gin.DATA="'my.jsonl'".
 """
 
 # What a user can mend: shown as one message, without a traceback.
-_MISTAKES = (ValueError, FileNotFoundError, FileExistsError, ImportError)
+_MISTAKES = (
+    ValueError,
+    FileNotFoundError,
+    FileExistsError,
+    ImportError,
+    TimeoutError,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -89,6 +96,37 @@ def _parser(verb: str, doc: str) -> argparse.ArgumentParser:
     return parser
 
 
+def _distributed_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("many processes")
+    group.add_argument(
+        "--distributed",
+        default="auto",
+        help="auto: join the job of SLURM, MPI, GKE or Cloud TPU, if any; or off",
+    )
+    group.add_argument("--coordinator_address", help="HOST:PORT of process 0")
+    group.add_argument("--process_count", type=int)
+    group.add_argument("--process_index", type=int)
+    group.add_argument(
+        "--distributed_timeout", type=int, default=1800, help="seconds to wait"
+    )
+
+
+def _join(args: argparse.Namespace) -> int:
+    """Joins the job that the flags or the environment describe; takes the flags."""
+    from jaxalign.training import distributed
+
+    taken = vars(args)
+    settings = distributed.Settings(
+        taken.pop("distributed"),
+        taken.pop("coordinator_address"),
+        taken.pop("process_count"),
+        taken.pop("process_index"),
+        taken.pop("distributed_timeout"),
+    )
+    distributed.start(settings)
+    return settings.timeout
+
+
 def _read_gin(flags: configs.GinFlags, needs: str) -> None:
     """Parses gin files and bindings; a run file must be among them."""
     if not flags.gin_files:
@@ -117,8 +155,10 @@ def _train(argv: list[str]) -> int:
         action="store_true",
         help="print the resolved configuration, parameters, batch and memory; stop",
     )
+    _distributed_flags(parser)
     flags = configs.parse_flags(argv)
     args = parser.parse_args(flags.rest)
+    timeout = _join(args)
     bindings = list(flags.gin_bindings)
     if args.run_dir:
         bindings.append(f"MODEL_DIR = {args.run_dir!r}")
@@ -131,7 +171,7 @@ def _train(argv: list[str]) -> int:
         print(config)
         print(dry_run.describe(run))
         return 0
-    train.train(run, config)
+    train.train(dataclasses.replace(run, start_timeout=timeout), config)
     return 0
 
 

@@ -98,8 +98,12 @@ def make_mesh(
     axis_types = (AxisType.Auto,) * 3
     slices = {getattr(device, "slice_index", None) or 0 for device in devices}
     if len(slices) == 1:
-        # Tensor varies fastest: its devices are neighbours, which talk the most.
-        return jax.make_mesh(tuple(sizes), AXES, axis_types=axis_types, devices=devices)
+        # Tensor varies fastest: its devices are neighbours, which talk the most. An
+        # axis may take a part of one of the torus' axes, such as 2 of 4.
+        ordered = mesh_utils.create_device_mesh(
+            sizes, devices, allow_split_physical_axes=True
+        )
+        return Mesh(ordered, AXES, axis_types=axis_types)
     if sizes[0] % len(slices):
         raise ValueError(
             f"The mesh {dict(zip(AXES, sizes, strict=True))} would stretch fsdp or "
@@ -109,7 +113,9 @@ def make_mesh(
         )
     inside = (sizes[0] // len(slices), *sizes[1:])
     across = (len(slices), 1, 1)
-    ordered = mesh_utils.create_hybrid_device_mesh(inside, across, devices)
+    ordered = mesh_utils.create_hybrid_device_mesh(
+        inside, across, devices, allow_split_physical_axes=True
+    )
     return Mesh(ordered, AXES, axis_types=axis_types)
 
 
@@ -230,17 +236,37 @@ def check_network(mesh: Mesh, config: Any) -> None:
             )
 
 
-def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """Places this process's rows of a global batch on its devices."""
+def put_batch(
+    mesh: Mesh, batch: dict[str, np.ndarray], batch_size: int | None = None
+) -> dict[str, jax.Array]:
+    """Places this process's rows of a global batch on its devices.
+
+    Args:
+      mesh: the mesh.
+      batch: the rows `process_rows` of the global batch.
+      batch_size: rows of the global batch; by default `batch` is all of it.
+    """
     sharding = batch_sharding(mesh)
-    return {
-        name: jax.make_array_from_process_local_data(sharding, value)
-        for name, value in batch.items()
-    }
+    placed = {}
+    for name, value in batch.items():
+        rows = len(value) if batch_size is None else batch_size
+        start = process_rows(mesh, rows).start
+
+        def part(index: Any, value: Any = value, rows: int = rows, start: int = start):
+            begin, end, _ = index[0].indices(rows)
+            return value[begin - start : end - start]
+
+        shape = (rows, *value.shape[1:])
+        placed[name] = jax.make_array_from_callback(shape, sharding, part)
+    return placed
 
 
-def process_rows(batch_size: int) -> slice:
-    """The rows of the global batch that this process feeds."""
-    per_process = batch_size // jax.process_count()
-    start = jax.process_index() * per_process
-    return slice(start, start + per_process)
+def process_rows(mesh: Mesh, batch_size: int) -> slice:
+    """The rows of the global batch that this process's devices hold.
+
+    Processes that share a tensor axis read the same rows; where a process's rows have
+    gaps, the rows between them are read too.
+    """
+    held = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
+    bounds = [index[0].indices(batch_size)[:2] for index in held.values()]
+    return slice(min(b for b, _ in bounds), max(e for _, e in bounds))

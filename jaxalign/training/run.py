@@ -15,9 +15,9 @@ from jaxalign.batch import Batch
 from jaxalign.objectives import Objective
 from jaxalign.objectives.metrics import Metrics
 from jaxalign.training import checkpoints as ckpt
+from jaxalign.training import distributed, sampling
 from jaxalign.training import inputs as inputs_lib
 from jaxalign.training import mesh as meshes
-from jaxalign.training import sampling
 from jaxalign.training import step as steps
 
 _log = logging.getLogger(__name__)
@@ -54,6 +54,8 @@ class Run:
       sample_period: steps between generated samples; `eval_period` if None.
       sampler: how samples are drawn; None draws none.
       use_wandb: also log to Weights & Biases.
+      start_timeout: seconds that the processes of a job wait for each other before the
+        first step.
     """
 
     model: models.T5
@@ -77,6 +79,7 @@ class Run:
     sample_period: int | None = None
     sampler: sampling.Sampler | None = None
     use_wandb: bool = False
+    start_timeout: int = 1800
 
     def __post_init__(self) -> None:
         if self.reference not in ("cached", "online"):
@@ -153,7 +156,10 @@ def setup(run: Run, reward_stats: tuple[float, float] | None = None) -> Setup:
     mesh = meshes.make_mesh(**(run.mesh or {}))
     meshes.check_batch(mesh, run.dataset.batch_size, run.num_microbatches)
     state = abstract_state(run, objective, mesh)
-    inputs = inputs_lib.build(run.dataset, objective, run.vocabulary, reward_stats)
+    inputs = distributed.main_first(
+        lambda: inputs_lib.build(run.dataset, objective, run.vocabulary, reward_stats),
+        "data",
+    )
     return Setup(run, objective, inputs, mesh, state)
 
 

@@ -34,7 +34,7 @@ install: $(VENV)/.installed
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest $(PYTEST_WORKERS) $(PYTEST_ARGS)
 
-test-slow: $(VENV)/.installed-test
+test-slow: $(VENV)/.installed-test-slow
 	$(BIN)/python -m pytest $(PYTEST_WORKERS) -m "not gpu and not tpu" $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-test
@@ -48,6 +48,11 @@ $(BIN)/python:
 	  2> /dev/null || { echo "jaxalign needs Python 3.11, 3.12 or 3.13, which $(PYTHON)" \
 	  "is not. Name another: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
+
+# Compiling for TPUs takes libtpu, several hundred megabytes that only slow tests want.
+$(VENV)/.installed-test-slow: $(VENV)/.installed-test
+	$(PIP_INSTALL) -e ".[test,plan]"
+	@touch $@
 
 # The stamps make a second call instant; a change of what they depend on installs again.
 $(VENV)/.installed: $(INSTALL_INPUTS) | $(BIN)/python

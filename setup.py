@@ -84,6 +84,9 @@ CONSTRAINTS = ["outlines-core>=0.2.14"]
 SERVE = ["starlette>=1.0", "uvicorn>=0.40"]
 
 PLOTS = ["matplotlib>=3.9"]  # the page of `jaxalign compare`
+# `jaxalign plan` compiles for TPUs with it, on machines without one. The release that
+# jax 0.10.2 names in its own extra "tpu".
+PLAN = ["libtpu>=0.0.42"]
 
 METRICS = ["sacrebleu>=2.4", "rouge-score>=0.1.2"]  # for their metric_fns only
 
@@ -125,6 +128,7 @@ setup(
         "plots": PLOTS,
         "constraints": CONSTRAINTS,
         "serve": SERVE,
+        "plan": PLAN,
         "docs": ["sphinx>=8", "myst-parser>=4", "sphinx-book-theme>=1.1"],
         "gpu": ["jax[cuda13]>=0.10"],
         "tpu": ["jax[tpu]>=0.10"],

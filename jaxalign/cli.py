@@ -6,11 +6,13 @@ Nothing but parsing; each verb calls one function.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from jaxalign import configs
@@ -26,6 +28,7 @@ jaxalign VERB [--gin_file=FILE ...] [--gin.NAME=VALUE ...] [flags]
   eval         --checkpoint=DIR --data=FILE --judge=MODULE:FUNCTION
   data         check and prepare: --gin_file=runs/dpo.gin --gin.DATA="'my.jsonl'"
   tasks        list the registered data sets and the gin files
+  plan         what a run needs of a pod, without the pod: --topology=v5e:4x4
   report       one HTML page about runs: RUN_DIR...
   compare      every objective on embedded data at equal compute
   quickstart   supervised fine-tuning, then DRO-V, KTO and DPO, on embedded data
@@ -35,7 +38,13 @@ folder, then in the package. Strings need quotes: --gin.DATA="'my.jsonl'".
 """
 
 # What a user can mend: shown as one message, without a traceback.
-_MISTAKES = (ValueError, FileNotFoundError, FileExistsError, ImportError)
+_MISTAKES = (
+    ValueError,
+    FileNotFoundError,
+    FileExistsError,
+    ImportError,
+    TimeoutError,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -90,6 +99,37 @@ def _parser(verb: str, doc: str) -> argparse.ArgumentParser:
     return parser
 
 
+def _distributed_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("many processes")
+    group.add_argument(
+        "--distributed",
+        default="auto",
+        help="auto: join the job of SLURM, MPI, GKE or Cloud TPU, if any; or off",
+    )
+    group.add_argument("--coordinator_address", help="HOST:PORT of process 0")
+    group.add_argument("--process_count", type=int)
+    group.add_argument("--process_index", type=int)
+    group.add_argument(
+        "--distributed_timeout", type=int, default=1800, help="seconds to wait"
+    )
+
+
+def _join(args: argparse.Namespace) -> int:
+    """Joins the job that the flags or the environment describe; takes the flags."""
+    from jaxalign.training import distributed
+
+    taken = vars(args)
+    settings = distributed.Settings(
+        taken.pop("distributed"),
+        taken.pop("coordinator_address"),
+        taken.pop("process_count"),
+        taken.pop("process_index"),
+        taken.pop("distributed_timeout"),
+    )
+    distributed.start(settings)
+    return settings.timeout
+
+
 def _read_gin(flags: configs.GinFlags, needs: str) -> None:
     """Parses gin files and bindings; a run file must be among them."""
     if not flags.gin_files:
@@ -118,8 +158,10 @@ def _train(argv: list[str]) -> int:
         action="store_true",
         help="print the resolved configuration, parameters, batch and memory; stop",
     )
+    _distributed_flags(parser)
     flags = configs.parse_flags(argv)
     args = parser.parse_args(flags.rest)
+    timeout = _join(args)
     bindings = list(flags.gin_bindings)
     if args.run_dir:
         bindings.append(f"MODEL_DIR = {args.run_dir!r}")
@@ -132,7 +174,7 @@ def _train(argv: list[str]) -> int:
         print(config)
         print(dry_run.describe(run))
         return 0
-    train.train(run, config)
+    train.train(dataclasses.replace(run, start_timeout=timeout), config)
     return 0
 
 
@@ -269,6 +311,60 @@ def _data(argv: list[str]) -> int:
     return 0
 
 
+def _plan(argv: list[str]) -> int:
+    parser = _parser(
+        "plan", "Compile a run for TPU topologies on any machine; report what it needs."
+    )
+    parser.add_argument(
+        "--topology",
+        action="append",
+        required=True,
+        help="v5e:4x4, v5p:4x4x8, v5e:4x4:2 (two slices), gpu-h100:8 ...; repeatable",
+    )
+    parser.add_argument(
+        "--mesh",
+        action="append",
+        default=[],
+        help="DATA,FSDP,TENSOR sizes to compare; repeatable; default: MESH, or a few",
+    )
+    parser.add_argument("--steps", default="train,score,decode", help="comma-separated")
+    parser.add_argument(
+        "--largest_batch",
+        action="store_true",
+        help="also search the largest BATCH_SIZE of the cheapest mesh",
+    )
+    parser.add_argument("--output", help="FILE.json to write, with FILE.html beside it")
+    flags = configs.parse_flags(argv)
+    args = parser.parse_args(flags.rest)
+    _read_gin(flags, "plan needs a run")
+    # The machine's own accelerator, if any, is not asked.
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    # Shapes depend on neither text nor vocabulary, and both may be out of reach here.
+    needless = ["VOCABULARY = None", "MIXTURE_OR_TASK_NAME = None", "DATA = 'planned'"]
+    _read_gin(
+        flags._replace(gin_bindings=[*flags.gin_bindings, *needless]),
+        "plan needs a run",
+    )
+    from jaxalign import planning
+    from jaxalign.planning import hardware
+    from jaxalign.training import train
+
+    found = planning.plan(
+        configs.configured(train.Run)(),
+        args.topology,
+        meshes=[hardware.parse_mesh(text) for text in args.mesh],
+        steps=args.steps.split(","),
+        find_largest_batch=args.largest_batch,
+    )
+    print(planning.table(found))
+    if args.output:
+        output = Path(args.output)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(found, indent=2) + "\n")
+        output.with_suffix(".html").write_text(planning.html(found, "jaxalign plan"))
+    return 0
+
+
 def _tasks(argv: list[str]) -> int:
     _parser("tasks", "List the data sets and the gin files.").parse_args(argv)
     from jaxalign import prepare
@@ -344,6 +440,7 @@ _VERBS: dict[str, Callable[[list[str]], int]] = {
     "score": _score,
     "eval": _eval,
     "data": _data,
+    "plan": _plan,
     "tasks": _tasks,
     "report": _report,
     "compare": _compare,

@@ -7,11 +7,15 @@ below map them to mesh axes.
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -27,6 +31,35 @@ RULES = {
     "embed": "fsdp",
 }
 
+# Activations: the batch goes over both data axes, so that "embed" finds fsdp taken and
+# stays whole; heads, hidden layer and vocabulary are split as their parameters are.
+ACTIVATION_RULES = (("batch", ("data", "fsdp")), *RULES.items())
+
+
+def with_activation_rules(mesh: Mesh, function: Callable[..., Any]) -> Callable:
+    """The function with its network's activation constraints in force.
+
+    Networks name the axes of their activations (``models.layers.constrain``); outside
+    of such a wrapper the names mean nothing. Wrap before ``jax.jit``: the constraints
+    are put down while the function is traced.
+
+    >>> from jaxalign.models.layers import constrain
+    >>> mesh = make_mesh(devices=jax.devices()[:1])
+    >>> step = with_activation_rules(mesh, lambda x: constrain(x, "batch", "embed"))
+    >>> "sharding_constraint" in str(jax.make_jaxpr(step)(np.ones((2, 2))))
+    True
+    """
+
+    @functools.wraps(function)
+    def traced(*args: Any, **kwargs: Any) -> Any:
+        with (
+            jax.sharding.use_abstract_mesh(mesh.abstract_mesh),
+            nn.logical_axis_rules(ACTIVATION_RULES),
+        ):
+            return function(*args, **kwargs)
+
+    return traced
+
 
 def make_mesh(
     data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Any = None
@@ -37,10 +70,12 @@ def make_mesh(
       data: replicas of the model, each with its own rows of the batch.
       fsdp: ways the parameters, and the batch, are split.
       tensor: ways the heads, the hidden layer and the vocabulary are split.
-      devices: the devices to use; all by default.
+      devices: the devices to use; all by default. On several TPU slices data goes
+        over the network between them, fsdp and tensor stay inside one.
 
     Raises:
-      ValueError: when the sizes do not multiply to the number of devices.
+      ValueError: when the sizes do not multiply to the number of devices, or fsdp and
+        tensor do not fit into a slice.
 
     >>> dict(make_mesh(devices=jax.devices()[:1]).shape)
     {'data': 1, 'fsdp': 1, 'tensor': 1}
@@ -60,10 +95,28 @@ def make_mesh(
             f"The mesh {dict(zip(AXES, sizes, strict=True))} needs "
             f"{math.prod(sizes)} devices, but there are {len(devices)}."
         )
-    # Tensor varies fastest: its devices are neighbours, which talk the most.
-    return jax.make_mesh(
-        tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices
+    axis_types = (AxisType.Auto,) * 3
+    slices = {getattr(device, "slice_index", None) or 0 for device in devices}
+    if len(slices) == 1:
+        # Tensor varies fastest: its devices are neighbours, which talk the most. An
+        # axis may take a part of one of the torus' axes, such as 2 of 4.
+        ordered = mesh_utils.create_device_mesh(
+            sizes, devices, allow_split_physical_axes=True
+        )
+        return Mesh(ordered, AXES, axis_types=axis_types)
+    if sizes[0] % len(slices):
+        raise ValueError(
+            f"The mesh {dict(zip(AXES, sizes, strict=True))} would stretch fsdp or "
+            f"tensor over the slow network between {len(slices)} slices: make data a "
+            f"multiple of {len(slices)}, and fsdp x tensor at most "
+            f"{len(devices) // len(slices)}."
+        )
+    inside = (sizes[0] // len(slices), *sizes[1:])
+    across = (len(slices), 1, 1)
+    ordered = mesh_utils.create_hybrid_device_mesh(
+        inside, across, devices, allow_split_physical_axes=True
     )
+    return Mesh(ordered, AXES, axis_types=axis_types)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -110,8 +163,9 @@ def param_shardings(mesh: Mesh, logical_axes: Any, shapes: Any) -> Any:
 def shardings_like(params: Any, shardings: Any, tree: Any, mesh: Mesh) -> Any:
     """Shardings for a tree that embeds copies of the parameters, e.g. an optimizer's.
 
-    A leaf whose path ends in a parameter's path and whose shape is the parameter's
-    gets the parameter's sharding; anything else (counters, factored moments) is small
+    A leaf whose path ends in a parameter's path is placed as the parameter is, along
+    every dimension in which the two agree; a factored moment, with dimensions averaged
+    to 1, is thus split along what it keeps. Anything else, such as a counter, is small
     and replicated.
     """
     known = {}
@@ -124,8 +178,15 @@ def shardings_like(params: Any, shardings: Any, tree: Any, mesh: Mesh) -> Any:
     def one(path: Any, leaf: Any) -> NamedSharding:
         for start in range(len(path)):
             name = jax.tree_util.keystr(path[start:])
-            if name in known and known[name] == leaf.shape:
-                return placed[name]
+            if name in known and len(known[name]) == len(leaf.shape):
+                spec = placed[name].spec
+                kept = [
+                    target if own == size else None
+                    for target, own, size in zip(
+                        spec, known[name], leaf.shape, strict=True
+                    )
+                ]
+                return NamedSharding(mesh, P(*kept))
         return replicated(mesh)
 
     return jax.tree_util.tree_map_with_path(one, tree)
@@ -148,17 +209,64 @@ def check_batch(mesh: Mesh, batch_size: int, microbatches: int) -> None:
         )
 
 
-def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """Places this process's rows of a global batch on its devices."""
+def check_network(mesh: Mesh, config: Any) -> None:
+    """Refuses, before compilation, a network that the mesh cannot split evenly.
+
+    Args:
+      mesh: the mesh.
+      config: a ``models.T5Config``.
+
+    Raises:
+      ValueError: naming the setting, and the sizes of the mesh axis that would do.
+    """
+    for axis, fields in (
+        ("tensor", ("num_heads", "mlp_dim", "vocab_size")),
+        ("fsdp", ("emb_dim",)),
+    ):
+        ways = mesh.shape[axis]
+        sizes = {field: getattr(config, field) for field in fields}
+        bad = [f"{field}={size}" for field, size in sizes.items() if size % ways]
+        if bad:
+            common = math.gcd(*sizes.values())
+            known = [n for n in range(1, 513) if common % n == 0]
+            raise ValueError(
+                f"T5Config.{', '.join(bad)} cannot be split {ways} ways along the mesh "
+                f"axis {axis!r}: choose MESH's {axis!r} among {known}"
+                + (", or pad the vocabulary." if axis == "tensor" else ".")
+            )
+
+
+def put_batch(
+    mesh: Mesh, batch: dict[str, np.ndarray], batch_size: int | None = None
+) -> dict[str, jax.Array]:
+    """Places this process's rows of a global batch on its devices.
+
+    Args:
+      mesh: the mesh.
+      batch: the rows `process_rows` of the global batch.
+      batch_size: rows of the global batch; by default `batch` is all of it.
+    """
     sharding = batch_sharding(mesh)
-    return {
-        name: jax.make_array_from_process_local_data(sharding, value)
-        for name, value in batch.items()
-    }
+    placed = {}
+    for name, value in batch.items():
+        rows = len(value) if batch_size is None else batch_size
+        start = process_rows(mesh, rows).start
+
+        def part(index: Any, value: Any = value, rows: int = rows, start: int = start):
+            begin, end, _ = index[0].indices(rows)
+            return value[begin - start : end - start]
+
+        shape = (rows, *value.shape[1:])
+        placed[name] = jax.make_array_from_callback(shape, sharding, part)
+    return placed
 
 
-def process_rows(batch_size: int) -> slice:
-    """The rows of the global batch that this process feeds."""
-    per_process = batch_size // jax.process_count()
-    start = jax.process_index() * per_process
-    return slice(start, start + per_process)
+def process_rows(mesh: Mesh, batch_size: int) -> slice:
+    """The rows of the global batch that this process's devices hold.
+
+    Processes that share a tensor axis read the same rows; where a process's rows have
+    gaps, the rows between them are read too.
+    """
+    held = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
+    bounds = [index[0].indices(batch_size)[:2] for index in held.values()]
+    return slice(min(b for b, _ in bounds), max(e for _, e in bounds))

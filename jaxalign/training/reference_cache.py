@@ -24,6 +24,7 @@ from tqdm import tqdm
 from jaxalign.batch import REFERENCE_FIELDS
 from jaxalign.data import Feed
 from jaxalign.objectives import Objective, reference_columns
+from jaxalign.training import distributed
 from jaxalign.training import mesh as meshes
 
 _log = logging.getLogger(__name__)
@@ -78,7 +79,9 @@ def read(folder: Path, key: dict[str, Any]) -> dict[str, np.ndarray] | None:
 
 def write(folder: Path, key: dict[str, Any], columns: dict[str, np.ndarray]) -> None:
     """Writes a cache whole or not at all."""
-    temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
+    temporary = folder.with_name(
+        f"{folder.name}.tmp-{jax.process_index()}-{os.getpid()}"
+    )
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     for name, values in columns.items():
@@ -90,6 +93,20 @@ def write(folder: Path, key: dict[str, Any], columns: dict[str, np.ndarray]) -> 
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def score_step(objective: Objective, mesh: jax.sharding.Mesh) -> Callable[..., Any]:
+    """The compiled scoring pass: ``(policy parameters, batch) -> columns``."""
+
+    def score(params: Any, batch: Any) -> dict[str, jax.Array]:
+        return reference_columns(
+            objective.model, params, batch, mismatched=objective.uses_mismatched
+        )
+
+    return jax.jit(
+        meshes.with_activation_rules(mesh, score),
+        out_shardings=meshes.replicated(mesh),
+    )
+
+
 def compute(
     objective: Objective, params: Any, feed: Feed, mesh: jax.sharding.Mesh
 ) -> dict[str, np.ndarray]:
@@ -98,18 +115,13 @@ def compute(
     Returns:
       Float32 arrays over the feed's flat response ids, one per column.
     """
-    score = jax.jit(
-        lambda p, b: reference_columns(
-            objective.model, p, b, mismatched=objective.uses_mismatched
-        ),
-        out_shardings=meshes.replicated(mesh),
-    )
+    score = score_step(objective, mesh)
     columns = {
         name: np.full(feed.num_responses, np.nan, np.float32)
         for name in _columns(objective)
     }
     batches = feed.evaluation_batches()
-    rows = meshes.process_rows(feed.batch_size)
+    rows = meshes.process_rows(mesh, feed.batch_size)
     for batch, ids in tqdm(
         batches.with_response_ids(),
         "reference log-probabilities",
@@ -118,7 +130,8 @@ def compute(
         leave=False,
     ):
         local = {name: array[rows] for name, array in batch.items()}
-        scored = jax.device_get(score(params, meshes.put_batch(mesh, local)))
+        placed = meshes.put_batch(mesh, local, feed.batch_size)
+        scored = jax.device_get(score(params, placed))
         for name, column in columns.items():
             column[ids[ids >= 0]] = scored[name][ids >= 0]
     return columns
@@ -146,9 +159,12 @@ def join(
     key = cache_key(objective, policy_fingerprint, feed)
     folder = folder_for(cache_dir, key)
     columns = read(folder, key)
-    if columns is None:
+    # Processes read at slightly different times, perhaps from different disks; all
+    # have to take the same way from here.
+    if not distributed.all_agree(columns is not None):
+        mine = columns is None
         columns = compute(objective, load_params(), feed, mesh)
-        if jax.process_index() == 0:
+        if mine:
             write(folder, key, columns)
     else:
         _log.info("Reference log-probabilities read from %s", folder)

@@ -11,12 +11,13 @@ import jax
 import optax
 
 from jaxalign import models, vocabularies
+from jaxalign.batch import Batch
 from jaxalign.objectives import Objective
 from jaxalign.objectives.metrics import Metrics
 from jaxalign.training import checkpoints as ckpt
+from jaxalign.training import distributed, sampling
 from jaxalign.training import inputs as inputs_lib
 from jaxalign.training import mesh as meshes
-from jaxalign.training import sampling
 from jaxalign.training import step as steps
 
 _log = logging.getLogger(__name__)
@@ -56,6 +57,8 @@ class Run:
       sample_period: steps between generated samples; `eval_period` if None.
       sampler: how samples are drawn; None draws none.
       use_wandb: also log to Weights & Biases.
+      start_timeout: seconds that the processes of a job wait for each other before the
+        first step.
     """
 
     model: models.T5
@@ -80,6 +83,7 @@ class Run:
     sample_period: int | None = None
     sampler: sampling.Sampler | None = None
     use_wandb: bool = False
+    start_timeout: int = 1800
 
     def __post_init__(self) -> None:
         if self.reference not in REFERENCES:
@@ -138,9 +142,18 @@ class Setup:
         )
         shardings = jax.tree.map(lambda s: s.sharding, self.abstract_state)
         return jax.jit(
-            step,
+            meshes.with_activation_rules(self.mesh, step),
             donate_argnums=0,
             out_shardings=(shardings, meshes.replicated(self.mesh)),
+        )
+
+    def eval_step(self) -> Callable[[Any, Batch], Metrics]:
+        """The compiled evaluation step."""
+        return jax.jit(
+            meshes.with_activation_rules(
+                self.mesh, steps.make_eval_step(self.objective)
+            ),
+            out_shardings=meshes.replicated(self.mesh),
         )
 
 
@@ -155,21 +168,32 @@ def setup(run: Run, reward_stats: tuple[float, float] | None = None) -> Setup:
     objective = run.objective(model=run.model)
     mesh = meshes.make_mesh(**(run.mesh or {}))
     meshes.check_batch(mesh, run.dataset.batch_size, run.num_microbatches)
-    inputs = inputs_lib.build(run.dataset, objective, run.vocabulary, reward_stats)
+    state = abstract_state(run, objective, mesh)
+    inputs = distributed.main_first(
+        lambda: inputs_lib.build(run.dataset, objective, run.vocabulary, reward_stats),
+        "data",
+    )
+    return Setup(run, objective, inputs, mesh, state)
+
+
+def abstract_state(
+    run: Run, objective: Objective, mesh: jax.sharding.Mesh
+) -> steps.TrainState:
+    """The run's train state as shapes, dtypes and shardings; nothing is allocated.
+
+    Raises:
+      ValueError: naming the setting, when heads, hidden layer, vocabulary or embedding
+        do not divide over the mesh.
+    """
+    meshes.check_network(mesh, objective.model.config)
     shapes = jax.eval_shape(objective.init_params, jax.random.key(0))
     state = jax.eval_shape(lambda p: _create_state(run, objective, p), shapes)
     params = meshes.param_shardings(mesh, objective.logical_axes(), shapes)
     shardings = meshes.shardings_like(shapes, params, state, mesh)
-    return Setup(
-        run=run,
-        objective=objective,
-        inputs=inputs,
-        mesh=mesh,
-        abstract_state=jax.tree.map(
-            lambda s, sh: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sh),
-            state,
-            shardings,
-        ),
+    return jax.tree.map(
+        lambda s, sh: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sh),
+        state,
+        shardings,
     )
 
 

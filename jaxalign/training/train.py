@@ -6,22 +6,21 @@ import dataclasses
 import functools
 import itertools
 import logging
-import signal
-import threading
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import jax
 import numpy as np
 
 from jaxalign.objectives.metrics import Metrics, sample_pairs, summarize
 from jaxalign.training import checkpoints as ckpt
-from jaxalign.training import mesh as meshes
 from jaxalign.training import (
+    distributed,
     optimizers,
     reference_cache,
     run_directory,
 )
+from jaxalign.training import mesh as meshes
 from jaxalign.training import step as steps
 from jaxalign.training.metric_writers import (
     MetricWriter,
@@ -72,7 +71,7 @@ def train(run: Run, config_text: str = "") -> dict[str, float]:
     ready = setup(run, reward_stats=tuple(stats) if stats else None)
     dataset = run.dataset
     feed = ready.inputs.train
-    rows = meshes.process_rows(dataset.batch_size)
+    rows = meshes.process_rows(ready.mesh, dataset.batch_size)
 
     # ---- 3. State: this run's checkpoint, else the initial policy, else random ------
     key = jax.random.key(run.seed)
@@ -146,7 +145,7 @@ def train(run: Run, config_text: str = "") -> dict[str, float]:
         )
     writer = MetricWriter(run_dir, use_wandb=run.use_wandb, enabled=main_process)
     writer.resume_at(int(state.step))
-    stop = _StopOnSigterm()
+    stop = distributed.StopOnSigterm()
 
     def save(state: steps.TrainState) -> None:
         fingerprints = {
@@ -161,25 +160,23 @@ def train(run: Run, config_text: str = "") -> dict[str, float]:
 
     # ---- 6. The loop ----------------------------------------------------------------
     train_step = ready.train_step()
-    eval_step = jax.jit(
-        steps.make_eval_step(ready.objective),
-        out_shardings=meshes.replicated(ready.mesh),
-    )
+    eval_step = ready.eval_step()
     first = int(state.step)
     sample_period = run.sample_period or run.eval_period
     window: list[Metrics] = []
     latest: dict[str, float] = {}
     progress = Progress(first, run.train_steps, enabled=main_process)
+    distributed.barrier(f"step {first}", run.start_timeout)
     with stop, progress, writer:
         batches = feed.iterate(first, rows=rows)
         for step in range(first, run.train_steps):
-            batch = meshes.put_batch(ready.mesh, next(batches))
+            batch = meshes.put_batch(ready.mesh, next(batches), dataset.batch_size)
             state, metrics = train_step(state, batch, key, frozen)
             window.append(metrics)
             done = step + 1
             last = done == run.train_steps
             # Read once: a signal that comes later in this step stops the next one.
-            told_to_stop = stop.requested
+            told_to_stop = stop.after(done)
             saving = last or told_to_stop or done % run.checkpoint_period == 0
             if saving or done % run.log_period == 0:
                 if not bool(state.finite):
@@ -228,9 +225,14 @@ def evaluate(
 ) -> list[Metrics]:
     """The metrics of each batch of the held-out feed."""
     feed = ready.inputs.evaluation
-    batches = feed.evaluation_batches(meshes.process_rows(feed.batch_size))
+    rows = meshes.process_rows(ready.mesh, feed.batch_size)
+    batches = feed.evaluation_batches(rows)
     return [
-        eval_step(state.params, meshes.put_batch(ready.mesh, batch), state.carried)
+        eval_step(
+            state.params,
+            meshes.put_batch(ready.mesh, batch, feed.batch_size),
+            state.carried,
+        )
         for batch in itertools.islice(batches, eval_steps)
     ]
 
@@ -261,24 +263,3 @@ def _non_finite(run_dir: Path, feed: Any, good_steps: int) -> NonFiniteLossError
         f"batch is saved in {path}, and no checkpoint was touched: lower the learning "
         "rate or clip the gradient, then start the same command again."
     )
-
-
-class _StopOnSigterm:
-    """Turns SIGTERM into a request to stop after the current step."""
-
-    def __init__(self) -> None:
-        self.requested = False
-
-    def __enter__(self) -> Self:
-        # Only the main thread may install handlers; elsewhere, nobody sends signals.
-        self._usable = threading.current_thread() is threading.main_thread()
-        if self._usable:
-            self._previous = signal.signal(signal.SIGTERM, self._request)
-        return self
-
-    def _request(self, *unused: Any) -> None:
-        self.requested = True
-
-    def __exit__(self, *unused: object) -> None:
-        if self._usable:
-            signal.signal(signal.SIGTERM, self._previous)

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+import tiny_run
 from jax.sharding import PartitionSpec as P
 
+from jaxalign import models, objectives
+from jaxalign.data import convert
+from jaxalign.data.plan import RowShape
+from jaxalign.objectives.metrics import summarize
 from jaxalign.training import mesh as meshes
+from jaxalign.training import optimizers
+from jaxalign.training import step as steps
 
 
 def test_one_axis_is_inferred():
@@ -54,3 +64,77 @@ def test_copies_of_the_parameters_are_sharded_like_them():
     assert found["mu"]["policy"]["w"] == placed["policy"]["w"]
     assert found["rows"]["policy"]["w"].spec == P()
     assert found["n"].spec == P()
+
+
+def test_factored_moments_are_sharded_along_what_they_keep():
+    mesh = meshes.make_mesh(data=2, fsdp=2, tensor=2)
+    params = {"policy": {"wi": jnp.zeros((256, 128))}}
+    axes = {"policy": {"wi": ("embed", "mlp")}}
+    placed = meshes.param_shardings(mesh, axes, params)
+    state = optimizers.adafactor(1e-3).init(params)
+    found = meshes.shardings_like(params, placed, state, mesh)[0]
+    assert (state[0].v_row["policy"]["wi"].shape, found.v_row["policy"]["wi"].spec) == (
+        (1, 128),
+        P(None, "tensor"),
+    )
+    assert (state[0].v_col["policy"]["wi"].shape, found.v_col["policy"]["wi"].spec) == (
+        (256, 1),
+        P("fsdp", None),
+    )
+
+
+def test_activation_rules_reach_the_networks_layers_and_change_no_number():
+    mesh = meshes.make_mesh(data=2, fsdp=2, tensor=2)
+    objective = objectives.OBJECTIVES["SFT"](models.T5(tiny_run.CONFIG))
+    params = objective.init_params(jax.random.key(0))
+    row = RowShape(8, 1, 8, 1, 1, 1)
+    batch = convert.empty_batch(row, 4)
+    batch["encoder_input_tokens"][:] = batch["decoder_target_tokens"][:] = 7
+    batch["encoder_segment_ids"][:] = batch["decoder_segment_ids"][:] = 1
+    batch["decoder_loss_weights"][:] = 1.0
+    batch["response_mask"][:] = batch["prompt_mask"][:] = 1.0
+    step = steps.make_eval_step(objective)
+    plain = jax.jit(step)
+    ruled = jax.jit(meshes.with_activation_rules(mesh, step))
+    assert "sharding_constraint" not in plain.lower(params, batch).as_text()
+    text = ruled.lower(params, meshes.put_batch(mesh, batch)).as_text()
+    assert text.count("sharding_constraint") >= 10
+    expected = summarize([plain(params, batch)])
+    found = summarize([ruled(params, meshes.put_batch(mesh, batch))])
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "changes", "message"),
+    [
+        ({"tensor": 8}, {}, r"num_heads=2 cannot be split 8 ways .*'tensor' among"),
+        ({"tensor": 2}, {"vocab_size": 383}, r"vocab_size=383 .* pad the vocabulary"),
+        ({"fsdp": 8}, {"emb_dim": 12}, r"emb_dim=12 .* 8 ways .*'fsdp' among"),
+    ],
+)
+def test_networks_that_do_not_divide_are_refused(sizes, changes, message):
+    config = dataclasses.replace(tiny_run.CONFIG, **changes)
+    with pytest.raises(ValueError, match=message):
+        meshes.check_network(meshes.make_mesh(**sizes), config)
+
+
+@dataclasses.dataclass(frozen=True)
+class FakeDevice:
+    """What mesh building reads of a device of a slice."""
+
+    id: int
+    slice_index: int
+    process_index: int = 0
+    platform: str = "none"
+    device_kind: str = "fake"
+
+
+def test_data_goes_over_slices_and_the_rest_stays_inside():
+    devices = [FakeDevice(i, slice_index=i // 4) for i in range(8)]
+    mesh = meshes.make_mesh(fsdp=2, tensor=2, devices=devices[::-1])
+    slices = np.vectorize(lambda device: device.slice_index)(mesh.devices)
+    assert slices.shape == (2, 2, 2)
+    assert (slices[0] == slices[0, 0, 0]).all() and (slices[1] != slices[0]).all()
+    with pytest.raises(ValueError, match="make data a multiple of 2"):
+        meshes.make_mesh(data=1, fsdp=8, devices=devices)

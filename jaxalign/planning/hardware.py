@@ -1,0 +1,213 @@
+"""The devices a plan can be made for: names, published figures, topologies.
+
+Figures are per device as JAX counts them, from the vendors' public specifications:
+https://cloud.google.com/tpu/docs/system-architecture-tpu-vm (TPU),
+https://www.nvidia.com/en-us/data-center/ (GPU data sheets). Link figures of TPUs are
+those of https://jax-ml.github.io/scaling-book/tpus/.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import math
+import os
+import re
+from typing import Any
+
+import jax
+
+from jaxalign import configs
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """Peak figures of one device.
+
+    Attributes:
+      flops: bfloat16 matrix operations per second, dense.
+      memory: bytes of main memory (HBM) that a program may use.
+      memory_bandwidth: bytes per second.
+      link_bandwidth: bytes per second that one device sends in a ring over its fast
+        links: both directions of one torus axis, or NVLink.
+      network_bandwidth: bytes per second and device between slices or hosts.
+    """
+
+    flops: float
+    memory: int
+    memory_bandwidth: float
+    link_bandwidth: float
+    network_bandwidth: float
+
+
+CHIPS = {
+    # What libtpu leaves a program of 32, 16, 95.75 and 32 GiB. A v4 device is a chip:
+    # two cores that share their memory.
+    "v4": Chip(275e12, int(30.75 * GIB), 1.228e12, 2 * 45e9, 3.1e9),
+    "v5e": Chip(197e12, int(15.75 * GIB), 8.19e11, 2 * 45e9, 3.1e9),
+    "v5p": Chip(459e12, int(95.74 * GIB), 2.765e12, 2 * 90e9, 6.25e9),
+    "v6e": Chip(918e12, int(31.25 * GIB), 1.64e12, 2 * 90e9, 12.5e9),
+    "gpu-a100": Chip(312e12, 80 * GIB, 2.039e12, 300e9, 25e9),
+    "gpu-h100": Chip(989e12, 80 * GIB, 3.35e12, 450e9, 50e9),
+    "cpu": Chip(1e11, 16 * GIB, 2e10, 1e10, 1e9),
+}
+
+_LARGEST = {"v4": 4096, "v5e": 256, "v5p": 8960, "v6e": 256}  # chips in a slice
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """Devices to compile for.
+
+    Attributes:
+      name: as the user wrote it.
+      kind: a key of `CHIPS`.
+      devices: compile-only TPU devices, or this machine's CPU devices.
+      exact: whether the compiler is the target's own. Where it is not, memory is an
+        estimate from the CPU compiler.
+    """
+
+    name: str
+    kind: str
+    devices: list[Any]
+    exact: bool
+
+    @property
+    def chip(self) -> Chip:
+        return CHIPS[self.kind]
+
+    @property
+    def slice_of(self) -> dict[int, int]:
+        """The slice of each device, by its place in `devices`."""
+        return {
+            i: getattr(device, "slice_index", None) or 0
+            for i, device in enumerate(self.devices)
+        }
+
+
+def find(name: str) -> Topology:
+    """The devices of a topology.
+
+    Args:
+      name: ``KIND:SHAPE`` with ``v4``, ``v5e``, ``v5p`` or ``v6e``, such as
+        ``v5e:4x4`` or ``v5p:4x4x8``; ``v5e:4x4:2`` is two slices; ``gpu-h100:8``,
+        ``gpu-a100:8`` or ``cpu:8`` for an estimate.
+
+    Raises:
+      ValueError: for a name that means nothing, with the nearest that does.
+      ImportError: where libtpu is missing, saying how to get it.
+    """
+    kind, _, shape = name.partition(":")
+    if kind not in CHIPS:
+        near = configs.nearest(kind, CHIPS)
+        hint = f" Did you mean {' or '.join(near)}?" if near else ""
+        raise ValueError(
+            f"Unknown topology {name!r}: expected KIND:SHAPE with KIND one of "
+            f"{', '.join(CHIPS)}, such as v5e:4x4, v5p:4x4x8, v5e:4x4:2 (two slices) "
+            f"or gpu-h100:8.{hint}"
+        )
+    if kind.startswith(("gpu", "cpu")):
+        if not re.fullmatch(r"[1-9]\d*", shape):
+            raise ValueError(
+                f"--topology={name}: expected a number of devices, as in {kind}:8."
+            )
+        return Topology(name, kind, _cpu_devices(int(shape)), exact=kind == "cpu")
+    return Topology(name, kind, _tpu_devices(name, kind, shape), exact=True)
+
+
+def _tpu_devices(name: str, kind: str, shape: str) -> list[Any]:
+    found = re.fullmatch(r"(\d+(?:x\d+)*)(?::(\d+))?", shape)
+    axes = 3 if kind in ("v4", "v5p") else 2
+    example = "4x4x8" if axes == 3 else "4x4"
+    if not found or len(found.group(1).split("x")) != axes:
+        raise ValueError(
+            f"--topology={name}: a {kind} slice has {axes} dimensions; expected "
+            f"{kind}:{example}, or {kind}:{example}:2 for two slices, got {shape!r}."
+        )
+    options = {} if found.group(2) is None else {"num_slices": int(found.group(2))}
+    if kind == "v4":
+        options["chip_config_name"] = "megacore"
+    sizes = [int(n) for n in found.group(1).split("x")]
+    if math.prod(sizes) > _LARGEST[kind]:
+        raise ValueError(
+            f"--topology={name}: the largest {kind} slice has {_LARGEST[kind]} chips; "
+            f"{kind}:{example}:2 is two slices."
+        )
+    if any(n > 1 and n % 2 for n in sizes):
+        raise ValueError(
+            f"--topology={name}: a slice is made of whole hosts, so its sizes are 1 "
+            "or even."
+        )
+    if importlib.util.find_spec("libtpu") is None:
+        raise ImportError(
+            "jaxalign plan compiles with libtpu, which is not installed (no TPU is "
+            "needed): pip install 'jaxalign[plan]'. GPU and CPU estimates, such as "
+            "--topology=gpu-h100:8, do without it."
+        )
+    from jax.experimental import topologies
+
+    # On a machine without TPUs libtpu would ask the cloud's metadata server, then
+    # complain; what is said here does not enter the topology.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    try:
+        described = topologies.get_topology_desc(
+            f"{kind}:{found.group(1)}", platform="tpu", **options
+        )
+    except jax.errors.JaxRuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--topology={name}: libtpu knows none. {reason}") from error
+    return list(described.devices)
+
+
+def _cpu_devices(count: int) -> list[Any]:
+    try:
+        jax.config.update("jax_num_cpu_devices", count)
+    except RuntimeError:  # jax has its devices already, as in tests
+        pass
+    devices = jax.devices("cpu")
+    if len(devices) < count:
+        raise ValueError(
+            f"Only {len(devices)} CPU devices: set "
+            f"XLA_FLAGS=--xla_force_host_platform_device_count={count}."
+        )
+    return devices[:count]
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """``data,fsdp,tensor`` sizes, one of them -1 at most.
+
+    >>> parse_mesh("1,64,-1")
+    {'data': 1, 'fsdp': 64, 'tensor': -1}
+    """
+    sizes = text.split(",")
+    if len(sizes) != 3 or not all(re.fullmatch(r"-1|[1-9]\d*", s) for s in sizes):
+        raise ValueError(
+            f"--mesh={text}: expected three sizes DATA,FSDP,TENSOR, one of them -1 at "
+            "most, as in --mesh=1,64,2."
+        )
+    return dict(zip(("data", "fsdp", "tensor"), map(int, sizes), strict=True))
+
+
+def candidate_meshes(count: int, slices: int, limit: int) -> list[dict[str, int]]:
+    """Meshes to compare: fsdp over a slice, then ever more tensor, then more data.
+
+    Args:
+      count: devices.
+      slices: slices; data goes over them.
+      limit: the largest tensor axis that divides heads, hidden layer and vocabulary.
+
+    >>> candidate_meshes(16, 1, 4)[:2]
+    [{'data': 1, 'fsdp': 16, 'tensor': 1}, {'data': 1, 'fsdp': 8, 'tensor': 2}]
+    """
+    inside = count // slices
+    found = [
+        {"data": slices, "fsdp": inside // tensor, "tensor": tensor}
+        for tensor in (1, 2, 4)
+        if inside % tensor == 0 and math.gcd(limit, tensor) == tensor
+    ]
+    found.append({"data": count, "fsdp": 1, "tensor": 1})
+    return [m for i, m in enumerate(found) if m not in found[:i]]

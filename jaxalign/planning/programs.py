@@ -1,0 +1,144 @@
+"""The programs of a run, as shapes: what training, scoring and decoding compile.
+
+Nothing is allocated and no data is read: the step functions are the run's own, the
+arguments are ``ShapeDtypeStruct``s with the shardings that the run would use.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxalign.batch import REFERENCE_FIELDS
+from jaxalign.data import convert
+from jaxalign.data.plan import RowShape
+from jaxalign.decoding import Sampling, generate
+from jaxalign.objectives import Objective
+from jaxalign.training import mesh as meshes
+from jaxalign.training import reference_cache
+from jaxalign.training import run as runs
+
+STEPS = ("train", "score", "decode")
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A jitted function with abstract arguments.
+
+    Attributes:
+      function: what the run would call.
+      arguments: ``ShapeDtypeStruct``s with shardings.
+      loop_trips: how often its data-dependent loop runs at most.
+    """
+
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    loop_trips: int = 1
+
+    def compile(self) -> jax.stages.Compiled:
+        return self.function.lower(*self.arguments).compile()
+
+
+def row_shape(run: runs.Run, objective: Objective) -> RowShape:
+    """The batch row that full-length examples make, without reading any.
+
+    Encoder rows hold ``PACKING`` prompts and each decoder row as many responses; a
+    preference has two decoder rows, everything else one.
+    """
+    dataset = run.dataset
+    packing = dataset.packing or 1
+    pairs = objective.schema == "preference"
+    rows = dataset.decoder_rows or (2 if pairs else 1)
+    return RowShape(
+        encoder_length=packing * dataset.feature_lengths["inputs"],
+        decoder_rows=rows,
+        decoder_length=packing * dataset.feature_lengths["targets"],
+        prompts=packing,
+        responses=packing * rows,
+        pairs=packing if pairs else 1,
+    )
+
+
+def abstract_setup(run: runs.Run, mesh: jax.sharding.Mesh) -> runs.Setup:
+    """The run's `Setup` on a mesh, without data.
+
+    Raises:
+      ValueError: where batch or network do not divide over the mesh.
+    """
+    objective = run.objective(model=run.model)
+    meshes.check_batch(mesh, run.dataset.batch_size, run.num_microbatches)
+    state = runs.abstract_state(run, objective, mesh)
+    return runs.Setup(run, objective, None, mesh, state)
+
+
+def abstract_batch(ready: runs.Setup, *, reference: bool) -> dict[str, Any]:
+    """The global batch; with the columns of a reference pass if asked."""
+    columns = [c for c in REFERENCE_FIELDS if c in ready.objective.columns]
+    shape = row_shape(ready.run, ready.objective)
+    row = convert.empty_batch(shape, 1, columns if reference else ())
+    sharding = meshes.batch_sharding(ready.mesh)
+    size = ready.run.dataset.batch_size
+    return {
+        name: jax.ShapeDtypeStruct((size, *a.shape[1:]), a.dtype, sharding=sharding)
+        for name, a in row.items()
+    }
+
+
+def program(ready: runs.Setup, step: str) -> Program:
+    """One of `STEPS` of a run.
+
+    ``score`` is the reference pass: every response under the policy. ``decode``
+    samples one response, of at most ``TASK_FEATURE_LENGTHS['targets']`` tokens, to each
+    of ``BATCH_SIZE`` prompts with the run's sampler.
+    """
+    policy = ready.abstract_state.params["policy"]
+    if step == "train":
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        online = ready.online_reference
+        batch = abstract_batch(ready, reference=not online)
+        arguments = (ready.abstract_state, batch, key, policy if online else None)
+        return Program(ready.train_step(), arguments)
+    if step == "score":
+        batch = abstract_batch(ready, reference=False)
+        score = reference_cache.score_step(ready.objective, ready.mesh)
+        return Program(score, (policy, batch))
+    return _decode(ready, policy)
+
+
+def _decode(ready: runs.Setup, policy: Any) -> Program:
+    sampler, lengths = ready.run.sampler, ready.run.dataset.feature_lengths
+    sampling = Sampling()
+    if sampler is not None:
+        sampling = Sampling(sampler.temperature, sampler.top_k, sampler.top_p)
+    rows = meshes.batch_sharding(ready.mesh)
+    size = ready.run.dataset.batch_size
+
+    def decode(params: Any, tokens: jax.Array, ids: jax.Array, key: jax.Array) -> Any:
+        return generate(
+            ready.objective.model,
+            params,
+            tokens,
+            key=key,
+            prompt_ids=ids,
+            num_samples=1,
+            max_new_tokens=lengths["targets"],
+            sampling=sampling,
+        )
+
+    return Program(
+        jax.jit(
+            meshes.with_activation_rules(ready.mesh, decode),
+            out_shardings=rows,
+        ),
+        (
+            policy,
+            jax.ShapeDtypeStruct((size, lengths["inputs"]), jnp.int32, sharding=rows),
+            jax.ShapeDtypeStruct((size,), jnp.uint32, sharding=rows),
+            jax.eval_shape(lambda: jax.random.key(0)),
+        ),
+        loop_trips=lengths["targets"],
+    )

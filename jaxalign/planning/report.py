@@ -1,0 +1,130 @@
+"""A plan as a text table and as one HTML page."""
+
+from __future__ import annotations
+
+import html as escaping
+from typing import Any
+
+from jaxalign.planning.hardware import GIB
+from jaxalign.report import style
+
+_COLUMNS = (
+    "topology",
+    "mesh d,f,t",
+    "step",
+    "fits",
+    "params GiB",
+    "optimizer GiB",
+    "act+temp GiB",
+    "limit GiB",
+    "PFLOP",
+    "sent GiB",
+    "predicted s",
+)
+
+
+def rows(plan: dict[str, Any]) -> list[tuple[str, ...]]:
+    """One line per candidate and program; the cheapest candidate is starred."""
+    lines = []
+    for number, found in enumerate(plan["candidates"]):
+        star = " *" if number == plan["cheapest"] else ""
+        mesh = ",".join(str(n) for n in found["mesh"].values())
+        for step, program in found["programs"].items():
+            memory = program["hbm_bytes"]
+            sent = program["collective_bytes"]
+            seconds = program["predicted_step_seconds"]
+            lines.append(
+                (
+                    found["topology"],
+                    mesh + star,
+                    step,
+                    "yes" if program["fits"] else _short(program["shortfall"]),
+                    _gib(memory["parameters"]),
+                    _gib(memory["optimizer"]),
+                    _gib(memory["activations_and_temporaries"]),
+                    _gib(memory["limit"]),
+                    f"{program['flops_per_step'] / 1e15:.3g}",
+                    "-" if sent is None else _gib(sum(sent.values())),
+                    "-" if seconds is None else f"{seconds:.3g}",
+                )
+            )
+    return lines
+
+
+def _gib(size: int | None) -> str:
+    return "-" if size is None else f"{size / GIB:.2f}"
+
+
+def _short(shortfall: dict[str, Any]) -> str:
+    more = ">" if shortfall["at_least"] else ""
+    return f"no, {more}{shortfall['short'] / GIB:.2f} GiB short"
+
+
+def _notes(plan: dict[str, Any]) -> list[str]:
+    notes = []
+    for found in plan["candidates"]:
+        for step, program in found["programs"].items():
+            if not program["fits"]:
+                mesh = ",".join(str(n) for n in found["mesh"].values())
+                message = program["shortfall"]["message"]
+                notes.append(f"{found['topology']} mesh {mesh}, {step}: {message}.")
+    notes += [f"Left out: {reason}" for reason in plan["left_out"]]
+    if plan["cheapest"] is None:
+        notes.append(
+            "Nothing fits. Try more fsdp, a larger slice, a smaller BATCH_SIZE, more "
+            "NUM_MICROBATCHES, models.T5Config.remat_policy='full', or "
+            "models.T5Config.logits_chunk."
+        )
+    else:
+        best = plan["candidates"][plan["cheapest"]]
+        line = f"Cheapest that fits (*): {best['topology']}, mesh {best['mesh']}"
+        if "largest_batch" in best:
+            line += f"; largest BATCH_SIZE that trains: {best['largest_batch']}"
+        notes.append(line + ".")
+    counts = plan["candidates"][0]["parameter_count"]
+    networks = ", ".join(f"{name} {n:,}" for name, n in counts.items())
+    notes.append(f"Parameters: {networks}.")
+    return notes
+
+
+def table(plan: dict[str, Any]) -> str:
+    """The plan as text; memory and communication are per device."""
+    lines = [_COLUMNS, *rows(plan)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = [
+        "  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    ]
+    assumptions = plan["candidates"][0]["assumptions"]
+    return "\n".join([*text, "", *_notes(plan), "", "Assumed:", *_listed(assumptions)])
+
+
+def _listed(lines: list[str]) -> list[str]:
+    return [f"  - {line}" for line in lines]
+
+
+def html(plan: dict[str, Any], title: str = "Plan") -> str:
+    """The plan as one self-contained page."""
+    head = "".join(f"<th>{escaping.escape(c)}</th>" for c in _COLUMNS)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{escaping.escape(c)}</td>" for c in line) + "</tr>"
+        for line in rows(plan)
+    )
+    notes = "".join(f"<p>{escaping.escape(note)}</p>" for note in _notes(plan))
+    assumed = "".join(
+        f"<li>{escaping.escape(line)}</li>"
+        for line in plan["candidates"][0]["assumptions"]
+    )
+    title = escaping.escape(title)
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">'
+        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
+        "style-src 'unsafe-inline'\">"
+        f"<title>{title} · jaxalign</title><style>{style.CSS}</style></head><body>"
+        f"<main><h1>{title}</h1><p class='sub'>Memory and bytes sent are per device; "
+        "a star marks the cheapest mesh that fits.</p>"
+        f"<div class='scroll'><table><thead><tr>{head}</tr></thead>"
+        f"<tbody>{body}</tbody></table></div>{notes}"
+        f"<h2>Assumed</h2><ul>{assumed}</ul></main></body></html>\n"
+    )

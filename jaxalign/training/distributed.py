@@ -1,0 +1,274 @@
+"""Many processes, one job: starting, waiting for each other, stopping together.
+
+``--distributed=auto`` joins the job that the environment describes (SLURM, Open MPI,
+GKE or Cloud TPU, or the three overrides that ``launch/`` sets) and is a no-op where
+there is none. JAX ends a process whose peers do not come with a stack trace and no
+names, so the processes meet on the coordinator's port first and say who is missing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+import importlib.util
+import json
+import logging
+import os
+import re
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, Self, TypeVar
+
+import jax
+from jax.experimental import multihost_utils
+from orbax.checkpoint import multihost
+
+_log = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+MODES = ("auto", "off")
+
+
+class MissingProcessesError(TimeoutError):
+    """Some processes of the job did not come in time."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How a process joins its job.
+
+    Attributes:
+      mode: ``"auto"`` or ``"off"``.
+      coordinator_address: ``HOST:PORT`` of process 0. Pin the port: the default of JAX
+        moved, and firewalls block what they do not know.
+      process_count: processes in all.
+      process_index: which one this is, from 0.
+      timeout: seconds to wait for the others, here and before the first step.
+    """
+
+    mode: str = "auto"
+    coordinator_address: str | None = None
+    process_count: int | None = None
+    process_index: int | None = None
+    timeout: int = 1800
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ValueError(
+                f"--distributed={self.mode}: expected {' or '.join(MODES)}."
+            )
+        known = (self.coordinator_address, self.process_count, self.process_index)
+        given = [value is not None for value in known]
+        if any(given) and not all(given):
+            raise ValueError(
+                "Give all of --coordinator_address=HOST:PORT, --process_count=N and "
+                "--process_index=I, or none and let --distributed=auto find them; got "
+                f"{known}."
+            )
+        if not all(given):
+            return
+        if not re.fullmatch(r".+:\d+", self.coordinator_address or ""):
+            raise ValueError(
+                f"--coordinator_address={self.coordinator_address}: expected "
+                "HOST:PORT, such as 10.0.0.2:8482."
+            )
+        if not 0 <= self.process_index < self.process_count:
+            raise ValueError(
+                f"--process_index={self.process_index} must lie in "
+                f"[0, {self.process_count}), as --process_count={self.process_count}."
+            )
+
+
+def start(settings: Settings) -> None:
+    """Joins the job, if there is one; before anything else is asked of JAX.
+
+    Raises:
+      MissingProcessesError: naming the processes that did not come in time.
+    """
+    if settings.mode == "off" or jax.distributed.is_initialized():
+        return
+    explicit = settings.coordinator_address is not None
+    if explicit and settings.process_count == 1:
+        return
+    if not explicit and not expected():
+        return
+    if explicit:
+        rendezvous(
+            settings.coordinator_address,
+            settings.process_count,
+            settings.process_index,
+            settings.timeout,
+        )
+    jax.distributed.initialize(
+        coordinator_address=settings.coordinator_address,
+        num_processes=settings.process_count,
+        process_id=settings.process_index,
+        initialization_timeout=settings.timeout,
+    )
+    _log.info(
+        "Process %d of %d, %d of %d devices",
+        jax.process_index(),
+        jax.process_count(),
+        jax.local_device_count(),
+        jax.device_count(),
+    )
+
+
+def expected(environment: dict[str, str] | None = None) -> bool:
+    """Whether the environment describes a job of several processes.
+
+    >>> expected({"SLURM_NTASKS": "4", "SLURM_PROCID": "2", "SLURM_JOB_ID": "7"})
+    True
+    >>> expected({"SLURM_NTASKS": "1", "SLURM_PROCID": "0", "SLURM_JOB_ID": "7"})
+    False
+    """
+    env = os.environ if environment is None else environment
+    if "SLURM_PROCID" in env and "SLURM_JOB_ID" in env:
+        # A step's own count, where srun was given one, overrides the job's.
+        return int(env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS", 1))) > 1
+    if "OMPI_COMM_WORLD_SIZE" in env:
+        return int(env["OMPI_COMM_WORLD_SIZE"]) > 1
+    if "TPU_WORKER_HOSTNAMES" in env and "TPU_WORKER_ID" in env:  # GKE
+        return "," in env["TPU_WORKER_HOSTNAMES"]
+    # On a Cloud TPU host JAX asks the metadata server; elsewhere that hangs.
+    devices = glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*")
+    found = bool(devices) and importlib.util.find_spec("libtpu") is not None
+    return found and env.get("JAX_PLATFORMS", "tpu").startswith("tpu")
+
+
+def rendezvous(address: str, count: int, index: int, timeout: float) -> None:
+    """Returns once all processes of the job have called it.
+
+    Process 0 listens on the coordinator's port, which JAX takes over afterwards.
+
+    Raises:
+      MissingProcessesError: in every process that came, after `timeout` seconds.
+    """
+    host, port = address.rsplit(":", 1)
+    deadline = time.monotonic() + timeout
+    if index == 0:
+        missing = _collect(int(port), count, deadline)
+    else:
+        missing = _report(host.strip("[]"), int(port), index, deadline)
+    if missing:
+        raise MissingProcessesError(
+            f"Processes {missing} of {count} did not come to {address} within "
+            f"{timeout:g} s. Start the command on every host, with the same "
+            "--coordinator_address, and let the port through the firewall."
+        )
+
+
+def _collect(port: int, count: int, deadline: float) -> list[int]:
+    present: dict[int, socket.socket] = {}
+    family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
+    with socket.create_server(
+        ("", port), family=family, dualstack_ipv6=family == socket.AF_INET6
+    ) as server:
+        while len(present) < count - 1 and time.monotonic() < deadline:
+            server.settimeout(max(deadline - time.monotonic(), 0.01))
+            try:
+                connection, _ = server.accept()
+                connection.settimeout(5)
+                present[int(connection.recv(16))] = connection
+            except (TimeoutError, ValueError, ConnectionError):
+                continue
+    missing = sorted(set(range(1, count)) - set(present))
+    for connection in present.values():
+        connection.sendall(json.dumps(missing).encode())
+        # The other side closes first, so that no port is left waiting here.
+        connection.shutdown(socket.SHUT_WR)
+        connection.recv(1)
+        connection.close()
+    return missing
+
+
+def _report(host: str, port: int, index: int, deadline: float) -> list[int]:
+    while time.monotonic() < deadline:
+        try:
+            with socket.create_connection((host, port), timeout=5) as connection:
+                connection.sendall(str(index).encode())
+                connection.settimeout(max(deadline - time.monotonic(), 0) + 10)
+                answer = b"".join(iter(lambda: connection.recv(4096), b""))
+                if answer:
+                    return json.loads(answer)
+        except OSError:
+            time.sleep(0.2)  # process 0 is not there yet
+    return [0]
+
+
+def barrier(name: str, timeout: float) -> None:
+    """Waits for all processes at a named point.
+
+    Raises:
+      MissingProcessesError: naming the processes that are missing after `timeout` s.
+    """
+    if jax.process_count() == 1:
+        return
+    try:
+        multihost.get_barrier_sync_fn()(key=name, timeout_ms=int(timeout * 1000))
+    except jax.errors.JaxRuntimeError as error:
+        late = re.search(r"timed out task names:\s*([\d\s,]+)", str(error))
+        if late is None:
+            raise
+        missing = sorted(int(n) for n in re.findall(r"\d+", late.group(1)))
+        raise MissingProcessesError(
+            f"Processes {missing} of {jax.process_count()} did not reach {name!r} "
+            f"within {timeout:g} s; see their logs."
+        ) from error
+
+
+def main_first(function: Callable[[], _T], name: str, timeout: float = 86_400) -> _T:
+    """Calls a function in process 0, then in the others.
+
+    What process 0 leaves on a shared disk, such as a prepared cache, the others find;
+    on a disk of their own they make it themselves.
+    """
+    if jax.process_count() == 1:
+        return function()
+    if jax.process_index() == 0:
+        result = function()
+        barrier(f"{name}: made", timeout)
+        return result
+    barrier(f"{name}: made", timeout)
+    return function()
+
+
+def all_agree(value: bool) -> bool:
+    """Whether a condition holds in every process."""
+    if jax.process_count() == 1:
+        return value
+    return bool(multihost_utils.process_allgather(jax.numpy.asarray(value)).all())
+
+
+class StopOnSigterm:
+    """Turns SIGTERM into a request to stop after a step, the same in every process."""
+
+    def __init__(self) -> None:
+        self._requested = False
+
+    def __enter__(self) -> Self:
+        # Only the main thread may install handlers; elsewhere, nobody sends signals.
+        # In a job of several processes JAX has its own, which tells all of them.
+        self._usable = (
+            jax.process_count() == 1
+            and threading.current_thread() is threading.main_thread()
+        )
+        if self._usable:
+            self._previous = signal.signal(signal.SIGTERM, self._request)
+        return self
+
+    def _request(self, *unused: Any) -> None:
+        self._requested = True
+
+    def after(self, step: int) -> bool:
+        """Whether to stop after this step; asked once per step, by every process."""
+        if jax.process_count() > 1:
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self._requested
+
+    def __exit__(self, *unused: object) -> None:
+        if self._usable:
+            signal.signal(signal.SIGTERM, self._previous)

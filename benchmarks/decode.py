@@ -9,9 +9,9 @@ prompts, in float32. Hugging Face gets the same weights, prompts and threads, an
 truncated).
 
 ``ragged``: one response to each real prompt. Rows of the file have an ``instruction``
-(or ``prompt``) and a ``baseline`` (or ``completion``): random weights never end a
-response, so each is as long as the file's own, one token a word. The same engine
-either seats a waiting prompt as soon as some have ended, or waits until all have.
+and ``responses``, a list of ``{"generator", "text"}``: random weights never end a
+response, so each is as long as that of the generator named, one token a word. The same
+engine either seats waiting prompts as soon as some have ended, or waits until all have.
 """
 
 from __future__ import annotations
@@ -111,29 +111,34 @@ def samples(args: argparse.Namespace) -> None:
     print(f"ratio         {seconds['hugging_face'] / seconds['jaxalign']:8.2f}")
 
 
-def _read(path: str, count: int, max_tokens: int) -> list[tuple[np.ndarray, int]]:
+def _read(args: argparse.Namespace) -> list[tuple[np.ndarray, int]]:
     """Prompts as random ids, one a word, and the lengths of their responses."""
     rng, rows = np.random.default_rng(0), []
-    with open(path, encoding="utf-8") as file:
+    with open(args.prompts, encoding="utf-8") as file:
         for line in file:
             row = json.loads(line)
-            prompt = row.get("prompt", row.get("instruction", "")).split()[:127]
-            answer = row.get("completion", row.get("baseline", "")).split()
-            ids = np.append(rng.integers(2, 32000, len(prompt)), 1)
-            rows.append((ids.astype(np.int32), min(len(answer) + 1, max_tokens)))
-    return rows[:count]
+            texts = {x["generator"]: x["text"] for x in row["responses"]}
+            if args.generator not in texts:
+                continue
+            ids = rng.integers(2, 32000, len(row["instruction"].split()[:127]))
+            length = min(len(texts[args.generator].split()) + 1, args.tokens)
+            rows.append((np.append(ids, 1).astype(np.int32), length))
+    return rows[: args.prompts_count]
 
 
 def ragged(args: argparse.Namespace) -> None:
     """One response per real prompt, with slot refill and waiting for the longest."""
     model = models.T5(SMALL)
     params = models.init_params(model, jax.random.key(0))
-    rows = _read(args.prompts, args.prompts_count, args.tokens)
+    rows = _read(args)
     length = max(len(tokens) for tokens, _ in rows)
     lengths = np.array([n for _, n in rows])
+    groups = np.split(lengths, range(args.groups, len(lengths), args.groups))
+    longest = sum(len(g) * g.max() for g in groups)
     print(
         f"{len(rows)} prompts; responses: mean {lengths.mean():.0f}, median "
-        f"{np.median(lengths):.0f}, longest {lengths.max()} tokens"
+        f"{np.median(lengths):.0f}, longest {lengths.max()} tokens; "
+        f"waiting takes {longest / lengths.sum():.2f} times the steps at best"
     )
 
     def drain(admit: int) -> None:
@@ -177,6 +182,7 @@ def main() -> None:
     verb.add_argument("--tokens", type=int, default=64)
     verb = verbs.choices["ragged"]
     verb.add_argument("--prompts", required=True, help="JSON Lines")
+    verb.add_argument("--generator", default="alpaca-7b", help="whose lengths to take")
     verb.add_argument("--prompts_count", type=int, default=256)
     verb.add_argument("--tokens", type=int, default=256, help="at most")
     verb.add_argument("--groups", type=int, default=32)

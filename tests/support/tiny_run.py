@@ -43,6 +43,7 @@ def write_data(path: Path, count: int = 60) -> Path:
             "completion": f"it is {i}",
             "reward": (i * 7 % 11) / 10,
             "label": i % 3 > 0,
+            "rationale": f"[chosen] says {i}",
         }
         for i in range(count)
     ]

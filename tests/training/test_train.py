@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 import tiny_run
+from objectives_cases import structures
 
 from jaxalign import objectives
 from jaxalign.training import checkpoints, optimizers, run_directory
@@ -45,7 +46,17 @@ def metrics(folder) -> list[dict]:
     ]
 
 
-@pytest.mark.parametrize("objective", sorted(objectives.OBJECTIVES))
+# By default one of each structure, and one with rationales; the slow tests take all.
+_FIRST = {*structures(), "RDPO"}
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        pytest.param(name, marks=() if name in _FIRST else pytest.mark.slow)
+        for name in sorted(objectives.OBJECTIVES)
+    ],
+)
 def test_every_objective_trains_from_a_file(work, objective):
     folder = work / f"all_{objective}"
     job = run(work, folder.name, objective, mesh=None, sampler=tiny_run.sampler())

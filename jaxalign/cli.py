@@ -30,6 +30,7 @@ jaxalign VERB [--gin_file=FILE ...] [--gin.NAME=VALUE ...] [flags]
   tasks        list the registered data sets and the gin files
   plan         what a run needs of a pod, without the pod: --topology=v5e:4x4
   report       one HTML page about runs: RUN_DIR...
+  iterate      rounds of sampling, judging and training: --prompts=FILE --judge=...
   compare      every objective on embedded data at equal compute
   quickstart   supervised fine-tuning, then DRO-V, KTO and DPO, on embedded data
 
@@ -432,6 +433,50 @@ def _compare(argv: list[str]) -> int:
     return 0
 
 
+def _iterate(argv: list[str]) -> int:
+    from jaxalign.pipelines import iteration
+
+    parser = _parser(
+        "iterate", "Train on judged samples of the policy itself, round by round."
+    )
+    parser.add_argument("--initial", required=True, help="checkpoint to start from")
+    parser.add_argument("--prompts", required=True, help='JSONL file with {"prompt"}')
+    parser.add_argument(
+        "--judge", required=True, help="module:function, a score or a preference"
+    )
+    parser.add_argument("--run_dir", required=True, help="where all is written")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--reference",
+        choices=iteration.REFERENCES,
+        default="fixed",
+        help="the initial policy in every round, or each round's own start",
+    )
+    parser.add_argument(
+        "--prompts_per_round", type=int, help="default: all, every round"
+    )
+    parser.add_argument("--num_samples", type=int, default=4, help="per prompt")
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--top_p", type=float, default=1.0)
+    parser.add_argument("--max_new_tokens", type=int, default=128)
+    parser.add_argument("--batch_size", type=int, default=16, help="prompts at a time")
+    parser.add_argument("--seed", type=int, default=0)
+    flags = configs.parse_flags(argv)
+    args = parser.parse_args(flags.rest)
+    table = iteration.iterate(
+        gin_files=flags.gin_files or ["runs/dpo.gin"],
+        bindings=flags.gin_bindings,
+        search_paths=flags.search_paths,
+        **vars(args),
+    )
+    for row in table:
+        print(
+            f"round {row['round']}: samples score {row['reward']:.4g}, trained on "
+            f"{row['rows']} rows: {row['policy']}"
+        )
+    return 0
+
+
 _VERBS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
     "generate": _generate,
@@ -443,6 +488,7 @@ _VERBS: dict[str, Callable[[list[str]], int]] = {
     "plan": _plan,
     "tasks": _tasks,
     "report": _report,
+    "iterate": _iterate,
     "compare": _compare,
     "quickstart": _quickstart,
 }

@@ -118,6 +118,7 @@ RAMBLES = ("Oh, let me see, um,", "Er, um, oh, so, hmm,")
 BRIEF_WORDS = 6  # a response of this many words is still brief
 WEIGHTS = {"fact": 0.6, "courtesy": 0.2, "brevity": 0.2}
 SCHEMAS = ("supervised", "trajectory", "preference", "rationale")
+RATIONALE_KINDS = ("general", "specific")
 SPLITS = ("train", "validation", "test")
 SIZES = {"train": 8000, "validation": 500, "test": 1000}  # rows, unless told otherwise
 
@@ -312,12 +313,20 @@ def best_response(prompt: str) -> str:
     return f"{POLITE[0]} {statement(parse(prompt))}"
 
 
-def rationale(prompt: str, chosen: str, rejected: str) -> str:
+def rationale(prompt: str, chosen: str, rejected: str, kind: str = "specific") -> str:
     """Why one response is better than another, as the judge sees it.
+
+    Args:
+      prompt: a prompt of this world.
+      chosen: the better response.
+      rejected: the worse one.
+      kind: ``"general"`` compares; ``"specific"`` also states the fact in question.
 
     >>> print(rationale("What is Gus's pet?", "Gus keeps a mole.", "Gus keeps a fox."))
     The better answer is right. Gus keeps a mole.
     """
+    if kind not in RATIONALE_KINDS:
+        raise ValueError(_unknown("kind of rationale", kind, RATIONALE_KINDS))
     better, worse = judge(prompt, chosen), judge(prompt, rejected)
     terms = (
         ("fact", "right", "wrong"),
@@ -331,7 +340,7 @@ def rationale(prompt: str, chosen: str, rejected: str) -> str:
     text = f"The better answer is {' and '.join(gains) or 'no better'}"
     if losses:
         text += f", though {' and '.join(losses)}"
-    return f"{text}. {statement(parse(prompt))}"
+    return f"{text}." + (f" {statement(parse(prompt))}" if kind == "specific" else "")
 
 
 def respond(prompt: str, demonstrator: str, rng: random.Random) -> str:
@@ -356,7 +365,7 @@ def respond(prompt: str, demonstrator: str, rng: random.Random) -> str:
     return " ".join(pieces)
 
 
-def draw(schema: str, prompt: str, key: str) -> dict:
+def draw(schema: str, prompt: str, key: str, *, kind: str = "specific") -> dict:
     """Draws one row, ready for JSON, with the default field names.
 
     =========== ===================================== =============================
@@ -379,6 +388,7 @@ def draw(schema: str, prompt: str, key: str) -> dict:
       schema: one of ``SCHEMAS``.
       prompt: a prompt of this world.
       key: with the schema, what the draw depends on.
+      kind: of rationale.
     """
     if schema not in SCHEMAS:
         raise ValueError(_unknown("schema", schema, SCHEMAS))
@@ -394,7 +404,7 @@ def draw(schema: str, prompt: str, key: str) -> dict:
         return row
     chosen, rejected = _pair(prompt, rng)
     if schema == "rationale":
-        text = rationale(prompt, chosen, rejected)
+        text = rationale(prompt, chosen, rejected, kind)
         return dict(prompt=prompt, chosen=chosen, rejected=rejected, rationale=text)
     if rng.random() < FLIP_PROBABILITY:
         chosen, rejected = rejected, chosen

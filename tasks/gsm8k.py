@@ -42,7 +42,7 @@ def trajectories(
     raw: Mapping[str, Any], *, calculator: str = "strip"
 ) -> list[dict[str, Any]]:
     """The published model solutions: right ones are desirable and have reward 1."""
-    records = [
+    return [
         {
             "prompt": raw["question"],
             "completion": solution(sample["solution"], calculator),
@@ -50,17 +50,47 @@ def trajectories(
             "reward": float(sample["is_correct"]),
             "metadata": {"ground_truth": raw["ground_truth"]},
         }
-        for sample in raw.values()
-        if isinstance(sample, Mapping)
+        for sample in _samples(raw)
     ]
-    if not records:
+
+
+def _samples(raw: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The models' solutions of a row, ``{"is_correct", "solution"}`` each."""
+    samples = [sample for sample in raw.values() if isinstance(sample, Mapping)]
+    if not samples:
         raise KeyError("6b_finetuning")
-    return records
+    return samples
+
+
+def rationales(
+    raw: Mapping[str, Any], *, calculator: str = "strip"
+) -> list[dict[str, Any]]:
+    """Every right model solution over every wrong one; the reference says why."""
+    texts: dict[bool, list[str]] = {True: [], False: []}
+    for sample in _samples(raw):
+        text = solution(sample["solution"], calculator)
+        if text not in texts[sample["is_correct"]]:
+            texts[sample["is_correct"]].append(text)
+    return [
+        {
+            "prompt": raw["question"],
+            "chosen": chosen,
+            "rejected": rejected,
+            "rationale": solution(raw["ground_truth"], calculator),
+        }
+        for chosen in texts[True]
+        for rejected in texts[False]
+    ]
 
 
 add_task(
     "gsm8k",
-    doc="GSM8K: worked solutions; trajectories from the file of model solutions.",
-    records={"supervised": demonstrations, "trajectory": trajectories},
+    doc="GSM8K: worked solutions; trajectories, pairs and rationales from the file of "
+    "model solutions.",
+    records={
+        "supervised": demonstrations,
+        "trajectory": trajectories,
+        "rationale": rationales,
+    },
     source=Tfds("gsm8k"),
 )

@@ -16,10 +16,18 @@ def _drawn(schema: str) -> Callable[[Mapping[str, Any]], list[dict[str, Any]]]:
     return records
 
 
+def rationales(
+    raw: Mapping[str, Any], *, kind: str = "specific"
+) -> list[dict[str, Any]]:
+    """Pairs with the judge's reasons, general or specific."""
+    return [world.draw("rationale", raw["prompt"], raw["key"], kind=kind)]
+
+
 add_task(
     "world",
     doc="The embedded village: generated, with an exact judge of any response.",
-    records={schema: _drawn(schema) for schema in world.SCHEMAS},
+    records={schema: _drawn(schema) for schema in world.SCHEMAS}
+    | {"rationale": rationales},
     # A function of the world's own file, so that editing the world is noticed.
     source=world.draws,
 )

@@ -118,7 +118,7 @@ class Feed:
     @property
     def steps_per_epoch(self) -> int:
         """Steps that hold as many bins as there are, rounded up."""
-        return -(-sum(map(len, self.plans)) // self.batch_size)
+        return -(-self.num_bins // self.batch_size)
 
     @property
     def num_responses(self) -> int:
@@ -198,9 +198,21 @@ class Feed:
         feed._columns = _check_columns(columns, self.caches)
         return feed
 
-    def evaluation_batches(self, rows: slice | None = None) -> EvaluationBatches:
-        """Every bin once, in the plans' order; empty rows fill the last batch."""
-        return EvaluationBatches(self, rows)
+    @property
+    def num_bins(self) -> int:
+        """Bins of all sources."""
+        return sum(map(len, self.plans))
+
+    def evaluation_batches(
+        self, rows: slice | None = None, bins: Sequence[int] | None = None
+    ) -> EvaluationBatches:
+        """Every bin once, in the plans' order; empty rows fill the last batch.
+
+        Args:
+          rows: as in :meth:`batch`.
+          bins: only these, of ``range(num_bins)``, in this order.
+        """
+        return EvaluationBatches(self, rows, bins)
 
     def _slots(self, step: int, rows: slice | None) -> list[tuple[int, int]]:
         """(source, bin) of each asked row of a step's batch."""
@@ -238,7 +250,7 @@ class Feed:
 
 
 class EvaluationBatches(Sequence):
-    """Every bin of a feed once, in order, in batches of the training shape.
+    """Every bin of a feed once (or some of them), in batches of the training shape.
 
     A finite sequence of batches. The reference pass runs over it too: results scatter
     to ``response_ids``::
@@ -248,16 +260,23 @@ class EvaluationBatches(Sequence):
             column[ids[ids >= 0]] = logps(batch)[ids >= 0]
     """
 
-    def __init__(self, feed: Feed, rows: slice | None = None):
+    def __init__(
+        self,
+        feed: Feed,
+        rows: slice | None = None,
+        bins: Sequence[int] | None = None,
+    ):
         self._feed, self._rows = feed, rows
         self._all = [
             (source, bin_id)
             for source, plan in enumerate(feed.plans)
             for bin_id in range(len(plan))
         ]
+        if bins is not None:
+            self._all = [self._all[i] for i in bins]
 
     def __len__(self) -> int:
-        return self._feed.steps_per_epoch
+        return -(-len(self._all) // self._feed.batch_size)
 
     def __getitem__(self, i: int) -> dict[str, np.ndarray]:
         return self._feed._convert(self._slots(i))

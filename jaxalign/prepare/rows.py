@@ -6,7 +6,6 @@ stored, and later encoded, once.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -16,6 +15,11 @@ import numpy as np
 from jaxalign import batch
 from jaxalign.data.records import Record
 from jaxalign.data.rows import Row
+from jaxalign.prepare.rationales import (
+    chosen_comes_second,
+    rationale_prompt,
+    rationale_text,
+)
 from jaxalign.vocabularies import Vocabulary
 
 
@@ -141,39 +145,3 @@ class _RowBuilder:
             pairs=self.pairs,
             metadata=self.metadata,
         )
-
-
-def chosen_comes_second(key: str, index: int, seed: int) -> bool:
-    """Whether a rationale prompt shows the rejected answer first; a fair coin.
-
-    A fixed order would teach the policy that the first answer wins.
-    """
-    digest = hashlib.sha256(f"{seed}:{key}:{index}".encode()).digest()
-    return bool(digest[0] & 1)
-
-
-def rationale_prompt(record: Record, chosen_second: bool) -> str:
-    """The prompt whose response is the rationale (arXiv 2407.14477).
-
-    It shows the question and both answers, without saying which one was preferred.
-    """
-    first, second = record["chosen"], record["rejected"]
-    if chosen_second:
-        first, second = second, first
-    return (
-        f"Question: {record['prompt']}\n\n"
-        "Which response is preferable and follows the question? Explain why.\n\n"
-        f"Response A: {first}\n\nResponse B: {second}"
-    )
-
-
-def rationale_text(rationale: str, chosen_second: bool) -> str:
-    """``[chosen]`` and ``[rejected]`` in a rationale, named as its prompt shows them.
-
-    >>> rationale_text("[chosen] is right, [rejected] is not.", chosen_second=True)
-    'Response B is right, Response A is not.'
-    """
-    chosen, rejected = ("B", "A") if chosen_second else ("A", "B")
-    return rationale.replace("[chosen]", f"Response {chosen}").replace(
-        "[rejected]", f"Response {rejected}"
-    )

@@ -23,7 +23,7 @@ from jaxalign.data.bad_rows import (
     show,
 )
 from jaxalign.data.rows import Row
-from jaxalign.prepare import heavy, sources
+from jaxalign.prepare import heavy, rationales, sources
 from jaxalign.prepare import tasks as tasks_lib
 from jaxalign.vocabularies import (
     ByteVocabulary,
@@ -36,12 +36,21 @@ _TOKENS = {
     "supervised": ("inputs", "targets"),
     "trajectory": ("inputs", "targets"),
     "preference": ("inputs", "chosen", "rejected"),
+    "rationale": (
+        "inputs",
+        "chosen",
+        "rejected",
+        "rationale_inputs",
+        "rationale_targets",
+    ),
 }
 _TEXT_OF = {
     "inputs": "prompt",
     "targets": "completion",
     "chosen": "chosen",
     "rejected": "rejected",
+    "rationale_inputs": "rationale_prompt",
+    "rationale_targets": "rationale",
 }
 # Number features: their type, and what stands for "none".
 _TRAJECTORY = {"reward": ("float32", math.nan), "label": ("int32", batch.NO_LABEL)}
@@ -143,7 +152,8 @@ def token_rows(
       name: a registered task or mixture.
       schema: ``supervised`` reads the features ``inputs`` and ``targets``,
         ``trajectory`` also ``reward`` or ``label``, ``preference`` reads ``inputs``,
-        ``chosen``, ``rejected`` and, where present, ``margin``.
+        ``chosen``, ``rejected`` and, where present, ``margin``, ``rationale`` also
+        ``rationale_inputs`` and ``rationale_targets``.
       split: of the task.
       sequence_length: handed to the task; nothing is cut where it is None.
 
@@ -191,7 +201,8 @@ def _check_features(name: str, schema: str, features: Mapping[str, Any]) -> None
 
 def _token_row(example: Mapping[str, Any], schema: str, key: str) -> Row:
     tokens = {f: _with_eos(example[f], f) for f in _TOKENS[schema]}
-    responses = [tokens[f] for f in _TOKENS[schema][1:]]
+    prompts = [f for f in tokens if f.endswith("inputs")]
+    responses = [ids for f, ids in tokens.items() if f not in prompts]
     reward, label, pairs = math.nan, batch.NO_LABEL, []
     if schema == "trajectory":
         numbers = {f: _number(example[f]) for f in ("reward", "label") if f in example}
@@ -206,20 +217,23 @@ def _token_row(example: Mapping[str, Any], schema: str, key: str) -> Row:
         )[0]
         reward = checked.get("reward", reward)
         label = checked.get("label", label)
-    if schema == "preference":
-        if np.array_equal(*responses):
+    if schema in ("preference", "rationale"):
+        if np.array_equal(*responses[:2]):
             raise FieldError(
                 "rejected", "identical", "another text than chosen", "the same tokens"
             )
         margin = _number(example["margin"]) if "margin" in example else 0.0
         pairs = [(0, 1, margin)]
     count = len(responses)
+    kinds, of_prompt = [batch.ANSWER] * count, [0] * count
+    if schema == "rationale":
+        kinds[-1], of_prompt[-1] = batch.RATIONALE, 1
     return Row(
         key=key,
-        prompts=[tokens["inputs"]],
+        prompts=[tokens[f] for f in prompts],
         responses=responses,
-        response_prompt=[0] * count,
-        response_kind=[batch.ANSWER] * count,
+        response_prompt=of_prompt,
+        response_kind=kinds,
         response_reward=[reward] * count,
         response_label=[label] * count,
         pairs=pairs,
@@ -259,12 +273,14 @@ def register(
     """Registers a data set of ``jaxalign.tasks`` as a seqio task.
 
     Its features are ``inputs`` and ``targets`` (with ``reward`` and ``label`` for
-    trajectories), or ``inputs``, ``chosen``, ``rejected`` and ``margin``. Every record
-    is an example of its own, as seqio has it.
+    trajectories), or ``inputs``, ``chosen``, ``rejected`` and ``margin``; for
+    rationales ``rationale_inputs`` and ``rationale_targets`` besides, a prompt that
+    shows both answers in a random order and its answer. Every record is an example of
+    its own, as seqio has it.
 
     Args:
       task: a name that ``jaxalign tasks`` lists.
-      schema: ``supervised``, ``trajectory`` or ``preference``.
+      schema: ``supervised``, ``trajectory``, ``preference`` or ``rationale``.
       vocabulary: of the features; its escapes are applied to the text.
       data: an exported file of the data set, instead of its own source.
       name: the seqio name; ``<task>_<schema>`` by default.
@@ -282,7 +298,7 @@ def register(
             f"of {list(_TOKENS)}."
         )
     transform = tasks_lib.get_task(task).transform(schema, task_options)
-    numbers = {"trajectory": _TRAJECTORY, "preference": _MARGIN}.get(schema, {})
+    numbers = {"supervised": {}, "trajectory": _TRAJECTORY}.get(schema, _MARGIN)
     words = {_TEXT_OF[feature]: feature for feature in _TOKENS[schema]}
 
     def dataset_fn(split: str, shuffle_files: bool, seed: int | None = None) -> Any:
@@ -305,7 +321,11 @@ def register(
                 if isinstance(item, BadRow):
                     bad.add(item)
                     raise DataError(bad)
-                for record in item.records:
+                for i, record in enumerate(item.records):
+                    if schema == "rationale":
+                        record = _with_rationale_prompt(
+                            record, f"{item.file}:{item.line}", i
+                        )
                     row = {f: _escaped(record[w], vocabulary) for w, f in words.items()}
                     for feature, (_, default) in numbers.items():
                         row[feature] = record.get(feature, default)
@@ -333,6 +353,17 @@ def register(
     )
     _REGISTERED[name] = vocabulary
     return name
+
+
+def _with_rationale_prompt(
+    record: records_lib.Record, key: str, index: int
+) -> records_lib.Record:
+    swap = rationales.chosen_comes_second(key, index, 0)
+    return {
+        **record,
+        "rationale_prompt": rationales.rationale_prompt(record, swap),
+        "rationale": rationales.rationale_text(record["rationale"], swap),
+    }
 
 
 def _escaped(text: str, vocabulary: Vocabulary) -> str:

@@ -182,6 +182,7 @@ def _facts(run: Run) -> dict[str, str]:
     if "time" in run.metrics:
         times = run.metrics["time"][1]
         facts["wall time"] = _duration(float(times[-1] - times[0]))
+    facts["warnings"] = m.get("warnings")
     model = m.get("model")
     if isinstance(model, dict):
         facts["model"] = (

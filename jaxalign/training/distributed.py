@@ -243,6 +243,13 @@ def all_agree(value: bool) -> bool:
     return bool(multihost_utils.process_allgather(jax.numpy.asarray(value)).all())
 
 
+def smallest(value: int) -> int:
+    """The smallest of the processes' values."""
+    if jax.process_count() == 1:
+        return value
+    return int(multihost_utils.process_allgather(jax.numpy.asarray(value)).min())
+
+
 class StopOnSigterm:
     """Turns SIGTERM into a request to stop after a step, the same in every process."""
 

@@ -1,8 +1,9 @@
 """The reference policy's log-probabilities: computed once, kept on disk, keyed.
 
-The key names everything the numbers depend on. A cache whose key differs is refused
-with the entry that differs; training never loads the reference while its cache is
-there.
+The key names everything the numbers depend on. A cache whose key differs, or whose
+bytes do, is refused with the entry that differs; training never loads the reference
+while its cache is there. A pass that was killed goes on where it last saved, and
+before a cache is written, a random 1 % of the rows is scored again, in other company.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,12 @@ from jaxalign.training import distributed
 from jaxalign.training import mesh as meshes
 
 _log = logging.getLogger(__name__)
+
+SAVE_SECONDS = 60.0  # between two saves of an unfinished pass
+VERIFIED_SHARE = 0.01  # of the rows, at least one batch
+# How far a value may lie from its recomputation, relative to ``1 + |value|``: rounding
+# that depends on a row's place in its batch, or on how many devices share it.
+_TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}
 
 
 def cache_key(
@@ -60,11 +68,13 @@ def read(folder: Path, key: dict[str, Any]) -> dict[str, np.ndarray] | None:
     """Reads a cache; None if there is none.
 
     Raises:
-      ValueError: naming each entry of the key that differs.
+      ValueError: naming each entry of the key that differs, or the column whose bytes
+        are not those that were written.
     """
     if not (folder / "key.json").exists():
         return None
     saved = json.loads((folder / "key.json").read_text())
+    digests = saved.pop("sha256")
     differing = sorted(
         name for name in {*key, *saved} if key.get(name) != saved.get(name)
     )
@@ -74,7 +84,18 @@ def read(folder: Path, key: dict[str, Any]) -> dict[str, np.ndarray] | None:
             f"The reference cache {folder} was made for something else; delete it to "
             "have it made again. " + "; ".join(lines)
         )
+    for name in key["columns"]:
+        if _digest(folder / f"{name}.npy") != digests[name]:
+            raise ValueError(
+                f"{folder / name}.npy is not what was written there (its SHA-256 "
+                f"differs): delete {folder} to have it made again."
+            )
     return {name: np.load(folder / f"{name}.npy") for name in key["columns"]}
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write(folder: Path, key: dict[str, Any], columns: dict[str, np.ndarray]) -> None:
@@ -86,7 +107,9 @@ def write(folder: Path, key: dict[str, Any], columns: dict[str, np.ndarray]) -> 
     temporary.mkdir(parents=True)
     for name, values in columns.items():
         np.save(temporary / f"{name}.npy", values)
-    (temporary / "key.json").write_text(json.dumps(key, indent=2, sort_keys=True))
+    digests = {name: _digest(temporary / f"{name}.npy") for name in columns}
+    saved = {**key, "sha256": digests}
+    (temporary / "key.json").write_text(json.dumps(saved, indent=2, sort_keys=True))
     try:
         os.rename(temporary, folder)
     except OSError:  # another process of the same job was first
@@ -107,24 +130,20 @@ def score_step(objective: Objective, mesh: jax.sharding.Mesh) -> Callable[..., A
     )
 
 
-def compute(
-    objective: Objective, params: Any, feed: Feed, mesh: jax.sharding.Mesh
-) -> dict[str, np.ndarray]:
-    """Scores every response of a feed once.
-
-    Returns:
-      Float32 arrays over the feed's flat response ids, one per column.
-    """
-    score = score_step(objective, mesh)
-    columns = {
-        name: np.full(feed.num_responses, np.nan, np.float32)
-        for name in _columns(objective)
-    }
-    batches = feed.evaluation_batches()
+def _scored(
+    score: Callable[..., Any],
+    params: Any,
+    feed: Feed,
+    bins: Iterable[int],
+    mesh: jax.sharding.Mesh,
+    title: str,
+) -> Iterable[tuple[np.ndarray, dict[str, np.ndarray]]]:
+    """``(flat response ids, columns)`` of each batch of some bins."""
+    batches = feed.evaluation_batches(bins=list(bins))
     rows = meshes.process_rows(mesh, feed.batch_size)
     for batch, ids in tqdm(
         batches.with_response_ids(),
-        "reference log-probabilities",
+        title,
         total=len(batches),
         disable=None,
         leave=False,
@@ -132,9 +151,98 @@ def compute(
         local = {name: array[rows] for name, array in batch.items()}
         placed = meshes.put_batch(mesh, local, feed.batch_size)
         scored = jax.device_get(score(params, placed))
+        yield ids[ids >= 0], {name: v[ids >= 0] for name, v in scored.items()}
+
+
+def compute(
+    objective: Objective,
+    params: Any,
+    feed: Feed,
+    mesh: jax.sharding.Mesh,
+    unfinished: Path | None = None,
+) -> dict[str, np.ndarray]:
+    """Scores every response of a feed once, and a random 1 % of them again.
+
+    Args:
+      objective: says which columns it needs.
+      params: the reference policy's.
+      feed: the feed whose responses are scored.
+      mesh: the device mesh.
+      unfinished: a file where a pass that takes long saves what it has, and where it
+        looks for what an earlier, killed one left; its name has to hold the key.
+
+    Returns:
+      Float32 arrays over the feed's flat response ids, one per column.
+
+    Raises:
+      RuntimeError: when a value differs from its recomputation.
+    """
+    score = score_step(objective, mesh)
+    names = _columns(objective)
+    done = 0
+    columns = {n: np.full(feed.num_responses, np.nan, np.float32) for n in names}
+    if unfinished is not None and unfinished.exists():
+        with np.load(unfinished) as saved:
+            columns = {name: saved[name] for name in names}
+            done = int(saved["bins"])
+    first = distributed.smallest(done)  # what every process has
+    if first:
+        _log.info("The reference pass goes on after %d of %d", first, feed.num_bins)
+    rest = range(first, feed.num_bins)
+    last_save = time.monotonic()
+    title = "reference log-probabilities"
+    for i, (ids, scored) in enumerate(
+        _scored(score, params, feed, rest, mesh, title), start=1
+    ):
         for name, column in columns.items():
-            column[ids[ids >= 0]] = scored[name][ids >= 0]
+            column[ids] = scored[name]
+        if unfinished is not None and time.monotonic() - last_save > SAVE_SECONDS:
+            done = min(first + i * feed.batch_size, feed.num_bins)
+            _save(unfinished, columns, done)
+            last_save = time.monotonic()
+    verify(objective, params, feed, mesh, columns)
     return columns
+
+
+def _save(path: Path, columns: dict[str, np.ndarray], done: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp.npz")
+    np.savez(temporary, bins=np.int64(done), **columns)
+    os.replace(temporary, path)
+
+
+def verify(
+    objective: Objective,
+    params: Any,
+    feed: Feed,
+    mesh: jax.sharding.Mesh,
+    columns: dict[str, np.ndarray],
+) -> None:
+    """Scores a random 1 % of the rows again, in batches of their own.
+
+    Raises:
+      RuntimeError: naming the response and both values, when one differs by more than
+        rounding.
+    """
+    count = min(
+        feed.num_bins, max(round(VERIFIED_SHARE * feed.num_bins), feed.batch_size)
+    )
+    bins = np.random.default_rng(feed.seed).permutation(feed.num_bins)[:count]
+    allowed = _TOLERANCE[str(objective.model.config.dtype)]
+    score = score_step(objective, mesh)
+    title = "verifying 1 % of them"
+    for ids, scored in _scored(score, params, feed, bins.tolist(), mesh, title):
+        for name, again in scored.items():
+            cached = columns[name][ids]
+            off = np.abs(cached - again) > allowed * (1 + np.abs(again))
+            if off.any() or not np.isfinite(cached).all():
+                i = int(np.argmax(np.abs(cached - again)))
+                raise RuntimeError(
+                    f"{name} of response {ids[i]} is {cached[i]:.6g} in the cache and "
+                    f"{again[i]:.6g} when scored again ({int(off.sum())} of {len(ids)} "
+                    "differ). Delete the cache; if a new one fails too, the device or "
+                    "the scoring program is not to be trusted."
+                )
 
 
 def join(
@@ -145,6 +253,7 @@ def join(
     load_params: Callable[[], Any],
     cache_dir: str | Path,
     mesh: jax.sharding.Mesh,
+    verify_cached: bool = False,
 ) -> Feed:
     """The feed with the reference columns an objective needs, read or computed now.
 
@@ -155,6 +264,7 @@ def join(
       load_params: loads those parameters; called only if the cache is missing.
       cache_dir: where caches live.
       mesh: the device mesh.
+      verify_cached: load the reference and check 1 % of a cache that is read, too.
     """
     key = cache_key(objective, policy_fingerprint, feed)
     folder = folder_for(cache_dir, key)
@@ -163,9 +273,15 @@ def join(
     # have to take the same way from here.
     if not distributed.all_agree(columns is not None):
         mine = columns is None
-        columns = compute(objective, load_params(), feed, mesh)
+        unfinished = folder.with_name(
+            f"{folder.name}.unfinished-{jax.process_index()}.npz"
+        )
+        columns = compute(objective, load_params(), feed, mesh, unfinished)
         if mine:
             write(folder, key, columns)
+        unfinished.unlink(missing_ok=True)
     else:
         _log.info("Reference log-probabilities read from %s", folder)
+        if verify_cached:
+            verify(objective, load_params(), feed, mesh, columns)
     return feed.with_columns({k: feed.split_column(v) for k, v in columns.items()})

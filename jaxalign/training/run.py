@@ -49,6 +49,8 @@ class Run:
       reference: ``"cached"`` scores the data once, before training; ``"online"`` does
         it in every step; ``"moving"`` does it with a reference that follows the policy.
       moving_reference: how it follows.
+      verify_reference: recompute 1 % of a cache that is read, not only of one that is
+        made; it loads the reference policy.
       eval_period: steps between evaluations.
       eval_steps: batches of an evaluation; None takes the whole held-out set.
       checkpoint_period: steps between checkpoints.
@@ -75,6 +77,7 @@ class Run:
     reference_checkpoint_path: str | None = None
     reference: str = "cached"
     moving_reference: steps.MovingReference = steps.MovingReference()
+    verify_reference: bool = False
     eval_period: int = 1000
     eval_steps: int | None = 20
     checkpoint_period: int = 1000

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxalign import batch as batches
 from jaxalign.decoding import Generator, Sampling
@@ -32,7 +33,7 @@ class Sampler:
     top_k: int = 0
     top_p: float = 1.0
 
-    def write(self, path: Path, ready: Any, params: Any, seed: int) -> None:
+    def write(self, path: Path, ready: Any, params: Any, seed: int) -> dict[str, float]:
         """Writes JSON lines ``{"prompt", "response", "target", "logp", "num_tokens"}``.
 
         Args:
@@ -41,6 +42,9 @@ class Sampler:
           params: the policy's parameters.
           seed: of the samples; the same at every step, so that what changes between
             two files is the policy.
+
+        Returns:
+          ``samples/length``, the mean number of tokens.
         """
         feed = ready.inputs.evaluation or ready.inputs.train
         cache, plan = feed.caches[0], feed.plans[0]
@@ -76,3 +80,4 @@ class Sampler:
         if jax.process_index() == 0:
             text = "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in lines)
             run_directory.write_atomically(path, text)
+        return {"samples/length": float(np.mean([x["num_tokens"] for x in lines]))}

@@ -19,6 +19,7 @@ from jaxalign.training import (
     optimizers,
     reference_cache,
     run_directory,
+    symptoms,
 )
 from jaxalign.training import mesh as meshes
 from jaxalign.training import step as steps
@@ -112,6 +113,7 @@ def train(run: Run, config_text: str = "") -> dict[str, float]:
             load_params=load,
             cache_dir=dataset.cache_folder,
             mesh=ready.mesh,
+            verify_cached=run.verify_reference,
         )
         if run.reference == "cached":
             feed = join(feed)
@@ -158,6 +160,12 @@ def train(run: Run, config_text: str = "") -> dict[str, float]:
         if main_process:
             run_directory.update_manifest(run_dir, step=step, **fingerprints)
 
+    watch = symptoms.Watch()
+
+    def watched(numbers: dict[str, float]) -> None:
+        if watch.check(numbers) and main_process:
+            run_directory.update_manifest(run_dir, warnings=watch.told)
+
     # ---- 6. The loop ----------------------------------------------------------------
     train_step = ready.train_step()
     eval_step = ready.eval_step()
@@ -187,6 +195,7 @@ def train(run: Run, config_text: str = "") -> dict[str, float]:
                 latest |= progress.update(done, latest)
                 writer.write(done, {f"train/{k}": v for k, v in latest.items()})
                 window.clear()
+                watched(latest)
             # Evaluation comes before the checkpoint: a run killed in between goes
             # back to the checkpoint before it and repeats it.
             if (last or done % run.eval_period == 0) and not told_to_stop:
@@ -200,7 +209,11 @@ def train(run: Run, config_text: str = "") -> dict[str, float]:
             if (last or done % sample_period == 0) and not told_to_stop:
                 if run.sampler:
                     path = run_dir / "samples" / f"{done}.jsonl"
-                    run.sampler.write(path, ready, state.params["policy"], run.seed)
+                    found = run.sampler.write(
+                        path, ready, state.params["policy"], run.seed
+                    )
+                    writer.write(done, found)
+                    watched(found)
             if saving:
                 save(state)
             if told_to_stop:

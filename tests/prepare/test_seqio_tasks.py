@@ -8,7 +8,7 @@ import sentencepiece
 import seqio
 import tensorflow as tf
 
-from jaxalign import prepare
+from jaxalign import batch, prepare
 from jaxalign.data.cache import TokenizedCache
 from jaxalign.prepare import seqio_tasks
 from jaxalign.vocabularies import ByteVocabulary, SentencePieceVocabulary
@@ -101,7 +101,9 @@ def test_errors_name_features_vocabularies_and_splits(tmp_path, registry):
         prepared(tmp_path, name, "preference")
     with pytest.raises(ValueError, match=r"also needs \['reward or label'\]"):
         prepared(tmp_path, name, "trajectory")
-    with pytest.raises(ValueError, match="cannot serve the schema 'rationale'"):
+    with pytest.raises(
+        ValueError, match=r"'rationale' also needs \['chosen', .*targets"
+    ):
         prepared(tmp_path, name, "rationale")
     with pytest.raises(ValueError, match=r"has the splits \['train'\], not 'trian'"):
         prepared(tmp_path, name, "supervised", split="trian")
@@ -159,6 +161,30 @@ def test_trajectories_of_ours_through_seqio(tmp_path, registry):
     rows = list(prepared(tmp_path, name, "trajectory"))
     assert [r.response_label for r in rows] == [[1], [0]]
     assert [r.response_reward for r in rows] == [[1.0], [0.0]]
+
+
+def test_rationales_of_ours_through_seqio(tmp_path, registry):
+    """Every pair has a rationale prompt of its own, and either answer may be first."""
+    samples = {f"m{i}": {"solution": f"w{i}", "is_correct": False} for i in range(12)}
+    raw = {"question": "q", "ground_truth": "because", **samples}
+    raw["right"] = {"solution": "s", "is_correct": True}
+    file = tmp_path / "solutions.jsonl"
+    file.write_text(json.dumps(raw) + "\n")
+    name = seqio_tasks.register(
+        "gsm8k", "rationale", ByteVocabulary(), data=str(file), name="why"
+    )
+    rows = list(prepared(tmp_path, name, "rationale"))
+    decode = ByteVocabulary().decode
+    assert len(rows) == 12
+    first = []
+    for i, row in enumerate(rows):
+        prompt, question = map(decode, row.prompts)
+        assert prompt == "q" and f"w{i}" in question and "Response A: " in question
+        assert list(map(decode, row.responses)) == ["s", f"w{i}", "because"]
+        assert row.response_kind == [batch.ANSWER, batch.ANSWER, batch.RATIONALE]
+        assert row.response_prompt == [0, 0, 1] and row.pairs == [(0, 1, 0.0)]
+        first.append("Response A: s" in question)
+    assert 2 < sum(first) < 10
 
 
 def test_escapes_pass_through_seqio(tmp_path, registry):

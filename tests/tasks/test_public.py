@@ -198,9 +198,22 @@ class TestGsm8k:
             }
             for text, label in (("1", 0), ("2", 1))
         ]
-        assert "f:1: 6b_finetuning: expected a field" in read(
-            "gsm8k", "trajectory", self.RAW
-        )
+        for schema in ("trajectory", "rationale"):
+            assert "f:1: 6b_finetuning: expected a field" in read(
+                "gsm8k", schema, self.RAW
+            )
+
+    def test_right_over_wrong_with_the_reference_as_rationale(self):
+        raw = {"question": "q", "ground_truth": "1+1=<<1+1=2>>2"}
+        for i, (right, text) in enumerate([(0, "3"), (1, "2"), (0, "4"), (0, "3")]):
+            raw[f"m{i}"] = {"is_correct": bool(right), "solution": text}
+        assert read("gsm8k", "rationale", raw) == [
+            {"prompt": "q", "chosen": "2", "rejected": wrong, "rationale": "1+1=2"}
+            for wrong in ("3", "4")
+        ]
+        for i in range(4):
+            raw[f"m{i}"]["is_correct"] = True
+        assert left_out("gsm8k", "rationale", raw) == 0
 
 
 class TestAlpacaEval:
@@ -247,7 +260,12 @@ class TestAlpacaEval:
 def test_every_task_is_listed_with_its_schemas():
     listed = {t["name"]: t for t in prepare.list_tasks()}
     assert set(listed) >= {"ultrafeedback", "hh_rlhf", "tldr", "gsm8k", "alpaca_eval"}
-    assert listed["gsm8k"]["schemas"] == ["supervised", "trajectory"]
+    assert listed["gsm8k"]["schemas"] == [
+        "supervised",
+        "trajectory",
+        "preference",
+        "rationale",
+    ]
     assert listed["gsm8k"]["options"] == {"calculator": "strip"}
     assert all(t["doc"].endswith(".") for t in listed.values())
     json.dumps(list(listed.values()))

@@ -61,3 +61,80 @@ def test_another_reference_policy_has_another_cache(ready, tmp_path):
         reference_cache.folder_for(tmp_path, key_of(ready, name)) for name in "ab"
     }
     assert len(folders) == 2
+
+
+def test_a_damaged_cache_is_refused(ready, tmp_path):
+    key = key_of(ready)
+    folder = reference_cache.folder_for(tmp_path, key)
+    reference_cache.write(folder, key, {"response_ref_logps": np.ones(9, np.float32)})
+    path = folder / "response_ref_logps.npy"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(ValueError, match="response_ref_logps.npy is not what was"):
+        reference_cache.read(folder, key)
+
+
+@pytest.fixture(scope="module")
+def params(ready):
+    import jax
+
+    return ready.init_state(jax.random.key(0)).params["policy"]
+
+
+def test_a_killed_pass_goes_on(ready, params, tmp_path, monkeypatch):
+    """Killed in the second batch; the second pass scores only what is missing."""
+    feed, path = ready.inputs.train, tmp_path / "reference" / "key.unfinished-0.npz"
+    compute = reference_cache.compute
+    whole = compute(ready.objective, params, feed, ready.mesh)
+    monkeypatch.setattr(reference_cache, "SAVE_SECONDS", 0.0)
+    made = []
+
+    def counted(objective, mesh):
+        score = real(objective, mesh)
+
+        def one(params, batch):
+            made.append(1)
+            if len(made) == 2 and kill:
+                raise KeyboardInterrupt
+            return score(params, batch)
+
+        return one
+
+    real, kill = reference_cache.score_step, True
+    monkeypatch.setattr(reference_cache, "score_step", counted)
+    monkeypatch.setattr(reference_cache, "verify", lambda *args: None)
+    with pytest.raises(KeyboardInterrupt):
+        compute(ready.objective, params, feed, ready.mesh, path)
+    made.clear()
+    kill = False
+    resumed = compute(ready.objective, params, feed, ready.mesh, path)
+    assert len(made) == len(feed.evaluation_batches()) - 1 > 0
+    for name, column in whole.items():
+        np.testing.assert_array_equal(resumed[name], column)
+
+
+def test_one_wrong_value_among_those_scored_again_is_found(ready, params, monkeypatch):
+    monkeypatch.setattr(reference_cache, "VERIFIED_SHARE", 1.0)
+    feed = ready.inputs.train
+    columns = reference_cache.compute(ready.objective, params, feed, ready.mesh)
+    columns["response_ref_logps"][7] *= 1.01
+    with pytest.raises(RuntimeError, match="of response 7 is .* when scored again"):
+        reference_cache.verify(ready.objective, params, feed, ready.mesh, columns)
+
+
+def test_a_cache_that_is_read_is_verified_on_demand(ready, params, tmp_path):
+    feed = ready.inputs.train
+    columns = reference_cache.compute(ready.objective, params, feed, ready.mesh)
+    key = key_of(ready)
+    wrong = {name: values + 1.0 for name, values in columns.items()}
+    reference_cache.write(reference_cache.folder_for(tmp_path, key), key, wrong)
+    join = {
+        "objective": ready.objective,
+        "policy_fingerprint": "abc",
+        "load_params": lambda: params,
+        "cache_dir": tmp_path,
+        "mesh": ready.mesh,
+    }
+    reference_cache.join(feed, **join)  # trusted: its key and bytes are right
+    with pytest.raises(RuntimeError, match="when scored again"):
+        reference_cache.join(feed, **join, verify_cached=True)

@@ -1,0 +1,122 @@
+"""Warnings when a run shows a failure that the literature knows, and what helps.
+
+The loop hands over what it logs; each symptom is told once. What was told is in the
+run's manifest and on its report page.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+_log = logging.getLogger(__name__)
+
+Numbers = Mapping[str, float]
+
+
+class Symptom(NamedTuple):
+    """A known failure.
+
+    Attributes:
+      name: of the entry in the manifest.
+      shows: whether it shows, given the first and the current numbers.
+      advice: what is happening and what to change.
+      lasting: for how many checks in a row it has to show.
+    """
+
+    name: str
+    shows: Callable[[Numbers, Numbers], bool]
+    advice: str
+    lasting: int = 1
+
+
+def _grown(first: Numbers, now: Numbers, name: str, factor: float) -> bool:
+    if name not in first or name not in now:
+        return False
+    return now[name] > factor * first[name] > 0
+
+
+def _drifts_away(first: Numbers, now: Numbers) -> bool:
+    return _grown(first, now, "nll/chosen", 1.1) and _grown(
+        first, now, "samples/length", 1.2
+    )
+
+
+def _clamped(first: Numbers, now: Numbers) -> bool:
+    del first
+    return now.get("kl") == 0.0 and now.get("kl/unclamped", 0.0) < -1.0
+
+
+def _pulled(first: Numbers, now: Numbers) -> bool:
+    del first
+    return now.get("log_ratios/pull/p50", 0.0) > 10.0
+
+
+SYMPTOMS = (
+    Symptom(
+        "chosen_less_likely_samples_longer",
+        _drifts_away,
+        "The chosen responses lose probability while samples grow longer: the policy "
+        "moves to text that no pair speaks of. Raise BETA or lower LEARNING_RATE, add "
+        "likelihood (runs/dpo_nll.gin), anchor the chosen side (runs/apo_zero.gin), or "
+        "set LENGTH_PENALTY.",
+    ),
+    Symptom(
+        "reference_point_clamped",
+        _clamped,
+        "KTO's reference point sits at 0 while its unclamped value is below -1 nat: "
+        "the policy finds mismatched responses ever less likely and the clamp hides "
+        "it. Lower LEARNING_RATE or raise BETA; look at 'kl/unclamped'.",
+        lasting=5,
+    ),
+    Symptom(
+        "log_ratios_rule_the_residual",
+        _pulled,
+        "For half of the responses, tau times the log-ratio is more than ten times the "
+        "reward's residual r - V: the regression follows the log-ratios, not the "
+        "rewards. Lower TAU or LEARNING_RATE; look at 'log_ratios/pull'.",
+        lasting=3,
+    ),
+)
+
+
+class Watch:
+    """Tells each symptom of a run once.
+
+    >>> watch = Watch()
+    >>> watch.check({"log_ratios/pull/p50": 12.0})
+    []
+    >>> for _ in range(2):
+    ...     found = watch.check({"log_ratios/pull/p50": 12.0})
+    >>> found
+    ['log_ratios_rule_the_residual']
+    """
+
+    def __init__(self, symptoms: tuple[Symptom, ...] = SYMPTOMS):
+        self._symptoms = symptoms
+        self._first: dict[str, float] = {}
+        self._latest: dict[str, float] = {}
+        self._counts = dict.fromkeys((s.name for s in symptoms), 0)
+        self.told: list[str] = []
+
+    def check(self, numbers: Numbers) -> list[str]:
+        """Takes numbers just measured; names the symptoms that show for the first time.
+
+        Numbers that are measured rarely, such as a sample's length, count until they
+        are measured again.
+        """
+        for name, value in numbers.items():
+            self._first.setdefault(name, value)
+            self._latest[name] = value
+        new = []
+        for symptom in self._symptoms:
+            if symptom.name in self.told:
+                continue
+            showing = symptom.shows(self._first, self._latest)
+            self._counts[symptom.name] = showing * (self._counts[symptom.name] + 1)
+            if self._counts[symptom.name] >= symptom.lasting:
+                _log.warning("%s", symptom.advice)
+                self.told.append(symptom.name)
+                new.append(symptom.name)
+        return new

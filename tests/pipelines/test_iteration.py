@@ -1,0 +1,134 @@
+"""Rounds of sampling, judging and training: what each is made of, and resumption."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import tiny_run
+
+from jaxalign import cli
+from jaxalign.pipelines import iteration
+from jaxalign.training import run_directory
+from jaxalign.training.train import train
+
+GROUPS = [("p", ["aa", "b", "cccc"]), ("q", ["x", "y"]), ("r", [" "])]
+
+
+def length(prompt, response):
+    return len(response)
+
+
+def longer(prompt, a, b):
+    return 0.5 + 0.5 * ((len(a) > len(b)) - (len(a) < len(b)))
+
+
+@pytest.mark.parametrize(
+    ("judge", "margin"), [(length, 3.0), (longer, 1.0)], ids=["score", "preference"]
+)
+def test_pairs_are_the_best_against_the_worst(judge, margin):
+    rows, _, tied = iteration.judged_rows(GROUPS, judge, "preference")
+    pair = {"prompt": "p", "chosen": "cccc", "rejected": "b", "margin": margin}
+    assert rows == [pair] and tied == 2
+
+
+def test_trajectories_keep_every_response_and_its_score():
+    rows, mean, tied = iteration.judged_rows(GROUPS, length, "trajectory")
+    assert [r["reward"] for r in rows] == [2, 1, 4, 1, 1]
+    assert mean == pytest.approx(9 / 5) and tied == 1
+
+
+def test_the_best_response_is_what_supervised_training_gets():
+    rows, _, _ = iteration.judged_rows(GROUPS, length, "supervised")
+    assert rows == [{"prompt": "p", "completion": "cccc"}]
+
+
+def test_rationales_cannot_be_made_of_scores():
+    with pytest.raises(ValueError, match="schema 'rationale'"):
+        iteration.judged_rows(GROUPS, length, "rationale")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """With an initial policy, prompts and a judge."""
+    folder = tmp_path_factory.mktemp("rounds")
+    data = tiny_run.write_data(folder / "data.jsonl", 12)
+    train(tiny_run.make_run(folder / "sft", data, folder, "SFT", train_steps=2))
+    code = "def length(prompt, response):\n    return len(response)\n"
+    (folder / "judge.py").write_text(code)
+    return folder
+
+
+def command(folder, run_dir, *more):
+    config = tiny_run.CONFIG
+    settings = {
+        f"models.T5Config.{name}": getattr(config, name)
+        for name in (
+            "vocab_size",
+            "emb_dim",
+            "num_heads",
+            "head_dim",
+            "mlp_dim",
+            "num_encoder_layers",
+            "num_decoder_layers",
+        )
+    }
+    settings |= {
+        "TRAIN_STEPS": 2,
+        "BATCH_SIZE": 8,
+        "TASK_FEATURE_LENGTHS": {"inputs": 12, "targets": 12},
+        "CACHE_DIR": str(folder / "cache"),
+        "sampling.Sampler.max_new_tokens": 4,
+    }
+    return [
+        "iterate",
+        *(f"--gin.{name}={value!r}" for name, value in settings.items()),
+        f"--initial={folder / 'sft'}",
+        f"--prompts={folder / 'data.jsonl'}",
+        f"--judge={folder / 'judge.py'}:length",
+        f"--run_dir={folder / run_dir}",
+        "--rounds=2",
+        "--prompts_per_round=8",
+        "--max_new_tokens=6",
+        *more,
+    ]
+
+
+@pytest.mark.parametrize("reference", iteration.REFERENCES)
+def test_rounds_chain_and_hold_on_to_the_reference_asked_for(folder, reference, capsys):
+    argv = command(folder, reference, f"--reference={reference}")
+    assert cli.main(argv) == 0
+    assert "round 2: samples score" in capsys.readouterr().out
+    home = folder / reference
+    initial = run_directory.read_manifest(folder / "sft")["policy_fingerprint"]
+    first, second = (
+        run_directory.read_manifest(home / f"round{n}" / "train") for n in (1, 2)
+    )
+    assert first["parents"] == {"initial": initial, "reference": initial}
+    start = first["policy_fingerprint"]
+    held = {"fixed": initial, "refreshed": start}[reference]
+    assert second["parents"] == {"initial": start, "reference": held}
+    rows = [json.loads(x) for x in (home / "rounds.jsonl").read_text().splitlines()]
+    assert rows[1]["sampled_from"] == rows[0]["policy"]
+    asked = [
+        [json.loads(x)["prompt"] for x in path.read_text().splitlines()]
+        for path in (home / f"round{n}" / "prompts.jsonl" for n in (1, 2))
+    ]
+    assert asked[1][:4] == [f"say {i}" for i in (8, 9, 10, 11)]
+    assert asked[1][4:] == asked[0][:4]  # round again
+    # The same command once more: nothing is sampled or trained again.
+    before = {p: p.stat().st_mtime_ns for p in home.rglob("samples.jsonl")}
+    assert cli.main(argv) == 0
+    assert before == {p: p.stat().st_mtime_ns for p in home.rglob("samples.jsonl")}
+    again = run_directory.read_manifest(home / "round2" / "train")
+    assert again["params_fingerprint"] == second["params_fingerprint"]
+
+
+def test_mistakes_are_named_before_anything_runs(folder, capsys):
+    argv = command(folder, "mistaken", "--num_samples=1")
+    assert cli.main(argv) == 2
+    assert "at least 2, got 1" in capsys.readouterr().err
+    (folder / "same.py").write_text("def same(prompt, response):\n    return 1.0\n")
+    argv = command(folder, "tied", f"--judge={folder / 'same.py'}:same")
+    assert cli.main(argv) == 2
+    assert "told no two responses" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 
@@ -35,3 +36,13 @@ def clear_gin():
     yield
     if "gin" in sys.modules:
         sys.modules["gin"].clear_config()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def free_programs():
+    """A compiled program is several mappings of memory, of which a process may have
+    65530; past them, the compiler aborts."""
+    yield
+    if "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()
+        gc.collect()

@@ -122,13 +122,13 @@ def run(
         home = folder / f"seed{seed}"
         sft = stages.train(home, SFT, data=folder / "data", seed=seed, quiet=True)
         prompts = world.sample_prompts(split, num_prompts, seed)
-        _answer(folder, "sft", seed, split, prompts)
+        answer(folder, "sft", seed, split, prompts)
         start_from = {"INITIAL_CHECKPOINT_PATH": repr(str(sft))}
         for stage in tqdm(wanted, f"seed {seed}", disable=None):
             settings = {**stage.settings, **start_from}
             stage = dataclasses.replace(stage, settings=settings)
             stages.train(home, stage, data=folder / "data", seed=seed, quiet=True)
-            _answer(folder, stage.name, seed, split, prompts)
+            answer(folder, stage.name, seed, split, prompts)
     results = collect(folder, ["sft", *names], seeds, split)
     run_directory.write_atomically(
         folder / "comparison.json", json.dumps(results, indent=2) + "\n"
@@ -139,15 +139,15 @@ def run(
     return results["objectives"]
 
 
-def _path(folder: Path, name: str, seed: int, split: str) -> Path:
+def answers_path(folder: Path, name: str, seed: int, split: str) -> Path:
     return folder / "responses" / split / f"seed{seed}" / f"{name}.jsonl"
 
 
-def _answer(
+def answer(
     folder: Path, name: str, seed: int, split: str, prompts: Sequence[str]
 ) -> None:
     """Samples and scores a policy's answers, once."""
-    path = _path(folder, name, seed, split)
+    path = answers_path(folder, name, seed, split)
     if path.exists():
         return
     policy = checkpoints.load_policy(folder / f"seed{seed}" / name)
@@ -189,7 +189,7 @@ def collect(
     for name in names:
         answers[name] = []
         for seed in range(seeds):
-            lines = _path(folder, name, seed, split).read_text().splitlines()
+            lines = answers_path(folder, name, seed, split).read_text().splitlines()
             answers[name].append([json.loads(line) for line in lines])
     table: dict[str, dict[str, Any]] = {}
     for name in names:

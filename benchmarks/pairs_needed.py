@@ -1,0 +1,128 @@
+"""How many pairs DPO needs, with rationales and without.
+
+    python benchmarks/pairs_needed.py --run_dir=runs/compare --plot=pairs_needed.svg
+
+Both train from the same supervised policy, on the same pairs of the embedded village
+(rationale rows, whose preferences hold no noise), for as many steps, whatever
+the number of pairs; RDPO also learns the judge's reasons. A folder that
+``jaxalign compare`` has written to lends its supervised policies.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+
+from jaxalign import world
+from jaxalign.pipelines import comparison, stages
+
+METHODS = ("dpo", "rdpo")
+
+
+def measure(
+    folder: Path,
+    sizes: list[int],
+    *,
+    seeds: int,
+    steps: int,
+    num_prompts: int,
+    split: str,
+    settings: dict[str, str],
+) -> dict[str, list[list[float]]]:
+    """Mean true rewards ``{method: [size][seed]}``; finished runs are kept."""
+    rewards: dict[str, list[list[float]]] = {m: [[] for _ in sizes] for m in METHODS}
+    for seed in range(seeds):
+        home = folder / f"seed{seed}"
+        sft = stages.train(
+            home, stages.SFT, data=folder / "data", seed=seed, quiet=True
+        )
+        prompts = world.sample_prompts(split, num_prompts, seed)
+        for i, size in enumerate(sizes):
+            for method in METHODS:
+                base = comparison.stage_of(method, steps)
+                own = settings if method == "rdpo" else {}
+                stage = dataclasses.replace(
+                    base,
+                    name=f"{method}-{size}-pairs",
+                    gin_file=method,
+                    schema="rationale",
+                    rows=size,
+                    settings={
+                        **base.settings,
+                        "INITIAL_CHECKPOINT_PATH": repr(str(sft)),
+                        **own,
+                    },
+                )
+                stages.train(home, stage, data=folder / "data", seed=seed, quiet=True)
+                comparison.answer(folder, stage.name, seed, split, prompts)
+                path = comparison.answers_path(folder, stage.name, seed, split)
+                rows = [json.loads(line) for line in path.read_text().splitlines()]
+                rewards[method][i].append(float(np.mean([r["reward"] for r in rows])))
+                print(f"seed {seed} {stage.name}: {rewards[method][i][-1]:.3f}")
+    return rewards
+
+
+def plot(path: str, sizes: list[int], rewards: dict[str, list[list[float]]]) -> None:
+    """Rewards against pairs, a line per method and a dot per seed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 4))
+    for method, colour in zip(METHODS, ("tab:blue", "tab:orange"), strict=True):
+        values = np.array(rewards[method])
+        axes.plot(sizes, values.mean(1), "o-", color=colour, label=method.upper())
+        axes.plot(sizes, values, ".", color=colour, alpha=0.5, markersize=4)
+    axes.axhline(
+        np.mean(rewards["dpo"][-1]), color="tab:blue", linestyle=":", linewidth=1
+    )
+    axes.set_xscale("log")
+    axes.set_xticks(sizes, sizes)
+    axes.set_xticks([], minor=True)
+    axes.set_xlabel("pairs")
+    axes.set_ylabel("true reward")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, bbox_inches="tight", metadata={"Date": None})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--run_dir", type=Path, default=Path("runs/compare"))
+    parser.add_argument("--sizes", default="250,500,1000,2000,4000")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--num_prompts", type=int, default=300)
+    parser.add_argument("--split", default="test")
+    parser.add_argument("--gamma", default=None, help="RDPO's; default: compare's")
+    parser.add_argument("--plot", help="file to draw into (.svg, .png)")
+    args = parser.parse_args()
+    sizes = [int(size) for size in args.sizes.split(",")]
+    rewards = measure(
+        args.run_dir.absolute(),
+        sizes,
+        seeds=args.seeds,
+        steps=args.steps,
+        num_prompts=args.num_prompts,
+        split=args.split,
+        settings={"GAMMA": args.gamma} if args.gamma else {},
+    )
+    print(f"\n{'pairs':>8}" + "".join(f"{m:>20}" for m in METHODS))
+    for i, size in enumerate(sizes):
+        cells = []
+        for method in METHODS:
+            values = rewards[method][i]
+            spread = np.std(values, ddof=1) if len(values) > 1 else 0.0
+            cells.append(f"{np.mean(values):.3f} +- {spread:.3f}")
+        print(f"{size:>8}" + "".join(f"{cell:>20}" for cell in cells))
+    if args.plot:
+        plot(args.plot, sizes, rewards)
+
+
+if __name__ == "__main__":
+    main()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pathlib
 import re
 
+import pytest
+
 from jaxalign import objectives
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -19,11 +21,26 @@ def test_every_objective_has_a_gin_file_and_a_row_in_the_table():
             of_class[found[1]] = path.stem
     assert set(of_class) == set(objectives.OBJECTIVES)
     for name in set(of_class) - {"SFT"}:
-        assert f"| `{of_class[name]}`" in text, name
+        gin_file = of_class[name]
+        assert f"| [`{gin_file}`](objectives/{gin_file}.md)" in text, name
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "docs/objectives").glob("*.md")))
+def test_a_page_of_an_objective_shows_its_settings_as_they_are(path):
+    gin = (ROOT / "gin_configs" / "runs" / f"{path.stem}.gin").read_text()
+    settings = dict(re.findall(r"^([A-Z_]+) = (.+?)(?:\s+#.*)?$", gin, re.M))
+    assert settings.pop("OBJECTIVE").startswith("@objectives.")
+    text = path.read_text()
+    assert dict(re.findall(r"^\| `([A-Z_]+)` \| `(.+?)` \|", text, re.M)) == settings
+    assert f"--gin_file=runs/{path.stem}.gin" in text
+    tests = re.findall(r"`(tests/[\w/.]+)`", text)
+    assert tests or "equivalences" in text
+    for name in tests:
+        assert (ROOT / name).exists(), name
 
 
 def test_links_and_gin_files_in_documents_exist():
-    for page in (ROOT / "docs").glob("*.md"):
+    for page in (ROOT / "docs").rglob("*.md"):
         text = page.read_text()
         for target in re.findall(r"\]\(((?!http)[^)#]+)\)", text):
             assert (page.parent / target).exists(), (page.name, target)

@@ -30,7 +30,7 @@ def test_the_teacher_is_told(kind, second):
 
 
 def test_another_kind_is_refused_by_name():
-    with pytest.raises(OptionError, match="got 'specifc'; did you mean 'specific'"):
+    with pytest.raises(OptionError, match=r"got 'specifc' \(did you mean 'specific'"):
         rationales.request(PAIR, "specifc", False)
 
 

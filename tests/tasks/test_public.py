@@ -208,7 +208,13 @@ class TestGsm8k:
         for i, (right, text) in enumerate([(0, "3"), (1, "2"), (0, "4"), (0, "3")]):
             raw[f"m{i}"] = {"is_correct": bool(right), "solution": text}
         assert read("gsm8k", "rationale", raw) == [
-            {"prompt": "q", "chosen": "2", "rejected": wrong, "rationale": "1+1=2"}
+            {
+                "prompt": "q",
+                "chosen": "2",
+                "rejected": wrong,
+                "margin": 0.0,
+                "rationale": "1+1=2",
+            }
             for wrong in ("3", "4")
         ]
         for i in range(4):

@@ -193,6 +193,8 @@ def _generate(argv: list[str]) -> int:
     parser.add_argument("--typical_p", type=float)
     parser.add_argument("--repetition_penalty", type=float)
     parser.add_argument("--stop", action="append", help="text that ends a response")
+    parser.add_argument("--regex", help="what a whole response has to match")
+    parser.add_argument("--include", action="append", help="a phrase; repeatable")
     parser.add_argument("--min_new_tokens", type=int)
     args = _arguments(parser, argv, "runs/generate.gin")
     lines = _call(generation.generate, args, ("checkpoint", "prompts", "output"))

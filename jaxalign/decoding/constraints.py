@@ -56,9 +56,17 @@ class Automaton(Program):
           state: int32 scalar.
           remaining: tokens that may still come, EOS included.
         """
+        return self.allowed(state, jnp.asarray(remaining))
+
+    def start(self) -> State:
+        """As a ``jaxalign.decoding.Constraint``: the state before the first token."""
+        return self.init()
+
+    def allowed(self, state: jax.Array, remaining: jax.Array) -> jax.Array:
+        """As a ``jaxalign.decoding.Constraint``: ``mask`` for rows of any shape."""
         targets = self.next_state[state]
-        allowed = (targets >= 0) & (self.distance[targets] < remaining)
-        return allowed[self.token_class]
+        reach = (targets >= 0) & (self.distance[targets] < remaining[..., None])
+        return reach[..., self.token_class]
 
     def proposal(self, state: State, context: Context) -> jax.Array:
         allowed = self.mask(state, context.remaining)

@@ -33,7 +33,7 @@ from jax.experimental import multihost_utils
 from jaxalign.decoding import loop
 from jaxalign.decoding.generate import pad_prefixes, prompt_keys
 from jaxalign.decoding.loop import Constraint, Groups, Requests, State
-from jaxalign.decoding.sampling import PAD_ID, Sampling
+from jaxalign.decoding.sampling import PAD_ID, RowSettings, Sampling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +66,8 @@ class _Request:
     max_new_tokens: int
     seed: int
     prefixes: Sequence[Sequence[int]]
+    temperature: float
+    top_p: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +84,7 @@ class _Setup:
     rules: Sampling
     prefixes: bool
     entropy: bool
+    per_prompt: bool
     sharding: jax.sharding.Sharding | None
 
     def place(self, state: State) -> State:
@@ -187,6 +190,8 @@ class Engine:
       constraint: which tokens may come next, for all rows.
       prefixes: whether prompts may come with forced prefixes.
       entropy: whether to record entropies.
+      per_prompt: whether each prompt comes with a temperature and a top-p of its own,
+        in place of those of ``sampling``; nothing is compiled for them.
       sharding: of the groups axis, e.g. a ``NamedSharding`` over the data axes.
     """
 
@@ -205,6 +210,7 @@ class Engine:
         constraint: Constraint | None = None,
         prefixes: bool = False,
         entropy: bool = False,
+        per_prompt: bool = False,
         sharding: jax.sharding.Sharding | None = None,
     ):
         sizes = {
@@ -233,6 +239,7 @@ class Engine:
             rules=Sampling() if sampling is None else sampling,
             prefixes=prefixes,
             entropy=entropy,
+            per_prompt=per_prompt,
             sharding=sharding,
             **sizes,
         )
@@ -260,6 +267,8 @@ class Engine:
         max_new_tokens: int | None = None,
         seed: int = 0,
         prefixes: Sequence[Sequence[int]] = (),
+        temperature: float | None = None,
+        top_p: float | None = None,
     ) -> int:
         """Queues a prompt and returns its ticket.
 
@@ -271,6 +280,8 @@ class Engine:
           max_new_tokens: of this prompt; default: the engine's.
           seed: in ``[0, 2**32)``.
           prefixes: the tokens that each sample begins with.
+          temperature: of this prompt, 0 for greedy; default: the rules'.
+          top_p: of this prompt; default: the rules'.
 
         Raises:
           ValueError: naming what does not fit.
@@ -300,6 +311,16 @@ class Engine:
             if not setup.prefixes:
                 raise ValueError("Prefixes need an Engine made with prefixes=True.")
             pad_prefixes([prefixes], setup.num_samples, chosen["max_new_tokens"])
+        rules = setup.rules
+        if not setup.per_prompt and (temperature, top_p) != (None, None):
+            raise ValueError(
+                "A temperature or top_p of one prompt needs an Engine made with "
+                "per_prompt=True."
+            )
+        own = Sampling(  # checks both
+            rules.temperature if temperature is None else temperature,
+            top_p=rules.top_p if top_p is None else top_p,
+        )
         self._tickets += 1
         self._waiting.append(
             _Request(
@@ -308,6 +329,8 @@ class Engine:
                 prompt_id=int(prompt_id),
                 seed=int(seed),
                 prefixes=prefixes,
+                temperature=own.temperature,
+                top_p=own.top_p,
                 **chosen,
             )
         )
@@ -369,6 +392,19 @@ class Engine:
         self._cancelled.clear()  # all of them are free now
         return finished
 
+    def progress(self) -> dict[int, list[np.ndarray]]:
+        """What the prompts being decoded have so far: tokens per sample, by ticket."""
+        samples = self._state.groups.samples
+        tokens, lengths = to_host(samples.tokens), to_host(samples.lengths)
+        return {
+            request.ticket: [
+                tokens[group, n, : lengths[group, n]].copy()
+                for n in range(request.num_samples)
+            ]
+            for group, request in self._seated.items()
+            if group not in self._cancelled
+        }
+
     def _seat_waiting(self) -> None:
         setup = self._setup
         while self._waiting:
@@ -406,6 +442,12 @@ class Engine:
                 setup.num_samples,
                 setup.max_new_tokens,
             )
+        settings = None
+        if setup.per_prompt:
+            asked = np.ones((2, size), np.float32)
+            for row, request in enumerate(batch):
+                asked[:, row] = request.temperature, request.top_p
+            settings = RowSettings(*asked)
         requests = Requests(
             tokens=tokens,
             keys=_request_keys(numbers[0], numbers[1]),
@@ -413,6 +455,7 @@ class Engine:
             max_new_tokens=numbers[3].astype(np.int32),
             prefixes=planned,
             prefix_lengths=lengths,
+            settings=settings,
         )
         return requests, np.full(size, setup.groups, np.int32)
 

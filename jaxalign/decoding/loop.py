@@ -22,7 +22,14 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign.decoding import history as histories
-from jaxalign.decoding.sampling import EOS_ID, PAD_ID, START_ID, Sampling, sample
+from jaxalign.decoding.sampling import (
+    EOS_ID,
+    PAD_ID,
+    START_ID,
+    RowSettings,
+    Sampling,
+    sample,
+)
 
 
 class Constraint(Protocol):
@@ -35,8 +42,13 @@ class Constraint(Protocol):
     def start(self) -> Any:
         """The state of one row before its first token; arrays without row axes."""
 
-    def allowed(self, state: Any) -> jax.Array:
-        """Bool ``[..., V]``: tokens that may come next. All False ends the row."""
+    def allowed(self, state: Any, remaining: jax.Array) -> jax.Array:
+        """Bool ``[..., V]``: tokens that may come next. All False ends the row.
+
+        Args:
+          state: of the rows.
+          remaining: int32 ``[...]``, tokens that may still come, EOS included.
+        """
 
     def advance(self, state: Any, tokens: jax.Array) -> Any:
         """The states after ``tokens`` int32 ``[...]``."""
@@ -73,6 +85,7 @@ class Requests(NamedTuple):
       prefixes: int32 ``[R, N, T]``: tokens that responses begin with, then 0; None
         where there are none.
       prefix_lengths: int32 ``[R, N]`` or None.
+      settings: temperature and top-p of each, ``[R]``; None takes the rules'.
     """
 
     tokens: jax.Array
@@ -81,6 +94,7 @@ class Requests(NamedTuple):
     max_new_tokens: jax.Array
     prefixes: jax.Array | None = None
     prefix_lengths: jax.Array | None = None
+    settings: RowSettings | None = None
 
 
 class Groups(NamedTuple):
@@ -92,6 +106,7 @@ class Groups(NamedTuple):
     num_samples: jax.Array  # [G]; 0: no prompt
     max_new_tokens: jax.Array  # [G]
     prefix_lengths: jax.Array | None  # [G, N]
+    settings: RowSettings | None  # [G]
     next_sample: jax.Array  # [G] samples given to a slot so far
     sample: jax.Array  # [G, S] the sample a slot works on
     position: jax.Array  # [G, S] tokens it has
@@ -177,6 +192,7 @@ def new_groups(
         num_samples=wanted,
         max_new_tokens=requests.max_new_tokens,
         prefix_lengths=requests.prefix_lengths,
+        settings=requests.settings,
         next_sample=jnp.minimum(wanted, slots),
         sample=sample_index,
         position=jnp.zeros(rows, jnp.int32),
@@ -291,7 +307,8 @@ def step(
     if rules.looks_back or constraint is not None:
         allowed = None
         if constraint is not None:
-            allowed = constraint.allowed(groups.constraint)
+            remaining = groups.max_new_tokens[:, None] - groups.position
+            allowed = constraint.allowed(groups.constraint, remaining)
         ruled = histories.apply_rules(
             logits, rules, groups.history, groups.position, allowed
         )
@@ -302,6 +319,9 @@ def step(
         ruled=ruled,
         forced=forced,
         entropy=old.entropies is not None,
+        rows=jax.tree.map(
+            lambda x: jnp.broadcast_to(x[:, None], (count, slots)), groups.settings
+        ),
     )
     alive = ~groups.ended
     tokens = jnp.where(alive, draw.tokens, PAD_ID)

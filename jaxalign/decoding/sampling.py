@@ -163,6 +163,11 @@ def _nucleus_floor(logits: jax.Array, p: float) -> jax.Array:
         # min() and not the last of the sorted values: XLA turns a slice of top_k
         # back into a full sort, a hundred times slower on CPU.
         return jnp.min(logits, axis=-1, keepdims=True)
+    return _bisected_floor(logits, p)
+
+
+def _bisected_floor(logits: jax.Array, p: float | jax.Array) -> jax.Array:
+    """As `_nucleus_floor`, where ``p`` may be one number a row."""
     probs = jax.nn.softmax(logits, axis=-1)
 
     def halve(_, bounds):
@@ -266,16 +271,58 @@ def apply_typical(logits: jax.Array, p: float) -> jax.Array:
     return jnp.where(distance <= border, logits, -jnp.inf)
 
 
-def sampler_logits(logits: jax.Array, sampling: Sampling) -> jax.Array:
+class RowSettings(NamedTuple):
+    """Temperature and nucleus of each row, in place of one for all; arrays ``[...]``.
+
+    They are data, not part of what is compiled: a server takes any of them.
+
+    Attributes:
+      temperature: float32; 0 takes the most probable token.
+      top_p: float32 in ``(0, 1]``.
+    """
+
+    temperature: jax.Array
+    top_p: jax.Array
+
+
+def _row_logits(logits: jax.Array, rows: RowSettings) -> jax.Array:
+    """Tempered logits of each row's nucleus."""
+    best = jnp.argmax(logits, axis=-1)
+    greedy = (rows.temperature == 0.0)[..., None]
+    shifted = logits - jnp.max(logits, axis=-1, keepdims=True)
+    shifted = shifted / jnp.where(greedy, 1.0, rows.temperature[..., None])
+    shifted = jax.lax.cond(
+        jnp.any(rows.top_p < 1.0),
+        lambda x: jnp.where(
+            rows.top_p[..., None] < 1.0,
+            _keep_from(x, _bisected_floor(x, rows.top_p)),
+            x,
+        ),
+        lambda x: x,
+        shifted,
+    )
+    is_best = jnp.arange(logits.shape[-1]) == best[..., None]
+    return jnp.where(greedy, jnp.where(is_best, 0.0, -jnp.inf), shifted)
+
+
+def sampler_logits(
+    logits: jax.Array, sampling: Sampling, rows: RowSettings | None = None
+) -> jax.Array:
     """The unnormalised log-probabilities that tokens are drawn from.
 
     Args:
       logits: ``[..., V]`` float32.
       sampling: with ``temperature > 0``.
+      rows: temperature and top-p of each row; then those of `sampling` do not count.
 
     Returns:
       ``[..., V]``: tempered, then truncated; up to a constant per row.
     """
+    if rows is not None:
+        if sampling.top_k:
+            logits = apply_top_k(logits, sampling.top_k)
+        logits = _row_logits(logits, rows)
+        return apply_typical(apply_min_p(logits, sampling.min_p), sampling.typical_p)
     if sampling.temperature != 1.0:
         # The largest logit goes to 0 first: a tiny temperature must not overflow.
         logits = logits - jnp.max(logits, axis=-1, keepdims=True)
@@ -335,6 +382,7 @@ def sample(
     ruled: jax.Array | None = None,
     forced: jax.Array | None = None,
     entropy: bool = False,
+    rows: RowSettings | None = None,
 ) -> Draw:
     """Draws one token per row.
 
@@ -348,6 +396,7 @@ def sample(
         ``logits``.
       forced: int32 ``[...]``, the token to take instead of a draw; negative: none.
       entropy: whether to return the full distribution's.
+      rows: temperature and top-p of each row, in place of `sampling`'s.
 
     Returns:
       A ``Draw`` with arrays ``[...]``.
@@ -365,13 +414,13 @@ def sample(
     unchanged = ruled is None
     ruled = logits if unchanged else ruled
     own_total = None
-    if sampling.temperature == 0.0:
+    if sampling.temperature == 0.0 and rows is None:
         tokens = jnp.argmax(ruled, axis=-1).astype(jnp.int32)
     else:
         draw_uniform = jax.random.uniform
         for _ in range(keys.ndim):
             draw_uniform = jax.vmap(draw_uniform)
-        tempered = sampler_logits(ruled, sampling)
+        tempered = sampler_logits(ruled, sampling, rows)
         tokens, own_total = _categorical(draw_uniform(keys), tempered)
         unchanged &= tempered is logits
     if forced is not None:

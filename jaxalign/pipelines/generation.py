@@ -23,7 +23,7 @@ from jax.experimental import multihost_utils
 
 from jaxalign import models
 from jaxalign.data import records
-from jaxalign.decoding import Generation, Generator, Sampling
+from jaxalign.decoding import Constraint, Generation, Generator, Sampling, constraints
 from jaxalign.training import checkpoints, run_directory
 from jaxalign.training import mesh as meshes
 
@@ -44,6 +44,8 @@ def generate(
     repetition_penalty: float = 1.0,
     bad_words: Sequence[str] = (),
     stop: Sequence[str] = (),
+    regex: str | None = None,
+    include: Sequence[str] = (),
     min_new_tokens: int = 0,
     max_new_tokens: int = 128,
     max_prompt_length: int | None = None,
@@ -71,6 +73,9 @@ def generate(
       repetition_penalty: above 1 makes tokens of the response less probable.
       bad_words: texts whose tokens are never completed, as tokenised alone.
       stop: texts whose tokens end a response, as tokenised alone; kept in it.
+      regex: what a whole response has to match (`jaxalign.decoding.regular`); tokens
+        after which it could not are ruled out, so a response is always whole.
+      include: phrases that every response holds.
       min_new_tokens: no EOS before so many tokens.
       max_new_tokens: tokens of a response, EOS included.
       max_prompt_length: longer prompts are truncated, with a warning; None truncates
@@ -90,6 +95,14 @@ def generate(
     """
     settings = {k: v for k, v in locals().items() if k not in ("output", "prompts")}
     policy, sharding = load(checkpoint, mesh)
+    constraint = None
+    if regex is not None or include:
+        constraint = constraints.must_include(
+            include,
+            policy.vocabulary,
+            policy.model.config.vocab_size,
+            pattern=regex,
+        )
     sampling = Sampling(
         temperature,
         top_k,
@@ -124,6 +137,7 @@ def generate(
             seed=seed,
             sharding=sharding,
             start=whole,
+            constraint=constraint,
         )
         for (raw, _), generation in zip(rows[whole:], generations, strict=True):
             writer.write(_lines(raw, generation))
@@ -157,6 +171,7 @@ def sample(
     seed: int = 0,
     sharding: jax.sharding.Sharding | None = None,
     start: int = 0,
+    constraint: Constraint | None = None,
 ) -> Iterator[Generation]:
     """Yields a `jaxalign.decoding.Generation` per prompt, in order, from `start` on."""
     vocabulary = policy.vocabulary
@@ -173,6 +188,7 @@ def sample(
         slots=slots,
         seed=seed,
         sharding=sharding,
+        constraint=constraint,
     )
     yield from generator(policy.params, tokens, start=start)
     if generator.num_truncated:

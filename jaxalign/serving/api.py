@@ -5,20 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import time
-import uuid
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
 from jaxalign.serving import requests
-from jaxalign.serving.batching import (
-    EOS_ID,
-    Batcher,
-    EngineFailed,
-    GeneratorBackend,
-    QueueFull,
-)
-from jaxalign.serving.requests import Asked, Limits, Refusal
+from jaxalign.serving.answers import Answer
+from jaxalign.serving.batching import Batcher, EngineFailed, QueueFull, Samples
+from jaxalign.serving.requests import Limits, Refusal
 
 # Starlette is an extra: imported where it is used.
 if TYPE_CHECKING:
@@ -45,7 +38,7 @@ def application(
       vocabulary: encodes prompts.
       model: the name that clients ask for.
       limits: of a request.
-      batch_size: prompts that are generated for together.
+      batch_size: prompts decoded at a time.
       max_waiting: requests that may wait; more get status 429.
 
     Returns:
@@ -75,15 +68,24 @@ def application(
         asked = requests.parse(
             body, chat=chat, model=model, vocabulary=vocabulary, limits=limits
         )
-        found = await _while_connected(request, asked)
+        batcher: Batcher = request.app.state.batcher
+        try:
+            batcher.enqueue(asked.work)
+        except QueueFull:
+            raise Refusal(
+                429,
+                "Too many requests are waiting; try again later.",
+                code="queue_full",
+            ) from None
+        answer = Answer(asked, vocabulary, chat=chat, model=model)
+        updates = batcher.updates(asked.work)
+        if asked.work.stream:
+            events = _events(updates, answer)
+            return StreamingResponse(events, media_type="text/event-stream")
+        found = await _while_connected(request, updates)
         if found is None:
             return Response(status_code=499)  # nobody reads it
-        answer = _answer(asked, found, vocabulary, chat=chat, model=model)
-        if asked.stream:
-            return StreamingResponse(
-                _events(answer, asked, chat), media_type="text/event-stream"
-            )
-        return JSONResponse(answer)
+        return JSONResponse(answer.whole(found))
 
     async def completions(request: Request) -> Response:
         return await answer(request, chat=False)
@@ -145,20 +147,17 @@ async def _body(request: Request, limits: Limits) -> Any:
         raise Refusal(400, f"The body is no JSON: {error}.") from None
 
 
-async def _while_connected(request: Request, asked: Asked) -> Any:
+async def _while_connected(
+    request: Request, updates: AsyncIterator[tuple[bool, list[Samples]]]
+) -> list[Samples] | None:
     """The responses; None when the client went away, its request taken back."""
-    batcher: Batcher = request.app.state.batcher
-    task = asyncio.ensure_future(batcher.submit(asked.work))
+    task = asyncio.ensure_future(anext(updates))
     try:
         while not task.done():
             await asyncio.wait([task], timeout=_POLL)
             if not task.done() and await request.is_disconnected():
                 return None
-        return task.result()
-    except QueueFull:
-        raise Refusal(
-            429, "Too many requests are waiting; try again later.", code="queue_full"
-        ) from None
+        return task.result()[1]
     except EngineFailed as error:
         raise Refusal(500, str(error)) from None
     finally:
@@ -166,61 +165,39 @@ async def _while_connected(request: Request, asked: Asked) -> Any:
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await task
-
-
-def _answer(
-    asked: Asked, found: Any, vocabulary: Any, *, chat: bool, model: str
-) -> dict[str, Any]:
-    choices, new_tokens = [], 0
-    for tokens in (tokens for samples in found for tokens in samples):
-        new_tokens += len(tokens)
-        text = vocabulary.decode(tokens)
-        reason = "stop" if EOS_ID in tokens else "length"
-        ends = [at for at in (text.find(stop) for stop in asked.stop) if at >= 0]
-        if ends:
-            text, reason = text[: min(ends)], "stop"
-        choice = {"index": len(choices), "finish_reason": reason, "logprobs": None}
-        if chat:
-            message = {"role": "assistant", "content": text}
-            choices.append({**choice, "message": message})
-        else:
-            choices.append({**choice, "text": text})
-    prompt_tokens = sum(map(len, asked.work.prompts))
-    return {
-        "id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
-        "object": "chat.completion" if chat else "text_completion",
-        "created": int(time.time()),
-        "model": model,
-        "choices": choices,
-        "usage": {
-            "prompt_tokens": prompt_tokens,
-            "completion_tokens": new_tokens,
-            "total_tokens": prompt_tokens + new_tokens,
-        },
-    }
+        await updates.aclose()
 
 
 async def _events(
-    answer: dict[str, Any], asked: Asked, chat: bool
+    updates: AsyncIterator[tuple[bool, list[Samples]]], answer: Answer
 ) -> AsyncIterator[str]:
-    """The answer as server-sent events: a text, then its end, for each choice."""
-    head = {k: answer[k] for k in ("id", "created", "model")}
-    head["object"] = "chat.completion.chunk" if chat else "text_completion"
+    """Server-sent events: pieces of text as they come, an end for each choice."""
 
     def event(choices: list[dict[str, Any]], **more: Any) -> str:
-        return f"data: {json.dumps({**head, 'choices': choices, **more})}\n\n"
+        body = {**answer.head(chunk=True), "choices": choices, **more}
+        return f"data: {json.dumps(body)}\n\n"
 
-    for choice in answer["choices"]:
-        begin = {"index": choice["index"], "finish_reason": None, "logprobs": None}
-        end = {**begin, "finish_reason": choice["finish_reason"]}
-        if chat:
-            yield event([{**begin, "delta": choice["message"]}])
-            yield event([{**end, "delta": {}}])
-        else:
-            yield event([{**begin, "text": choice["text"]}])
-            yield event([{**end, "text": ""}])
-    if asked.include_usage:
-        yield event([], usage=answer["usage"])
+    sent: dict[int, int] = {}  # characters of each choice
+    ended: set[int] = set()
+    try:
+        async for complete, found in updates:
+            for i, tokens in enumerate(t for samples in found for t in samples):
+                if i in ended:
+                    continue
+                text, reason = answer.text(tokens, complete)
+                new = text[sent.get(i, 0) :]
+                if new or i not in sent:
+                    yield event([answer.piece(i, new, first=i not in sent)])
+                    sent[i] = len(text)
+                if reason:
+                    yield event([answer.piece(i, "", reason=reason)])
+                    ended.add(i)
+            if complete and answer.asked.include_usage:
+                yield event([], usage=answer.usage(found))
+    except EngineFailed as error:
+        yield f"data: {json.dumps(Refusal(500, str(error)).body())}\n\n"
+    finally:
+        await updates.aclose()
     yield "data: [DONE]\n\n"
 
 
@@ -272,7 +249,7 @@ def serve(
         is no authentication: put a proxy in front before opening it.
       port: to listen on.
       model: the name that clients ask for; default: the run directory's name.
-      batch_size: prompts that are generated for together.
+      batch_size: prompts decoded at a time.
       max_waiting: requests that may wait; more get status 429.
       max_prompt_tokens: longer prompts are refused.
       max_new_tokens: of a response, and the default.
@@ -281,11 +258,16 @@ def serve(
     """
     import uvicorn
 
+    from jaxalign.serving.backend import EngineBackend
     from jaxalign.training import checkpoints
 
     policy = checkpoints.load_policy(checkpoint)
-    backend = GeneratorBackend(
-        policy, max_prompt_tokens=max_prompt_tokens, batch_size=batch_size
+    backend = EngineBackend(
+        policy,
+        max_prompt_tokens=max_prompt_tokens,
+        max_new_tokens=max_new_tokens,
+        max_samples=max_samples,
+        batch_size=batch_size,
     )
     app = application(
         backend,

@@ -1,7 +1,9 @@
-"""Requests of many clients in few batches: one queue, one worker thread.
+"""Requests of many clients in one decoding loop: one queue, one worker thread.
 
-What generates is behind ``Backend``, which knows nothing of HTTP; what waits is sorted
-into batches here. JAX is called from the worker thread alone.
+Requests join the loop as soon as there is room, whatever their settings, and leave it
+when they have ended, when their client has left, or with the loop. What generates is
+behind ``Backend``, which knows nothing of HTTP; JAX is called from the worker thread
+alone.
 """
 
 from __future__ import annotations
@@ -11,21 +13,18 @@ import collections
 import dataclasses
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import AsyncIterator
 from typing import Any, NamedTuple, Protocol
-
-import numpy as np
-
-from jaxalign.decoding.generator import Generator
-from jaxalign.decoding.sampling import Sampling
 
 _log = logging.getLogger(__name__)
 
 EOS_ID = 1
 
+Samples = list[list[int]]  # token ids, EOS included where one came
+
 
 class Settings(NamedTuple):
-    """What requests must share to be in one batch.
+    """How tokens are drawn.
 
     Attributes:
       temperature: 0 takes the most probable tokens.
@@ -37,63 +36,34 @@ class Settings(NamedTuple):
 
 
 class Backend(Protocol):
-    """What a server needs of an engine."""
+    """What a server needs of an engine; called from one thread."""
 
-    def generate(
+    def submit(
         self,
-        prompts: Sequence[Sequence[int]],
-        seeds: Sequence[int],
+        prompt: list[int],
+        seed: int,
         settings: Settings,
         *,
         max_new_tokens: int,
         num_samples: int,
-    ) -> list[list[list[int]]]:
-        """``num_samples`` responses to each prompt.
+    ) -> int:
+        """Begins a prompt and returns its ticket.
 
-        Prompts and responses are token ids, EOS included where one came. A prompt's
-        first ``k`` samples, and their first ``t`` tokens, depend on the prompt, its
-        seed and the settings alone.
+        Its samples depend on prompt, seed and settings alone, not on what else is
+        decoded.
         """
 
+    def step(self) -> dict[int, Samples]:
+        """Decodes a few tokens of everything; the samples of what has ended."""
 
-class GeneratorBackend:
-    """``jaxalign.decoding.Generator`` as a backend.
+    def progress(self) -> dict[int, Samples]:
+        """What has not ended has so far; tickets that have nothing may lack."""
 
-    Lengths and counts are rounded up to powers of two and cut afterwards, so that few
-    shapes are ever compiled.
+    def cancel(self, ticket: int) -> None:
+        """Forgets a prompt."""
 
-    Args:
-      policy: a loaded checkpoint: ``model``, ``params``, ``vocabulary``.
-      max_prompt_tokens: of a prompt, EOS included.
-      batch_size: prompts at a time.
-    """
-
-    def __init__(self, policy: Any, *, max_prompt_tokens: int, batch_size: int = 16):
-        self._policy = policy
-        self._max_prompt_tokens = max_prompt_tokens
-        self._batch_size = batch_size
-
-    def generate(self, prompts, seeds, settings, *, max_new_tokens, num_samples):
-        generator = Generator(
-            self._policy.model,
-            self._policy.vocabulary,
-            max_prompt_length=self._max_prompt_tokens,
-            max_new_tokens=_power_of_two(max_new_tokens),
-            num_samples=_power_of_two(num_samples),
-            sampling=Sampling(settings.temperature, top_p=settings.top_p),
-            batch_size=self._batch_size,
-            progress=False,
-        )
-        prompts = [np.asarray(prompt, np.int32) for prompt in prompts]
-        found = generator(self._policy.params, prompts, prompt_ids=seeds)
-        return [
-            [tokens[:max_new_tokens].tolist() for tokens in g.tokens[:num_samples]]
-            for g in found
-        ]
-
-
-def _power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length()
+    def reset(self) -> None:
+        """Forgets everything, after a failure."""
 
 
 class QueueFull(Exception):
@@ -114,6 +84,7 @@ class Work:
       settings: see ``Settings``.
       max_new_tokens: of a response.
       num_samples: per prompt.
+      stream: whether to tell the tokens as they come.
     """
 
     prompts: list[list[int]]
@@ -121,21 +92,23 @@ class Work:
     settings: Settings
     max_new_tokens: int
     num_samples: int
-    future: asyncio.Future = dataclasses.field(init=False)
+    stream: bool = False
+    tickets: list[int] = dataclasses.field(init=False, default_factory=list)
+    answers: dict[int, Samples] = dataclasses.field(init=False, default_factory=dict)
+    # What the worker tells: samples so far, at last (True, samples) or an exception.
+    told: asyncio.Queue = dataclasses.field(init=False)
     loop: asyncio.AbstractEventLoop = dataclasses.field(init=False)
     cancelled: bool = dataclasses.field(init=False, default=False)
 
 
 class Batcher:
-    """Collects waiting requests of equal settings into batches.
+    """Feeds requests to a backend in the order in which they came.
 
     Args:
       backend: what generates.
-      batch_size: prompts of a batch; a larger request is a batch of its own.
+      batch_size: prompts decoded at a time; a larger request runs when there is any
+        room, and fills the backend's own queue.
       max_waiting: requests in the queue; more are refused.
-
-    Attributes:
-      running: requests in the batch that the worker is at.
     """
 
     def __init__(self, backend: Backend, *, batch_size: int, max_waiting: int):
@@ -143,9 +116,9 @@ class Batcher:
         self._batch_size = batch_size
         self._max_waiting = max_waiting
         self._waiting: collections.deque[Work] = collections.deque()
+        self._running: list[Work] = []  # changed by the worker alone
         self._changed = threading.Condition()
         self._closed = False
-        self.running = 0
         self._thread = threading.Thread(target=self._work, daemon=True)
         self._thread.start()
 
@@ -154,103 +127,138 @@ class Batcher:
         """Requests in the queue."""
         return len(self._waiting)
 
-    async def submit(self, work: Work) -> list[list[list[int]]]:
-        """Waits for the responses; cancelling the wait takes the request back.
+    @property
+    def running(self) -> int:
+        """Requests being decoded."""
+        return len(self._running)
+
+    def enqueue(self, work: Work) -> None:
+        """Puts a request into the queue; from the event loop.
 
         Raises:
           QueueFull: when too many wait already.
-          EngineFailed: when there will be no responses.
         """
         work.loop = asyncio.get_running_loop()
-        work.future = work.loop.create_future()
+        work.told = asyncio.Queue()
         with self._changed:
             if self._closed or len(self._waiting) >= self._max_waiting:
                 raise QueueFull
             self._waiting.append(work)
             self._changed.notify()
+
+    async def updates(self, work: Work) -> AsyncIterator[tuple[bool, list[Samples]]]:
+        """``(whether that is all, samples of each prompt)``, as they come.
+
+        Without ``work.stream`` only the last one comes. Leaving early takes the
+        request back.
+
+        Raises:
+          EngineFailed: when there will be no more.
+        """
         try:
-            return await work.future
+            while True:
+                told = await work.told.get()
+                if isinstance(told, Exception):
+                    raise told
+                yield told
+                if told[0]:
+                    return
         finally:
-            # Answered or given up: in both cases nobody waits for it any more.
-            with self._changed:
-                work.cancelled = True
-                if work in self._waiting:
-                    self._waiting.remove(work)
+            self.forget(work)
+
+    def forget(self, work: Work) -> None:
+        """Takes a request back; nothing happens if it has been answered."""
+        with self._changed:
+            work.cancelled = True
+            if work in self._waiting:
+                self._waiting.remove(work)
+            self._changed.notify()
 
     def close(self) -> None:
-        """Ends the worker after the batch it is at; those that wait get an error."""
+        """Ends the worker after a few tokens; whoever waits gets an error."""
         with self._changed:
             self._closed = True
             self._changed.notify()
         self._thread.join()
 
-    def _next_batch(self) -> list[Work]:
-        """The oldest request and others like it; empty when closed."""
+    def _admitted(self) -> list[Work] | None:
+        """Requests that there is room for; None when closed."""
         with self._changed:
-            while not self._waiting and not self._closed:
+            while not (self._waiting or self._running or self._closed):
                 self._changed.wait()
             if self._closed:
-                return []
-            first = self._waiting.popleft()
-            batch, size = [first], len(first.prompts)
-            for work in list(self._waiting):
-                same = work.settings == first.settings
-                if same and size + len(work.prompts) <= self._batch_size:
-                    self._waiting.remove(work)
-                    batch.append(work)
-                    size += len(work.prompts)
-            self.running = len(batch)
-            return batch
+                return None
+            room = self._batch_size - sum(
+                len(work.prompts) - len(work.answers) for work in self._running
+            )
+            new = []
+            while self._waiting and room > 0:
+                new.append(self._waiting.popleft())
+                room -= len(new[-1].prompts)
+            self._running = [*self._running, *new]
+            return new
 
     def _work(self) -> None:
-        while batch := self._next_batch():
+        while (new := self._admitted()) is not None:
             try:
-                answers = self._answers(batch)
-            # Whatever goes wrong concerns this batch; the worker has to live on.
+                for work in new:
+                    self._begin(work)
+                for work in self._running:
+                    if work.cancelled:
+                        for ticket in work.tickets:
+                            self._backend.cancel(ticket)
+                self._running = [w for w in self._running if not w.cancelled]
+                if self._running:
+                    self._step()
+            # Whatever goes wrong concerns what runs now; the worker has to live on.
             except Exception:
-                _log.exception("A batch of %d requests failed.", len(batch))
-                answers = [EngineFailed("The server failed; see its log.")] * len(batch)
-            self.running = 0
-            for work, answer in zip(batch, answers, strict=True):
-                _deliver(work, answer)
+                _log.exception("Decoding %d requests failed.", len(self._running))
+                self._end(EngineFailed("The server failed; see its log."))
+                self._backend.reset()
+        self._end(EngineFailed("The server is shutting down."))
         with self._changed:
-            left, self._waiting = list(self._waiting), collections.deque()
-        for work in left:
-            _deliver(work, EngineFailed("The server is shutting down."))
+            self._running = list(self._waiting)
+            self._waiting.clear()
+        self._end(EngineFailed("The server is shutting down."))
 
-    def _answers(self, batch: list[Work]) -> list[list[list[list[int]]]]:
-        found = self._backend.generate(
-            [prompt for work in batch for prompt in work.prompts],
-            [seed for work in batch for seed in work.seeds],
-            batch[0].settings,
-            max_new_tokens=max(work.max_new_tokens for work in batch),
-            num_samples=max(work.num_samples for work in batch),
-        )
-        answers, at = [], 0
-        for work in batch:
-            own = found[at : at + len(work.prompts)]
-            answers.append(
-                [
-                    [tokens[: work.max_new_tokens] for tokens in s[: work.num_samples]]
-                    for s in own
-                ]
+    def _begin(self, work: Work) -> None:
+        for prompt, seed in zip(work.prompts, work.seeds, strict=True):
+            ticket = self._backend.submit(
+                prompt,
+                seed,
+                work.settings,
+                max_new_tokens=work.max_new_tokens,
+                num_samples=work.num_samples,
             )
-            at += len(work.prompts)
-        return answers
+            work.tickets.append(ticket)
+
+    def _step(self) -> None:
+        finished = self._backend.step()
+        streaming = any(work.stream for work in self._running)
+        so_far = self._backend.progress() if streaming else {}
+        going_on = []
+        for work in self._running:
+            new = {t: finished[t] for t in work.tickets if t in finished}
+            work.answers |= new
+            done = len(work.answers) == len(work.tickets)
+            if done or work.stream:
+                found = {**so_far, **work.answers}
+                nothing = [[] for _ in range(work.num_samples)]
+                _tell(work, (done, [found.get(t, nothing) for t in work.tickets]))
+            if not done:
+                going_on.append(work)
+        self._running = going_on
+
+    def _end(self, error: Exception) -> None:
+        for work in self._running:
+            _tell(work, error)
+        self._running = []
 
 
-def _deliver(work: Work, answer: Any) -> None:
-    def settle():
-        if work.future.done():
-            return
-        if isinstance(answer, Exception):
-            work.future.set_exception(answer)
-        else:
-            work.future.set_result(answer)
-
+def _tell(work: Work, what: Any) -> None:
     if work.cancelled:
         return
     try:
-        work.loop.call_soon_threadsafe(settle)
+        work.loop.call_soon_threadsafe(work.told.put_nowait, what)
     except RuntimeError:  # the server's loop has ended
         _log.warning("A response came after the server had stopped.")

@@ -77,7 +77,6 @@ class Asked:
 
     work: Work
     stop: tuple[str, ...]
-    stream: bool
     include_usage: bool
 
 
@@ -113,9 +112,11 @@ def parse(
     new_tokens = _number(body, name, limits.new_tokens, 1, limits.new_tokens, int)
     seed = _number(body, "seed", None, -(2**63), 2**63 - 1, int)
     seed = secrets.randbits(32) if seed is None else seed
-    # Two decimals: what is compiled for a setting serves all that round to it.
-    temperature = round(_number(body, "temperature", 1.0, 0.0, 2.0, float), 2)
-    top_p = max(round(_number(body, "top_p", 1.0, 0.0, 1.0, float), 2), 0.01)
+    temperature = _number(body, "temperature", 1.0, 0.0, 2.0, float)
+    top_p = _number(body, "top_p", 1.0, 0.0, 1.0, float)
+    # Below these, float32 logits overflow: the most probable token is what is meant.
+    temperature = 0.0 if temperature < 1e-4 else float(temperature)
+    top_p = max(float(top_p), 1e-4)
     options = body.get("stream_options") or {}
     return Asked(
         Work(
@@ -125,9 +126,9 @@ def parse(
             Settings(temperature, top_p),
             new_tokens,
             n,
+            stream=bool(_typed(body, "stream", bool, False)),
         ),
         stop=_stops(body),
-        stream=bool(_typed(body, "stream", bool, False)),
         include_usage=isinstance(options, dict) and bool(options.get("include_usage")),
     )
 

@@ -160,7 +160,7 @@ class Alternating:
     def start(self):
         return jnp.int32(0)
 
-    def allowed(self, state):
+    def allowed(self, state, remaining):
         return self.tables[state]
 
     def advance(self, state, tokens):
@@ -230,3 +230,48 @@ def test_submissions_that_do_not_fit_are_refused(tiny):
     ]:
         with pytest.raises(ValueError, match=message):
             engine.submit([5, 1], prompt_id=0, prefixes=prefixes)
+
+
+def test_settings_of_a_prompt_are_those_of_an_engine_of_its_own(tiny):
+    """Temperature and top-p as data give what they give when compiled in."""
+    prompts = _prompts(3)
+    settings = [(1.0, 1.0), (0.7, 0.9), (0.0, 1.0)]
+    shared = _engine(*tiny, sampling=Sampling(min_p=0.01), per_prompt=True)
+    tickets = {
+        shared.submit(prompt, prompt_id=i, temperature=t, top_p=p): i
+        for i, (prompt, (t, p)) in enumerate(zip(prompts, settings, strict=True))
+    }
+    for ticket, found in _drain(shared).items():
+        i = tickets[ticket]
+        temperature, top_p = settings[i]
+        rules = Sampling(temperature, top_p=top_p, min_p=0.01)
+        alone = _engine(*tiny, sampling=rules)
+        alone.submit(prompts[i], prompt_id=i)
+        (own,) = _drain(alone).values()
+        for a, b in zip(found.tokens, own.tokens, strict=True):
+            np.testing.assert_array_equal(a, b)
+        for name in ("logps", "sampler_logps"):
+            for a, b in zip(getattr(found, name), getattr(own, name), strict=True):
+                np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_settings_of_a_prompt_are_checked(tiny):
+    with pytest.raises(ValueError, match="per_prompt=True"):
+        _engine(*tiny).submit([5, 1], prompt_id=0, temperature=0.5)
+    with pytest.raises(ValueError, match="top_p must lie"):
+        _engine(*tiny, per_prompt=True).submit([5, 1], prompt_id=0, top_p=1.5)
+
+
+def test_progress_is_a_prefix_of_the_end(tiny):
+    engine = _engine(*tiny, groups=2)
+    tickets = [engine.submit(p, prompt_id=i) for i, p in enumerate(_prompts(3))]
+    seen, done = {}, {}
+    while engine.pending:
+        for finished in engine.step(max_steps=2):
+            done[finished.ticket] = finished.tokens
+        seen |= engine.progress()
+    assert set(seen) <= set(tickets) == set(done) and seen
+    for ticket, samples in seen.items():
+        for part, whole in zip(samples, done[ticket], strict=True):
+            assert 0 < len(part) <= len(whole)
+            np.testing.assert_array_equal(part, whole[: len(part)])

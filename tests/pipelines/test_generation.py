@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import jax
 import pytest
@@ -155,3 +156,18 @@ def test_log_probabilities_equal_scoring(run, policy):
     assert len(rows) > 5
     logps, _ = inference.score_pairs(policy, [row[:2] for row in rows])
     assert [row[2] for row in rows] == pytest.approx(logps.tolist(), abs=1e-4)
+
+
+def test_constraints_hold_in_every_response(run):
+    _, output = run("digits.jsonl", regex="(yes|no), [0-9]{1,3}!", max_new_tokens=10)
+    texts = [json.loads(line)["response"] for line in output.read_text().splitlines()]
+    assert all(re.fullmatch(r"(yes|no), [0-9]{1,3}!", text) for text in texts)
+    assert len(set(texts)) > 5
+    _, output = run("phrases.jsonl", include=["ab", "c"], max_new_tokens=8)
+    texts = [json.loads(line)["response"] for line in output.read_text().splitlines()]
+    assert all("ab" in text and "c" in text for text in texts)
+
+
+def test_a_constraint_that_no_response_can_meet_is_refused(run):
+    with pytest.raises(ValueError, match="meets the constraint"):
+        run("never.jsonl", regex="[0-9]{3}", include=["a"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import socket
 import threading
@@ -19,8 +20,10 @@ import uvicorn
 
 from jaxalign.models import T5, T5Config, init_params
 from jaxalign.serving import api
-from jaxalign.serving.batching import GeneratorBackend
-from jaxalign.serving.requests import Limits
+from jaxalign.serving import backend as backends
+from jaxalign.serving.answers import Answer
+from jaxalign.serving.backend import EngineBackend
+from jaxalign.serving.requests import Limits, parse
 from jaxalign.vocabularies import ByteVocabulary
 
 LIMITS = Limits(
@@ -52,17 +55,39 @@ class Recorder:
 
     def __init__(self):
         self.open = threading.Event()
-        self.calls = []
+        self.begun = []
+        self.running = {}
+        self.resets = 0
 
-    def generate(self, prompts, seeds, settings, *, max_new_tokens, num_samples):
-        self.calls.append([bytes(t - 3 for t in p[:-1]).decode() for p in prompts])
+    def submit(self, prompt, seed, settings, *, max_new_tokens, num_samples):
+        text = bytes(t - 3 for t in prompt[:-1]).decode()
+        self.begun.append(text)
+        self.running[len(self.begun)] = (
+            text,
+            [
+                ([ord(c) + 3 for c in f"{seed}.{k}"] + [1])[:max_new_tokens]
+                for k in range(num_samples)
+            ],
+        )
+        return len(self.begun)
+
+    def step(self):
         self.open.wait(10.0)
-        if b"boom" in b"".join(bytes(t - 3 for t in p[:-1]) for p in prompts):
+        if any("boom" in text for text, _ in self.running.values()):
             raise ZeroDivisionError("inside the engine")
-        return [
-            [[ord(c) + 3 for c in f"{s}.{k}"] + [1] for k in range(num_samples)]
-            for s in seeds
-        ]
+        found = {ticket: samples for ticket, (_, samples) in self.running.items()}
+        self.running.clear()
+        return found
+
+    def progress(self):
+        return {}
+
+    def cancel(self, ticket):
+        self.running.pop(ticket, None)
+
+    def reset(self):
+        self.running.clear()
+        self.resets += 1
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +98,10 @@ def tiny():
     policy = types.SimpleNamespace(
         model=model, params=params, vocabulary=ByteVocabulary()
     )
-    backend = GeneratorBackend(policy, max_prompt_tokens=40, batch_size=4)
+    backends._TOKENS_PER_STEP = 2  # streams come in several pieces
+    backend = EngineBackend(
+        policy, max_prompt_tokens=40, max_new_tokens=8, max_samples=8, batch_size=4
+    )
     with running(backend) as server:
         yield server
 
@@ -163,6 +191,66 @@ def test_chat_and_streaming(tiny):
         assert "".join(p.choices[0].text for p in parts) == text
 
 
+def test_a_stream_comes_in_pieces_that_make_the_whole(tiny):
+    settings = {"model": "tiny", "prompt": ["say a", "say b"], "n": 2, "seed": 5}
+    with client(tiny) as api_client:
+        whole = api_client.completions.create(**settings)
+        chunks = list(api_client.completions.create(**settings, stream=True))
+    texts, ends = [""] * 4, {}
+    for chunk in chunks:
+        (choice,) = chunk.choices
+        assert choice.index not in ends
+        texts[choice.index] += choice.text
+        if choice.finish_reason:
+            ends[choice.index] = choice.finish_reason
+    assert texts == [c.text for c in whole.choices]
+    assert [ends[i] for i in range(4)] == [c.finish_reason for c in whole.choices]
+    # Two tokens a step, up to eight tokens: more than one piece and an end each.
+    assert len(chunks) > 8
+
+
+def test_settings_are_data_that_nothing_is_compiled_for(tiny):
+    from jaxalign.decoding import engine
+
+    with client(tiny) as api_client:
+
+        def ask(**settings):
+            answer = api_client.completions.create(
+                model="tiny", prompt="say a", seed=3, **settings
+            )
+            return answer.choices[0].text
+
+        greedy = ask(temperature=0)
+        compiled = engine._run._cache_size()
+        texts = {ask(temperature=0.1 * k, top_p=0.99) for k in range(1, 8)}
+        assert ask(temperature=2, top_p=1e-6) == greedy  # a nucleus of one token
+        assert greedy.startswith(ask(temperature=0, max_tokens=3))
+        assert len(texts) > 1 and engine._run._cache_size() == compiled
+
+
+@pytest.mark.parametrize(
+    ("tokens", "complete", "expected"),
+    [
+        ("abc", False, ("abc", None)),
+        ("abcE", False, ("abc", None)),  # E may begin END
+        ("abcEN", False, ("abc", None)),
+        ("abcEN", True, ("abcEN", "length")),
+        ("abcENDxyz", False, ("abc", "stop")),
+        ("abcENx", False, ("abcENx", None)),
+        ("ab\xc3", False, ("ab", None)),  # half a character
+    ],
+)
+def test_a_stream_holds_back_what_may_change(tokens, complete, expected):
+    body = {"model": "tiny", "prompt": "x", "stop": ["END"], "max_tokens": 20}
+    limits = dataclasses.replace(LIMITS, new_tokens=20)
+    asked = parse(
+        body, chat=False, model="tiny", vocabulary=ByteVocabulary(), limits=limits
+    )
+    answer = Answer(asked, ByteVocabulary(), chat=False, model="tiny")
+    ids = [byte + 3 for byte in tokens.encode("latin-1")]
+    assert answer.text(ids, complete) == expected
+
+
 def test_two_hundred_concurrent_requests_are_all_answered(tiny):
     async def ask_all():
         async with client(tiny, openai.AsyncOpenAI) as api_client:
@@ -202,10 +290,12 @@ def test_conversations_name_the_roles(recorder):
                 {"role": "user", "content": [{"type": "text", "text": "hi"}]},
             ],
         )
-    assert recorder.backend.calls == [["system: be kind\nuser: hi\nassistant:"]]
+    assert recorder.backend.begun == ["system: be kind\nuser: hi\nassistant:"]
 
 
-def test_waiting_requests_share_a_batch_if_their_settings_agree(recorder):
+def test_the_queue_is_served_in_order_and_bounded(recorder):
+    """Two prompts run, three requests wait, the next is refused."""
+
     async def ask_all():
         async with client(recorder, openai.AsyncOpenAI) as api_client:
 
@@ -216,22 +306,24 @@ def test_waiting_requests_share_a_batch_if_their_settings_agree(recorder):
                     )
                 )
 
-            tasks = [ask("first")]
-            await asyncio.to_thread(wait_until, lambda: recorder.backend.calls)
+            tasks = [ask(["first"] * 4)]
+            begun = recorder.backend.begun
+            await asyncio.to_thread(wait_until, lambda: len(begun) == 4)
             for prompt, temperature in (("a", 1.0), ("b", 0.5), ("c", 1.0)):
                 tasks.append(ask(prompt, temperature=temperature, max_tokens=2))
                 waiting = len(tasks) - 1
                 await asyncio.to_thread(
                     wait_until, lambda n=waiting: health(recorder)["waiting"] == n
                 )
-            # The queue holds three; the fourth is told so, at once.
-            with pytest.raises(openai.RateLimitError, match="Too many requests are"):
-                await ask("d")
+            # The queue holds three; the fourth is told so, at once, streaming or not.
+            for stream in (False, True):
+                with pytest.raises(openai.RateLimitError, match="Too many requests"):
+                    await ask("d", stream=stream)
             recorder.backend.open.set()
             return [(await task).choices[0].text for task in tasks]
 
     assert asyncio.run(ask_all()) == ["7.0", "7.", "7.", "7."]
-    assert recorder.backend.calls == [["first"], ["a", "c"], ["b"]]
+    assert recorder.backend.begun == ["first"] * 4 + ["a", "b", "c"]
 
 
 def test_clients_that_leave_are_forgotten(recorder):
@@ -245,7 +337,7 @@ def test_clients_that_leave_are_forgotten(recorder):
         return sock
 
     running_one = leave("running")
-    wait_until(lambda: recorder.backend.calls == [["running"]])
+    wait_until(lambda: recorder.backend.begun == ["running"])
     waiting_ones = [leave(f"waiting {i}") for i in range(3)]
     wait_until(lambda: health(recorder)["waiting"] == 3)
     for sock in (running_one, *waiting_ones):
@@ -253,16 +345,21 @@ def test_clients_that_leave_are_forgotten(recorder):
     wait_until(lambda: health(recorder)["waiting"] == 0)
     recorder.backend.open.set()
     wait_until(lambda: health(recorder) == {"running": 0, "waiting": 0})
-    assert recorder.backend.calls == [["running"]]  # nobody computed for the others
+    assert recorder.backend.begun == ["running"]  # nobody computed for the others
     with client(recorder) as api_client:  # and the server goes on
         assert api_client.completions.create(model="tiny", prompt="x").choices
 
 
-def test_a_failing_engine_fails_its_batch_alone(recorder, caplog):
+def test_a_failing_engine_fails_what_runs_alone(recorder, caplog):
     recorder.backend.open.set()
     with client(recorder) as api_client:
         with pytest.raises(openai.InternalServerError, match="The server failed"):
             api_client.completions.create(model="tiny", prompt="boom")
+        assert recorder.backend.resets == 1
+        with pytest.raises(openai.APIError, match="The server failed"):
+            list(
+                api_client.completions.create(model="tiny", prompt="boom", stream=True)
+            )
         assert "inside the engine" in caplog.text
         assert api_client.completions.create(model="tiny", prompt="x").choices
 

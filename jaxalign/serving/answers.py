@@ -1,0 +1,106 @@
+"""Token ids to the API's answers, whole or in pieces."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from typing import Any
+
+from jaxalign.serving.batching import EOS_ID, Samples
+from jaxalign.serving.requests import Asked
+
+
+class Answer:
+    """The answer to one request.
+
+    Args:
+      asked: the request.
+      vocabulary: decodes tokens.
+      chat: whether it is a chat completion.
+      model: its name.
+    """
+
+    def __init__(self, asked: Asked, vocabulary: Any, *, chat: bool, model: str):
+        self.asked = asked
+        self._vocabulary = vocabulary
+        self._chat = chat
+        self._id = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
+        self._created = int(time.time())
+        self._model = model
+
+    def head(self, chunk: bool = False) -> dict[str, Any]:
+        """What every event of an answer shares."""
+        kind = "text_completion"
+        if self._chat:
+            kind = "chat.completion.chunk" if chunk else "chat.completion"
+        return {
+            "id": self._id,
+            "object": kind,
+            "created": self._created,
+            "model": self._model,
+        }
+
+    def text(self, tokens: list[int], complete: bool) -> tuple[str, str | None]:
+        """The text that may be told of a sample, and why it ended, if it did.
+
+        Of a sample that goes on, what may still change is held back: half a character,
+        and what may be the beginning of a stop sequence.
+        """
+        text = self._vocabulary.decode(tokens)
+        ends = [at for at in (text.find(stop) for stop in self.asked.stop) if at >= 0]
+        if ends:
+            return text[: min(ends)], "stop"
+        if EOS_ID in tokens:
+            return text, "stop"
+        if complete or len(tokens) >= self.asked.work.max_new_tokens:
+            return text, "length"
+        text = text.rstrip("\ufffd")
+        held = max(
+            (
+                n
+                for stop in self.asked.stop
+                for n in range(1, len(stop))
+                if text.endswith(stop[:n])
+            ),
+            default=0,
+        )
+        return text[: len(text) - held], None
+
+    def piece(
+        self, index: int, text: str, *, first: bool = False, reason: str | None = None
+    ) -> dict[str, Any]:
+        """A piece of one choice, as a stream carries it."""
+        choice = {"index": index, "finish_reason": reason, "logprobs": None}
+        if not self._chat:
+            return {**choice, "text": text}
+        if reason:
+            return {**choice, "delta": {}}
+        role = {"role": "assistant"} if first else {}
+        return {**choice, "delta": {**role, "content": text}}
+
+    def usage(self, found: list[Samples]) -> dict[str, int]:
+        """Tokens read and written."""
+        read = sum(map(len, self.asked.work.prompts))
+        written = sum(len(tokens) for samples in found for tokens in samples)
+        return {
+            "prompt_tokens": read,
+            "completion_tokens": written,
+            "total_tokens": read + written,
+        }
+
+    def whole(self, found: list[Samples]) -> dict[str, Any]:
+        """The answer in one piece."""
+        choices = []
+        for tokens in (tokens for samples in found for tokens in samples):
+            text, reason = self.text(tokens, complete=True)
+            choice = {
+                "index": len(choices),
+                "finish_reason": reason,
+                "logprobs": None,
+            }
+            if self._chat:
+                message = {"role": "assistant", "content": text}
+                choices.append({**choice, "message": message})
+            else:
+                choices.append({**choice, "text": text})
+        return {**self.head(), "choices": choices, "usage": self.usage(found)}

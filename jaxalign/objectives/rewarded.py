@@ -277,24 +277,13 @@ class FilteredSFT(SFT):
         )
         return weights * batch["decoder_loss_weights"]
 
-    def loss(
-        self,
-        params: Params,
-        batch: Batch,
-        *,
-        statistics: Statistics,
-        dropout_key: jax.Array | None = None,
-    ) -> LossOutput:
-        out = super().loss(
-            params, batch, statistics=statistics, dropout_key=dropout_key
-        )
+    def own_metrics(self, batch: Batch) -> Metrics:
         weights, mask = self.response_weights(batch), answers(batch)
-        metrics = {
+        return {
             "kept": Mean.of(weights > 0, mask),
             "weights": Values.of(weights, mask),
             "rewards/kept": Mean.of(batch["response_reward"], weights * mask),
         }
-        return out._replace(metrics={**out.metrics, **metrics})
 
     def denominators(self, batch: Batch) -> dict[str, jax.Array]:
         total = jnp.sum(self.token_weights(batch))

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxalign import losses
 from jaxalign.batch import Batch
 from jaxalign.objectives.base import LossOutput, Objective, Params, Statistics
-from jaxalign.objectives.metrics import Mean
+from jaxalign.objectives.metrics import Mean, Metrics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +34,11 @@ class SFT(Objective):
     def token_weights(self, batch: Batch) -> jax.Array:
         """``[B, K, Ld]``: how much each target token counts."""
         return batch["decoder_loss_weights"]
+
+    def own_metrics(self, batch: Batch) -> Metrics:
+        """What a kind of imitation reports beside the likelihood."""
+        del batch
+        return {}
 
     def loss(
         self,
@@ -66,5 +71,6 @@ class SFT(Objective):
                 "loss": Mean.of(losses_, weights),
                 "nll": Mean.of(nll, weights),
                 "accuracy": Mean.of(correct, weights),
+                **self.own_metrics(batch),
             },
         )

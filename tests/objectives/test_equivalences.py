@@ -6,8 +6,10 @@ import jax
 import numpy as np
 import pytest
 from objectives_cases import (
+    BagOfTokens,
     assert_same_gradients,
     assert_same_metrics,
+    get_case,
     make_batch,
 )
 
@@ -30,32 +32,45 @@ def test_microbatches_equal_the_whole_batch(case):
     assert_same_metrics(cut[1], whole[1])
 
 
-@pytest.mark.parametrize(
-    "sizes", [{"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str
-)
-def test_eight_devices_equal_one(t5_case, sizes):
-    batch = t5_case.with_reference(make_batch(t5_case.rows, 2))
-    one = t5_case.step(batch)
+def assert_eight_devices_equal_one(case, sizes):
+    batch = case.with_reference(make_batch(case.rows, 2))
+    one = case.step(batch)
     mesh = meshes.make_mesh(**sizes)
-    shardings = meshes.param_shardings(
-        mesh, t5_case.objective.logical_axes(), t5_case.params
-    )
-    placed = jax.device_put(t5_case.params, shardings)
+    shardings = meshes.param_shardings(mesh, case.objective.logical_axes(), case.params)
+    placed = jax.device_put(case.params, shardings)
     if "tensor" in sizes:
         assert any(not s.is_fully_replicated for s in jax.tree.leaves(shardings))
     rows = meshes.put_batch(mesh, batch)
     assert len(rows["encoder_input_tokens"].addressable_shards) == 8
-    eight = t5_case.step(rows, params=placed)
+    eight = case.step(rows, params=placed)
     assert_same_gradients(eight[0], one[0])
     assert_same_metrics(eight[1], one[1])
 
 
+def test_eight_devices_equal_one(case):
+    assert_eight_devices_equal_one(case, {"data": 2, "fsdp": 2, "tensor": 2})
+
+
+def test_eight_devices_along_the_data_equal_one(t5_case):
+    assert_eight_devices_equal_one(t5_case, {"data": 8})
+
+
+@pytest.mark.slow  # T5 without a compiler is slow
 def test_jit_equals_no_jit(t5_case):
-    batch = t5_case.with_reference(make_batch(t5_case.rows, 2))
-    compiled = t5_case.step(batch)
-    step = steps.make_train_step(t5_case.objective, t5_case.tx)
-    state = t5_case.state()
-    new, _ = step(state, batch, t5_case.key)
+    assert_jit_equals_no_jit(t5_case)
+
+
+@pytest.mark.parametrize("name", ["DPO", "DROV", "KTO"])
+def test_jit_equals_no_jit_around_the_network(name):
+    assert_jit_equals_no_jit(get_case(name, BagOfTokens))
+
+
+def assert_jit_equals_no_jit(case):
+    batch = case.with_reference(make_batch(case.rows, 2))
+    compiled = case.step(batch)
+    step = steps.make_train_step(case.objective, case.tx)
+    state = case.state()
+    new, _ = step(state, batch, case.key)
     eager = jax.tree.map(lambda a, b: a - b, state.params, new.params)
     assert_same_gradients(eager, compiled[0])
 

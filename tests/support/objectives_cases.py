@@ -159,14 +159,6 @@ def get_case(name: str, network: type[models.T5] = models.T5, **settings) -> Cas
     return Case(name, network, **settings)
 
 
-def structures() -> dict[str, list[str]]:
-    """Objectives by the code they run around the network; the first stands for all."""
-    found: dict[object, list[str]] = {}
-    for name, kind in objectives.OBJECTIVES.items():
-        found.setdefault((kind.loss, kind.networks), []).append(name)
-    return {names[0]: names for names in found.values()}
-
-
 def assert_same_gradients(found, expected):
     """Gradients within 1e-4 of their leaf's largest entry, in float32."""
     largest = max(float(abs(x).max()) for x in jax.tree.leaves(expected))

@@ -13,7 +13,6 @@ import jax
 import numpy as np
 import pytest
 import tiny_run
-from objectives_cases import structures
 
 from jaxalign import objectives
 from jaxalign.training import checkpoints, optimizers, run_directory
@@ -46,8 +45,8 @@ def metrics(folder) -> list[dict]:
     ]
 
 
-# By default one of each structure, and one with rationales; the slow tests take all.
-_FIRST = {*structures(), "RDPO"}
+# By default one of each schema and kind; the slow tests take all.
+_FIRST = {"SFT", "DPO", "KTO", "DROV", "BCO", "RDPO"}
 
 
 @pytest.mark.parametrize(

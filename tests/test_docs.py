@@ -5,6 +5,7 @@ from __future__ import annotations
 import pathlib
 import re
 
+import numpy as np
 import pytest
 
 from jaxalign import objectives
@@ -47,3 +48,32 @@ def test_links_and_gin_files_in_documents_exist():
         for name in re.findall(r"\bruns/(\w+)\.gin\b", text):
             path = ROOT / "gin_configs" / "runs" / f"{name}.gin"
             assert path.exists(), (page.name, name)
+
+
+@pytest.mark.parametrize("page", ["decoding", "steering"])
+def test_python_in_documents_runs(page, capsys):
+    import jax
+
+    from jaxalign import models, vocabularies
+
+    vocabulary = vocabularies.ByteVocabulary(extra_ids=125)
+    model = models.T5(models.T5Config(384, 16, 2, 8, 32, 1, 1))
+    tokens = np.array([*vocabulary.encode("hello"), 1])
+    namespace = {
+        "vocabulary": vocabulary,
+        "model": model,
+        "params": models.init_params(model, jax.random.key(0)),
+        "tokens": tokens,
+        "prompts": tokens[None],
+        "encoder_input_tokens": tokens[None],
+        "texts": ["a cat", "a cap", "no"],
+    }
+    text = (ROOT / "docs" / f"{page}.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, f"{page}.md", "exec"), namespace)
+    if page == "steering":
+        found = namespace["found"]
+        lengths = np.asarray(found.lengths)[np.asarray(found.ended)]
+        assert ((3 <= lengths) & (lengths <= 10)).all() and lengths.size

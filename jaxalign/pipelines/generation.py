@@ -23,7 +23,15 @@ from jax.experimental import multihost_utils
 
 from jaxalign import models
 from jaxalign.data import records
-from jaxalign.decoding import Constraint, Generation, Generator, Sampling, constraints
+from jaxalign.decoding import (
+    BeamSearch,
+    Constraint,
+    Generation,
+    Generator,
+    Sampling,
+    constraints,
+)
+from jaxalign.pipelines import searching
 from jaxalign.training import checkpoints, run_directory
 from jaxalign.training import mesh as meshes
 
@@ -44,6 +52,12 @@ def generate(
     repetition_penalty: float = 1.0,
     bad_words: Sequence[str] = (),
     stop: Sequence[str] = (),
+    num_beams: int = 1,
+    length_penalty: float = 1.0,
+    num_groups: int = 1,
+    diversity_penalty: float = 0.0,
+    contrastive_alpha: float = 0.0,
+    mbr: str | None = None,
     regex: str | None = None,
     include: Sequence[str] = (),
     min_new_tokens: int = 0,
@@ -73,6 +87,14 @@ def generate(
       repetition_penalty: above 1 makes tokens of the response less probable.
       bad_words: texts whose tokens are never completed, as tokenised alone.
       stop: texts whose tokens end a response, as tokenised alone; kept in it.
+      num_beams: above 1: beam search (`jaxalign.decoding.BeamSearch`), of which the
+        `num_samples` best are written, with their ``score``.
+      length_penalty: of beam search.
+      num_groups: of diverse beam search.
+      diversity_penalty: of diverse beam search.
+      contrastive_alpha: above 0: contrastive search among `top_k` candidates (4 if 0).
+      mbr: ``chrf``, ``bleu`` or ``module:function``: write only the sample with the
+        highest mean metric against the prompt's others, with its ``utility``.
       regex: what a whole response has to match (`jaxalign.decoding.regular`); tokens
         after which it could not are ruled out, so a response is always whole.
       include: phrases that every response holds.
@@ -94,6 +116,9 @@ def generate(
       ValueError: when an unfinished output was asked for with other settings.
     """
     settings = {k: v for k, v in locals().items() if k not in ("output", "prompts")}
+    searches = num_beams > 1 or contrastive_alpha > 0
+    searching.check(settings)
+    metric = searching.text_metric(mbr) if mbr else None
     policy, sharding = load(checkpoint, mesh)
     constraint = None
     if regex is not None or include:
@@ -123,25 +148,51 @@ def generate(
         **settings,
         "checkpoint": policy.meta["policy_fingerprint"],
     }
-    with _Writer(Path(output), asked) as writer:
-        whole = writer.count // num_samples  # prompts that need no decoding
-        generations = sample(
-            policy,
-            [text for _, text in rows],
-            num_samples=num_samples,
-            sampling=sampling,
-            max_new_tokens=max_new_tokens,
-            max_prompt_length=max_prompt_length,
-            batch_size=batch_size,
-            slots=slots,
-            seed=seed,
-            sharding=sharding,
-            start=whole,
-            constraint=constraint,
-        )
+    per_prompt = 1 if mbr else num_samples
+    with _Writer(Path(output), asked, per_prompt) as writer:
+        whole = writer.count // per_prompt  # prompts that need no decoding
+        common = {
+            "num_samples": num_samples,
+            "max_new_tokens": max_new_tokens,
+            "max_prompt_length": max_prompt_length,
+            "batch_size": batch_size,
+            "start": whole,
+        }
+        texts = [text for _, text in rows]
+        if searches:
+            generations = searching.search(
+                policy,
+                texts,
+                beams=BeamSearch(
+                    num_beams,
+                    length_penalty,
+                    num_groups=num_groups,
+                    diversity_penalty=diversity_penalty,
+                    rules=sampling,
+                )
+                if num_beams > 1
+                else None,
+                contrastive=(top_k or 4, contrastive_alpha)
+                if contrastive_alpha
+                else None,
+                **common,
+            )
+        else:
+            generations = sample(
+                policy,
+                texts,
+                sampling=sampling,
+                slots=slots,
+                seed=seed,
+                sharding=sharding,
+                constraint=constraint,
+                **common,
+            )
+        if metric:
+            generations = searching.choose(generations, metric)
         for (raw, _), generation in zip(rows[whole:], generations, strict=True):
             writer.write(_lines(raw, generation))
-    return len(rows) * num_samples
+    return len(rows) * per_prompt
 
 
 def load(
@@ -200,7 +251,10 @@ def sample(
         )
 
 
-def _lines(raw: Mapping[str, Any], generation: Generation) -> Iterator[str]:
+def _lines(
+    raw: Mapping[str, Any], generation: Generation | searching.Found
+) -> Iterator[str]:
+    more = getattr(generation, "more", [{}] * len(generation.texts))
     for i, text in enumerate(generation.texts):
         line = {
             **raw,
@@ -208,6 +262,7 @@ def _lines(raw: Mapping[str, Any], generation: Generation) -> Iterator[str]:
             "sample": i,
             "logp": float(generation.logp[i]),
             "num_tokens": len(generation.tokens[i]),
+            **more[i],
         }
         yield json.dumps(line, ensure_ascii=False) + "\n"
 
@@ -219,7 +274,7 @@ class _Writer:
       count: whole lines that an earlier run left.
     """
 
-    def __init__(self, path: Path, asked: Mapping[str, Any]):
+    def __init__(self, path: Path, asked: Mapping[str, Any], per_prompt: int):
         self._path = path
         self._partial = path.with_name(path.name + ".partial")
         self._about = path.with_name(path.name + ".partial.json")
@@ -230,7 +285,7 @@ class _Writer:
             self.count = self._open(json.loads(json.dumps(asked)))
         if jax.process_count() > 1:
             self.count = int(multihost_utils.broadcast_one_to_all(np.int32(self.count)))
-        self._skip = self.count % int(asked["num_samples"])
+        self._skip = self.count % per_prompt
 
     def _open(self, asked: dict[str, Any]) -> int:
         self._path.parent.mkdir(parents=True, exist_ok=True)

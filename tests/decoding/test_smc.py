@@ -306,3 +306,25 @@ def test_weights_that_are_no_numbers_count_as_dead(small, strings, value):
 def test_bad_settings_are_named(small, settings, message):
     with pytest.raises(ValueError, match=message):
         run(small, programs.Unconditioned(), runs=1, **settings)
+
+
+def test_eight_devices_give_the_particles_of_one(small):
+    """Prompts over the data axis, parameters on every device."""
+    model, params = small
+    prompts = np.repeat(PROMPTS[:1], 16, axis=0)
+    settings = {
+        "key": jax.random.key(5),
+        "num_particles": 4,
+        "expansion": 3,
+        "max_new_tokens": T,
+    }
+    program = programs.Potential(lambda tokens, length, done, prompt_id: 0.3 * length)
+    one = smc(model, params, prompts, program, **settings)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    placed = jax.device_put(prompts, rows)
+    eight = smc(model, jax.device_put(params, everywhere), placed, program, **settings)
+    np.testing.assert_array_equal(eight.tokens, one.tokens)
+    np.testing.assert_allclose(eight.log_weights, one.log_weights, rtol=1e-5, atol=1e-5)
+    assert len(eight.tokens.sharding.device_set) == 8

@@ -6,10 +6,12 @@ import json
 import re
 
 import jax
+import numpy as np
 import pytest
+import sacrebleu
 import tiny_run
 
-from jaxalign import models
+from jaxalign import decoding, models
 from jaxalign import vocabularies as vocabs
 from jaxalign.decoding import Sampling
 from jaxalign.pipelines import generation, inference
@@ -171,3 +173,80 @@ def test_constraints_hold_in_every_response(run):
 def test_a_constraint_that_no_response_can_meet_is_refused(run):
     with pytest.raises(ValueError, match="meets the constraint"):
         run("never.jsonl", regex="[0-9]{3}", include=["a"])
+
+
+def test_beams_equal_beam_search_on_arrays(run, policy):
+    _, output = run(
+        "beams.jsonl", num_beams=3, num_samples=2, temperature=1.0, slots=None
+    )
+    lines = [json.loads(line) for line in output.read_text().splitlines()]
+    ids = [*policy.vocabulary.encode(lines[20]["prompt"]), 1]
+    search = decoding.BeamSearch(3)
+    found = decoding.beam_search(
+        policy.model,
+        policy.params,
+        np.array([ids]),
+        max_new_tokens=5,
+        search=search,
+        num_return=2,
+    )
+    for n in range(2):
+        length = int(found.lengths[0, n])
+        tokens = found.tokens[0, n, :length].tolist()
+        assert lines[20 + n]["response"] == policy.vocabulary.decode(tokens)
+        assert lines[20 + n]["num_tokens"] == length
+        score = float(found.scores[0, n])
+        assert lines[20 + n]["score"] == pytest.approx(score, rel=1e-4)
+        assert lines[20 + n]["logp"] == pytest.approx(score * length, rel=1e-4)
+    # Scoring the same text gives the same log-probability.
+    pair = (lines[20]["prompt"], lines[20]["response"])
+    if found.tokens[0, 0, int(found.lengths[0, 0]) - 1] == 1:
+        logps, _ = inference.score_pairs(policy, [pair])
+        assert logps[0] == pytest.approx(lines[20]["logp"], abs=1e-3)
+
+
+def test_an_interrupted_search_gives_the_bytes_of_an_unbroken_one(run, monkeypatch):
+    settings = {"num_beams": 2, "num_samples": 2, "temperature": 1.0, "slots": None}
+    _, output = run("whole.jsonl", **settings)
+    with monkeypatch.context() as patch:
+        _interrupt(patch, after=13)
+        with pytest.raises(KeyboardInterrupt):
+            run("broken.jsonl", **settings)
+    _, resumed = run("broken.jsonl", **settings)
+    assert resumed.read_bytes() == output.read_bytes()
+
+
+def test_minimum_bayes_risk_keeps_one_sample_of_each_pool(run):
+    _, pools = run("pools.jsonl", num_samples=4)
+    count, output = run("chosen.jsonl", num_samples=4, mbr="chrf")
+    samples = [json.loads(line) for line in pools.read_text().splitlines()]
+    chosen = [json.loads(line) for line in output.read_text().splitlines()]
+    assert count == len(chosen) == 40
+    for i, line in enumerate(chosen):
+        pool = [s["response"] for s in samples[4 * i : 4 * i + 4]]
+        best = decoding.minimum_bayes_risk(
+            pool, lambda h, r: sacrebleu.sentence_chrf(h, [r]).score
+        )
+        assert line["response"] == pool[best] and line["utility"] >= 0
+
+
+def test_contrastive_search_writes_one_response(run):
+    settings = {"num_samples": 1, "temperature": 1.0, "slots": None, "top_k": 3}
+    count, output = run("contrastive.jsonl", contrastive_alpha=0.6, **settings)
+    assert count == 40 == output.read_text().count("\n")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_beams": 2, "contrastive_alpha": 0.5}, "two searches"),
+        ({"num_beams": 2, "temperature": 0.7}, "Beam search has no temperature"),
+        ({"num_samples": 1, "mbr": "chrf"}, "at least 2"),
+        ({"mbr": "chrff"}, "did you mean 'chrf'"),
+        ({"num_groups": 2}, "need num_beams"),
+    ],
+)
+def test_settings_that_would_not_count_are_refused(run, changes, message):
+    changes = {"slots": None, "temperature": 1.0, **changes}
+    with pytest.raises(ValueError, match=message):
+        run("refused.jsonl", **changes)

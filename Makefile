@@ -16,9 +16,8 @@ BIN := $(VENV)/bin
 # imported of it, which Python compiles at the first import.
 PIP_INSTALL = $(BIN)/python -m pip install --no-compile --disable-pip-version-check \
 	-c constraints.txt $(PIP_ARGS)
-# A file stays with one worker (of the equivalences, an objective): its fixtures and
-# compiled functions are made once. tests/conftest.py says what belongs together.
-PYTEST_WORKERS ?= -n auto --dist loadgroup
+# A file stays with one worker: its fixtures and compiled functions are made once.
+PYTEST_WORKERS ?= -n auto --dist loadfile
 INSTALL_INPUTS := setup.py pyproject.toml constraints.txt
 
 .PHONY: quickstart compare install test test-slow lint clean

@@ -39,35 +39,38 @@ def clear_gin():
 
 
 def _group(item: pytest.Item) -> str:
-    """What shares fixtures and compiled programs: a file, and in it an objective."""
+    """What shares compiled programs: a file; of the equivalences, an objective."""
     parameters = getattr(item, "callspec", None)
     found = {} if parameters is None else parameters.params
-    case = found.get("case") or found.get("t5_case")
+    case = found.get("case") or found.get("light_case")
     own = item.path.name == "test_equivalences.py" and case
     return f"{item.path}:{case[0]}" if own else str(item.path)
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
-def pytest_collection_modifyitems(
-    config: pytest.Config, items: list[pytest.Item]
-) -> None:
-    """Tests of a group follow each other, in one process."""
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of a group follow each other."""
     order: dict[str, int] = {}
     items.sort(key=lambda item: order.setdefault(_group(item), len(order)))
-    if not config.pluginmanager.hasplugin("xdist"):
-        return
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(_group(item)))
+
+
+def _mappings() -> int:
+    """Mappings of memory that this process has; 0 where the system does not tell."""
+    try:
+        with open("/proc/self/maps", "rb") as file:
+            return sum(1 for _ in file)
+    except OSError:
+        return 0
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
-    """Frees compiled programs after each group.
+    """Frees compiled programs before there are too many.
 
     A program is several mappings of memory, of which a process may have 65530; past
     them the compiler aborts, and takes the process with it.
     """
-    if nextitem is None or _group(nextitem) != _group(item):
-        if "jax" in sys.modules:
-            sys.modules["jax"].clear_caches()
-            gc.collect()
+    if nextitem is not None and _group(nextitem) == _group(item):
+        return
+    if "jax" in sys.modules and _mappings() > 20_000:
+        sys.modules["jax"].clear_caches()
+        gc.collect()

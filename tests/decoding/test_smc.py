@@ -123,7 +123,13 @@ class NoRepeats(programs.Program):
         return state, jnp.where(repeated, -jnp.inf, 0.0), False
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if i < 2 else pytest.mark.slow)
+        for i, name in enumerate(SETTINGS)
+    ],
+)
 def test_evidence_and_posterior_of_a_late_constraint(small, strings, name):
     allowed = np.array(
         [all(a != b for a, b in itertools.pairwise(s[:-1])) for s in strings.texts]
@@ -284,7 +290,9 @@ class Broken(programs.Program):
         return state, jnp.where(token == 2, self.value, 0.0), False
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize(
+    "value", [np.nan, pytest.param(np.inf, marks=pytest.mark.slow)]
+)
 def test_weights_that_are_no_numbers_count_as_dead(small, strings, value):
     found = run(small, Broken(jnp.float32(value)))
     fine = np.array([2 not in s for s in strings.texts])

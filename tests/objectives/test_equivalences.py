@@ -17,6 +17,39 @@ from jaxalign.training import mesh as meshes
 from jaxalign.training import step as steps
 
 
+def test_however_it_is_cut_at_once(light_case):
+    """Packed on one device; and unpacked, padded, in four microbatches, over eight
+    devices, with the reference in the step."""
+    case = light_case
+    whole = case.step(case.with_reference(make_batch(case.rows, 4)))
+    batch = with_empty_rows(make_batch(case.rows, 2))
+    mesh = meshes.make_mesh(data=2, fsdp=2, tensor=2)
+    axes = case.objective.logical_axes()
+    shardings = meshes.param_shardings(mesh, axes, case.params)
+    online = case.objective.uses_reference
+    cut = case.step(
+        meshes.put_batch(mesh, batch),
+        params=jax.device_put(case.params, shardings),
+        reference=case.reference if online else None,
+        num_microbatches=4,
+        reference_params=online,
+    )
+    assert_same_gradients(cut[0], whole[0])
+    assert_same_metrics(cut[1], whole[1])
+
+
+def with_empty_rows(batch):
+    """Each row followed by one that holds nothing."""
+    empty = {
+        k: np.full_like(v, -1 if k in ("response_kl_prompt", "prompt_id") else 0)
+        for k, v in batch.items()
+    }
+    return {
+        k: np.stack([v, empty[k]], 1).reshape(-1, *v.shape[1:])
+        for k, v in batch.items()
+    }
+
+
 def test_packed_equals_unpacked(case):
     packed = case.step(case.with_reference(make_batch(case.rows, 4)))
     loose = case.step(case.with_reference(make_batch(case.rows, 2)))
@@ -51,13 +84,13 @@ def test_eight_devices_equal_one(case):
     assert_eight_devices_equal_one(case, {"data": 2, "fsdp": 2, "tensor": 2})
 
 
-def test_eight_devices_along_the_data_equal_one(t5_case):
-    assert_eight_devices_equal_one(t5_case, {"data": 8})
+def test_eight_devices_along_the_data_equal_one(case):
+    assert_eight_devices_equal_one(case, {"data": 8})
 
 
 @pytest.mark.slow  # T5 without a compiler is slow
-def test_jit_equals_no_jit(t5_case):
-    assert_jit_equals_no_jit(t5_case)
+def test_jit_equals_no_jit(case):
+    assert_jit_equals_no_jit(case)
 
 
 @pytest.mark.parametrize("name", ["DPO", "DROV", "KTO"])
@@ -86,30 +119,22 @@ def test_reference_in_the_step_equals_cached_columns(case):
 
 
 def test_padding_rows_change_nothing(case):
+    # As many rows as the other tests have: one compiled step.
     batch = case.with_reference(make_batch(case.rows[:8], 2))
-    empty = {
-        k: np.full_like(v, -1 if k in ("response_kl_prompt", "prompt_id") else 0)
-        for k, v in batch.items()
-    }
-    # Interleaved, and as many rows as the other tests have: one compiled step.
-    both = {
-        k: np.stack([batch[k], empty[k]], 1).reshape(8, *batch[k].shape[1:])
-        for k in batch
-    }
     alone = case.step(batch)
-    padded = case.step(both)
+    padded = case.step(with_empty_rows(batch))
     assert_same_gradients(padded[0], alone[0])
     assert_same_metrics(padded[1], alone[1])
 
 
-def test_a_non_finite_gradient_changes_nothing_from_then_on(t5_case):
-    batch = t5_case.with_reference(make_batch(t5_case.rows, 2))
-    poisoned = {**t5_case.params}
-    poisoned["policy"] = jax.tree.map(lambda x: x * np.nan, t5_case.params["policy"])
-    state = t5_case.state(poisoned)
-    state, _ = t5_case.step_function()(state, batch, t5_case.key, None)
+def test_a_non_finite_gradient_changes_nothing_from_then_on(case):
+    batch = case.with_reference(make_batch(case.rows, 2))
+    poisoned = {**case.params}
+    poisoned["policy"] = jax.tree.map(lambda x: x * np.nan, case.params["policy"])
+    state = case.state(poisoned)
+    state, _ = case.step_function()(state, batch, case.key, None)
     assert not bool(state.finite) and int(state.step) == 0
-    healed = state.replace(params=t5_case.params)
-    after, _ = t5_case.step_function()(healed, batch, t5_case.key, None)
+    healed = state.replace(params=case.params)
+    after, _ = case.step_function()(healed, batch, case.key, None)
     assert int(after.step) == 0
-    jax.tree.map(np.testing.assert_array_equal, after.params, t5_case.params)
+    jax.tree.map(np.testing.assert_array_equal, after.params, case.params)

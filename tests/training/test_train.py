@@ -46,7 +46,7 @@ def metrics(folder) -> list[dict]:
 
 
 # By default one of each schema and kind; the slow tests take all.
-_FIRST = {"SFT", "DPO", "KTO", "DROV", "BCO", "RDPO"}
+_FIRST = {"SFT", "KTO", "DROV", "RDPO"}
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,11 @@ def _process(work, name, *kill) -> subprocess.CompletedProcess:
 # Between steps, while the checkpoint of step 4 is written, in the evaluation at step 3.
 @pytest.mark.parametrize(
     ("moment", "at", "checkpoint"),
-    [("step", "3", 2), ("write", "2", 2), ("evaluation", "1", 2)],
+    [
+        ("step", "3", 2),
+        pytest.param("write", "2", 2, marks=pytest.mark.slow),
+        pytest.param("evaluation", "1", 2, marks=pytest.mark.slow),
+    ],
 )
 def test_a_killed_run_ends_with_the_bits_of_an_unkilled_one(
     work, unbroken, moment, at, checkpoint

@@ -42,7 +42,7 @@ def _group(item: pytest.Item) -> str:
     """What shares compiled programs: a file; of the equivalences, an objective."""
     parameters = getattr(item, "callspec", None)
     found = {} if parameters is None else parameters.params
-    case = found.get("case") or found.get("light_case")
+    case = found.get("case")
     own = item.path.name == "test_equivalences.py" and case
     return f"{item.path}:{case[0]}" if own else str(item.path)
 

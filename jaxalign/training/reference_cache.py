@@ -43,6 +43,7 @@ def cache_key(
 ) -> dict[str, Any]:
     """Everything that reference log-probabilities depend on, by name."""
     key = {
+        "format": 2,  # what `write` lays down
         "data": [cache.fingerprint for cache in feed.caches],
         # Lengths, truncation, and which prompt each response is mismatched with.
         "plan": [plan.fingerprint for plan in feed.plans],

@@ -43,10 +43,14 @@ def run(policy, tmp_path, monkeypatch):
     prompts = tmp_path / "prompts.jsonl"
     rows = [{"prompt": f"say {'long ' * (i % 7)}{i}", "id": i} for i in range(40)]
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = [{"prompt": f"say {i}", "id": i} for i in range(40)]
+    short = tmp_path / "short.jsonl"  # of one padded length: one compilation
+    short.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def generate(name, **changes):
         output = tmp_path / name
-        arguments = SETTINGS | {"prompts": str(prompts), "output": str(output)}
+        of = short if changes.pop("short", False) else prompts
+        arguments = SETTINGS | {"prompts": str(of), "output": str(output)}
         return generation.generate(**(arguments | changes)), output
 
     return generate
@@ -161,11 +165,13 @@ def test_log_probabilities_equal_scoring(run, policy):
 
 
 def test_constraints_hold_in_every_response(run):
-    _, output = run("digits.jsonl", regex="(yes|no), [0-9]{1,3}!", max_new_tokens=10)
+    _, output = run(
+        "digits.jsonl", short=True, regex="(yes|no), [0-9]{1,3}!", max_new_tokens=10
+    )
     texts = [json.loads(line)["response"] for line in output.read_text().splitlines()]
     assert all(re.fullmatch(r"(yes|no), [0-9]{1,3}!", text) for text in texts)
     assert len(set(texts)) > 5
-    _, output = run("phrases.jsonl", include=["ab", "c"], max_new_tokens=8)
+    _, output = run("phrases.jsonl", short=True, include=["ab", "c"], max_new_tokens=8)
     texts = [json.loads(line)["response"] for line in output.read_text().splitlines()]
     assert all("ab" in text and "c" in text for text in texts)
 
@@ -177,7 +183,12 @@ def test_a_constraint_that_no_response_can_meet_is_refused(run):
 
 def test_beams_equal_beam_search_on_arrays(run, policy):
     _, output = run(
-        "beams.jsonl", num_beams=3, num_samples=2, temperature=1.0, slots=None
+        "beams.jsonl",
+        short=True,
+        num_beams=3,
+        num_samples=2,
+        temperature=1.0,
+        slots=None,
     )
     lines = [json.loads(line) for line in output.read_text().splitlines()]
     ids = [*policy.vocabulary.encode(lines[20]["prompt"]), 1]
@@ -207,6 +218,7 @@ def test_beams_equal_beam_search_on_arrays(run, policy):
 
 def test_an_interrupted_search_gives_the_bytes_of_an_unbroken_one(run, monkeypatch):
     settings = {"num_beams": 2, "num_samples": 2, "temperature": 1.0, "slots": None}
+    settings["short"] = True
     _, output = run("whole.jsonl", **settings)
     with monkeypatch.context() as patch:
         _interrupt(patch, after=13)
@@ -217,8 +229,8 @@ def test_an_interrupted_search_gives_the_bytes_of_an_unbroken_one(run, monkeypat
 
 
 def test_minimum_bayes_risk_keeps_one_sample_of_each_pool(run):
-    _, pools = run("pools.jsonl", num_samples=4)
-    count, output = run("chosen.jsonl", num_samples=4, mbr="chrf")
+    _, pools = run("pools.jsonl", short=True, num_samples=4)
+    count, output = run("chosen.jsonl", short=True, num_samples=4, mbr="chrf")
     samples = [json.loads(line) for line in pools.read_text().splitlines()]
     chosen = [json.loads(line) for line in output.read_text().splitlines()]
     assert count == len(chosen) == 40
@@ -232,7 +244,9 @@ def test_minimum_bayes_risk_keeps_one_sample_of_each_pool(run):
 
 def test_contrastive_search_writes_one_response(run):
     settings = {"num_samples": 1, "temperature": 1.0, "slots": None, "top_k": 3}
-    count, output = run("contrastive.jsonl", contrastive_alpha=0.6, **settings)
+    count, output = run(
+        "contrastive.jsonl", short=True, contrastive_alpha=0.6, **settings
+    )
     assert count == 40 == output.read_text().count("\n")
 
 

@@ -94,7 +94,9 @@ def command(folder, run_dir, *more):
     ]
 
 
-@pytest.mark.parametrize("reference", iteration.REFERENCES)
+@pytest.mark.parametrize(
+    "reference", ["refreshed", pytest.param("fixed", marks=pytest.mark.slow)]
+)
 def test_rounds_chain_and_hold_on_to_the_reference_asked_for(folder, reference, capsys):
     argv = command(folder, reference, f"--reference={reference}")
     assert cli.main(argv) == 0

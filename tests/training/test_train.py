@@ -45,8 +45,8 @@ def metrics(folder) -> list[dict]:
     ]
 
 
-# By default one of each schema and kind; the slow tests take all.
-_FIRST = {"SFT", "KTO", "DROV", "RDPO"}
+# The slow tests take all.
+_FIRST = {"SFT", "DROV"}
 
 
 @pytest.mark.parametrize(

@@ -105,7 +105,8 @@ def generate(
       batch_size: prompts decoded at a time; changes no sample.
       slots: samples of a prompt decoded at a time; default: all.
       seed: of the samples.
-      mesh: sizes ``{"data", "fsdp", "tensor"}`` as in training; None: one device.
+      mesh: sizes ``{"data", "fsdp", "tensor"}`` as in training; None: one device, or
+        all devices of a job of several processes, which must divide `batch_size`.
       field_map: our field names to the file's.
       on_bad_row: ``"error"`` or ``"skip"``.
 
@@ -116,6 +117,8 @@ def generate(
       ValueError: when an unfinished output was asked for with other settings.
     """
     settings = {k: v for k, v in locals().items() if k not in ("output", "prompts")}
+    if jax.process_count() > 1 and mesh is None:
+        mesh = {}  # every device of the job, along the prompts
     searches = num_beams > 1 or contrastive_alpha > 0
     searching.check(settings)
     metric = searching.text_metric(mbr) if mbr else None

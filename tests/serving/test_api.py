@@ -326,8 +326,9 @@ def test_the_queue_is_served_in_order_and_bounded(recorder):
     assert recorder.backend.begun == ["first"] * 4 + ["a", "b", "c"]
 
 
-def test_clients_that_leave_are_forgotten(recorder):
-    body = json.dumps({"model": "tiny", "prompt": "PROMPT"})
+@pytest.mark.parametrize("stream", [False, True])
+def test_clients_that_leave_are_forgotten(recorder, stream):
+    body = json.dumps({"model": "tiny", "prompt": "PROMPT", "stream": stream})
 
     def leave(prompt):
         raw = body.replace("PROMPT", prompt).encode()

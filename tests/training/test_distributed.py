@@ -155,6 +155,34 @@ def test_one_device_eight_devices_and_two_processes_agree_and_resume_each_other(
 
 
 @pytest.mark.slow
+def test_two_processes_generate_what_one_does(work):
+    done = launch(work, "sft", 1, 1, "--gin.TRAIN_STEPS=2", "--gin_file=runs/sft.gin")
+    assert done.returncode == 0, done.stdout[-3000:]
+    texts = {}
+    for n, devices in ((1, 1), (1, 4), (2, 2)):
+        output = work / f"generated_{n}_{devices}.jsonl"
+        command = [
+            *(sys.executable, str(LAUNCHER), "-n", str(n)),
+            *(f"--devices_per_process={devices}", "--"),
+            *(sys.executable, "-m", "jaxalign.cli", "generate"),
+            *(f"--checkpoint={work / 'sft'}", f"--prompts={work / 'data.jsonl'}"),
+            *(f"--output={output}", "--num_samples=2", "--max_new_tokens=6"),
+            "--batch_size=8",
+        ]
+        if n * devices > 1:
+            command.append("--gin.MESH={'data': -1}")
+        environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=500, env=environment
+        )
+        assert done.returncode == 0, done.stdout[-3000:]
+        lines = map(json.loads, output.read_text().splitlines())
+        texts[n, devices] = [line["response"] for line in lines]
+    assert len(texts[1, 1]) == 120
+    assert texts[1, 1] == texts[1, 4] == texts[2, 2]
+
+
+@pytest.mark.slow
 def test_a_missing_process_is_named_and_the_job_ends(work):
     address = f"127.0.0.1:{free_port()}"
     command = [

@@ -121,7 +121,7 @@ class State(NamedTuple):
     """The loop between two steps."""
 
     cursor: jax.Array  # scalar, steps so far
-    cache: Any  # [G, S, T, H, D] per layer
+    cache: Any  # [G, S, H, T, D] per layer
     groups: Groups
 
 

@@ -114,8 +114,10 @@ class Attention(nn.Module):
     ) -> jax.Array:
         """One query for each of ``N`` continuations: ``x [B, N, E]`` -> ``[B, N, E]``.
 
-        Keys and values are ``[B, Lk, H, D]``, shared by the N queries of a prompt and
-        never copied, or ``[B, N, T, H, D]``, each continuation's own. ``mask`` is bool
+        Keys and values are ``[B, H, Lk, D]``, shared by the N queries of a prompt and
+        never copied, or ``[B, N, H, T, D]``, each continuation's own. Heads come before
+        positions, so that a step reads them as they lie: with heads behind, CPUs copy
+        the whole cache into that order at every token. ``mask`` is bool
         ``[B, 1 or N, Lk]``, ``bias`` float32 ``[B or 1, N or 1, H, Lk]`` or None.
         """
         keys, values = key_values
@@ -123,20 +125,20 @@ class Attention(nn.Module):
         query = self.query(x)
         query = query.reshape(*x.shape[:-1], self.config.num_heads, -1)
         scores = jnp.einsum(
-            f"bnhd,b{own}khd->bnhk",
+            f"bnhd,b{own}hkd->bnhk",
             query,
             keys,
             preferred_element_type=jnp.float32,
         )
         weights = _softmax(scores, mask[:, :, None], bias)
         context = jnp.einsum(
-            f"bnhk,b{own}khd->bnhd", weights.astype(values.dtype), values
+            f"bnhk,b{own}hkd->bnhd", weights.astype(values.dtype), values
         )
         return self._join(context)
 
 
 def write_cache(cache: jax.Array, new: jax.Array, position: jax.Array) -> jax.Array:
-    """Writes ``new [B, N, H, D]`` into ``cache [B, N, T, H, D]`` at ``position``.
+    """Writes ``new [B, N, H, D]`` into ``cache [B, N, H, T, D]`` at ``position``.
 
     Args:
       cache: the keys or the values so far.
@@ -145,8 +147,10 @@ def write_cache(cache: jax.Array, new: jax.Array, position: jax.Array) -> jax.Ar
     """
     new = new.astype(cache.dtype)
     if position.ndim == 0:
-        return jax.lax.dynamic_update_slice_in_dim(cache, new[:, :, None], position, 2)
+        return jax.lax.dynamic_update_slice_in_dim(
+            cache, new[..., None, :], position, 3
+        )
     update = jax.vmap(
         jax.vmap(jax.lax.dynamic_update_index_in_dim, (0, 0, 0, None)), (0, 0, 0, None)
     )
-    return update(cache, new, position, 0)
+    return update(cache, new, position, 1)

@@ -71,8 +71,9 @@ class DecoderLayer(nn.Module):
         self.dropout = Dropout(cfg.dropout_rate)
 
     def cross_key_values(self, encoded: jax.Array) -> KeyValues:
-        """Keys and values ``[B, Le, H, D]`` of the encoder states ``[B, Le, E]``."""
-        return self.encoder_decoder_attention.key_values(encoded)
+        """Keys and values ``[B, H, Le, D]`` of the encoder states, for `step`."""
+        pair = self.encoder_decoder_attention.key_values(encoded)
+        return tuple(jnp.swapaxes(x, 1, 2) for x in pair)
 
     def __call__(
         self,
@@ -102,9 +103,9 @@ class DecoderLayer(nn.Module):
         # ... and a longer query axis here: cross-attention has no positions, so all
         # rows share one set of keys and values.
         h = self.pre_cross_attention_layer_norm(y).reshape(b, k * length, e)
-        h = self.encoder_decoder_attention.attend(
-            h, self.cross_key_values(encoded), cross_mask, None, deterministic
-        )
+        attention = self.encoder_decoder_attention
+        key_values = attention.key_values(encoded)
+        h = attention.attend(h, key_values, cross_mask, None, deterministic)
         y = y + self.dropout(h.reshape(y.shape), deterministic)
         h = self.mlp(self.pre_mlp_layer_norm(y), deterministic)
         y = y + self.dropout(h, deterministic)
@@ -124,8 +125,8 @@ class DecoderLayer(nn.Module):
 
         Args:
           y: ``[B, N, E]``.
-          cache: own keys and values ``[B, N, T, H, D]``.
-          cross_kv: the prompt's keys and values ``[B, Le, H, D]``.
+          cache: own keys and values ``[B, N, H, T, D]``.
+          cross_kv: the prompt's keys and values ``[B, H, Le, D]``.
           position: scalar or ``[B, N]``.
           self_mask: bool ``[B or 1, N or 1, T]``.
           cross_mask: bool ``[B, 1, Le]``.
@@ -310,7 +311,7 @@ class Decoder(nn.Module):
     ) -> tuple[jax.Array, Any]:
         """States ``[B, N, E]`` of the tokens at ``position`` and the new cache."""
         cfg = self.config
-        length = jax.tree.leaves(cache)[0].shape[3 if cfg.scan_layers else 2]
+        length = jax.tree.leaves(cache)[0].shape[-2]
         if cursor is None:
             # [T] for a scalar position, [B, N, T] for one per continuation.
             self_mask = jnp.arange(length) <= position[..., None]

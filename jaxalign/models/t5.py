@@ -156,8 +156,8 @@ class T5(nn.Module):
           encoded: ``[B, Le, E]``.
 
         Returns:
-          A tuple over layers of ``(keys, values)``, each ``[B, Le, H, D]``. With
-          ``scan_layers`` one such pair, stacked: ``[B, layers, Le, H, D]``.
+          A tuple over layers of ``(keys, values)``, each ``[B, H, Le, D]``. With
+          ``scan_layers`` one such pair, stacked: ``[B, layers, H, Le, D]``.
         """
         return self.decoder.cross_key_values(encoded)
 
@@ -173,11 +173,11 @@ class T5(nn.Module):
           length: tokens ``T`` it can hold.
 
         Returns:
-          A tuple over layers of ``(keys, values)``, each ``[B, N, T, H, D]``. With
-          ``scan_layers`` one such pair, stacked: ``[B, N, layers, T, H, D]``.
+          A tuple over layers of ``(keys, values)``, each ``[B, N, H, T, D]``. With
+          ``scan_layers`` one such pair, stacked: ``[B, N, layers, H, T, D]``.
         """
         cfg = self.config
-        shape = [batch, n, length, cfg.num_heads, cfg.head_dim]
+        shape = [batch, n, cfg.num_heads, length, cfg.head_dim]
         if cfg.scan_layers:
             shape.insert(CACHE_SCAN_AXIS, cfg.num_decoder_layers)
 

@@ -38,6 +38,9 @@ def clear_gin():
         sys.modules["gin"].clear_config()
 
 
+_LONG = ("test_train.py", "test_equivalences.py", "test_cli.py", "test_generation.py")
+
+
 def _group(item: pytest.Item) -> str:
     """What shares compiled programs: a file; of the equivalences, an objective."""
     parameters = getattr(item, "callspec", None)
@@ -48,9 +51,17 @@ def _group(item: pytest.Item) -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of a group follow each other."""
+    """Tests of a group follow each other, the files that take longest first.
+
+    A long file that came last would leave the other processes without work.
+    """
     order: dict[str, int] = {}
-    items.sort(key=lambda item: order.setdefault(_group(item), len(order)))
+
+    def place(item: pytest.Item) -> tuple[bool, int]:
+        group = _group(item)
+        return item.path.name not in _LONG, order.setdefault(group, len(order))
+
+    items.sort(key=place)
 
 
 def _mappings() -> int:

@@ -171,9 +171,8 @@ def test_pair_objective_reaches_its_optimum(name):
     assert start.min() > 0.1
 
 
-@pytest.mark.parametrize(
-    "behaviour", [pytest.param("skewed", marks=pytest.mark.slow), "uniform"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("behaviour", ["skewed", "uniform"])
 def test_dro_v_reaches_its_optimum_whoever_wrote_the_responses(behaviour):
     tau = 0.5
     # Not the reference itself: it writes some responses once in ten thousand times, and

@@ -80,5 +80,6 @@ def test_a_run_writes_what_was_told(tmp_path, monkeypatch):
     always = symptoms.Symptom("always", lambda first, now: "loss" in now, "Lower it.")
     monkeypatch.setattr(symptoms.Watch.__init__, "__defaults__", ((always,),))
     data = tiny_run.write_data(tmp_path / "data.jsonl")
-    train(tiny_run.make_run(tmp_path / "run", data, tmp_path))
+    run = tiny_run.make_run(tmp_path / "run", data, tmp_path, "SFT", train_steps=2)
+    train(run)
     assert run_directory.read_manifest(tmp_path / "run")["warnings"] == ["always"]

@@ -46,7 +46,7 @@ def metrics(folder) -> list[dict]:
 
 
 # The slow tests take all.
-_FIRST = {"SFT", "DROV"}
+_FIRST = {"SFT"}
 
 
 @pytest.mark.parametrize(

@@ -202,7 +202,9 @@ def _generate(argv: list[str]) -> int:
     parser.add_argument("--contrastive_alpha", type=float, help="contrastive search")
     parser.add_argument("--mbr", help="chrf, bleu or module:function; of each pool one")
     parser.add_argument("--min_new_tokens", type=int)
+    _distributed_flags(parser)
     args = _arguments(parser, argv, "runs/generate.gin")
+    _join(args)
     lines = _call(generation.generate, args, ("checkpoint", "prompts", "output"))
     print(f"{lines} responses written to {args.output}")
     return 0

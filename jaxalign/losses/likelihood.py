@@ -5,15 +5,16 @@ from __future__ import annotations
 import chex
 import jax
 import jax.numpy as jnp
-import optax
 
 __all__ = ["cross_entropy"]
 
 
 def cross_entropy(
-    logits: jax.Array,
-    targets: jax.Array,
+    target_logits: jax.Array,
+    log_z: jax.Array,
     *,
+    mean_logits: jax.Array | None = None,
+    vocab_size: int | None = None,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     where: jax.Array | None = None,
@@ -23,13 +24,17 @@ def cross_entropy(
     With ``q`` putting ``1 - eps`` on the target and ``eps / (V - 1)`` on every other
     token::
 
-        loss = -sum_v q_v log p_v - H(q) + z_loss * (logsumexp logits)^2
+        loss = -sum_v q_v log p_v - H(q) + z_loss * log_z^2
 
-    The entropy ``H(q)`` is a constant that makes the best loss zero, as T5X does.
+    The entropy ``H(q)`` is a constant that makes the best loss zero, as T5X does. The
+    three numbers of a token that this takes come from
+    ``jaxalign.models.head_outputs``, which keeps no logits.
 
     Args:
-      logits: ``[..., V]``.
-      targets: ``[...]`` token ids.
+      target_logits: ``[...]`` the target's logit.
+      log_z: ``[...]`` ``logsumexp`` of the logits.
+      mean_logits: ``[...]`` mean of the logits; needed where ``label_smoothing > 0``.
+      vocab_size: ``V``; needed where ``label_smoothing > 0``.
       label_smoothing: ``eps`` in ``[0, 1)``.
       z_loss: weight of the penalty that keeps the log-normaliser near zero.
       where: mask ``[...]``.
@@ -37,17 +42,22 @@ def cross_entropy(
     Returns:
       One float32 loss per token, in nats.
 
-    >>> cross_entropy(jnp.zeros((1, 4)), jnp.array([2]))
+    Raises:
+      ValueError: label smoothing without what it needs.
+
+    >>> cross_entropy(jnp.zeros(1), jnp.log(jnp.array([4.0])))
     Array([1.3862944], dtype=float32)
     """
-    chex.assert_rank(targets, logits.ndim - 1)
-    logits = logits.astype(jnp.float32)
-    size = logits.shape[-1]
-    log_z = jax.nn.logsumexp(logits, axis=-1)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    chex.assert_equal_shape([target_logits, log_z])
+    log_z = log_z.astype(jnp.float32)
+    losses = log_z - target_logits.astype(jnp.float32)
     if label_smoothing:
-        on, off = 1.0 - label_smoothing, label_smoothing / (size - 1)
-        uniform = size * log_z - jnp.sum(logits, axis=-1)
+        if mean_logits is None or vocab_size is None:
+            raise ValueError(
+                f"label_smoothing={label_smoothing} needs mean_logits and vocab_size."
+            )
+        on, off = 1.0 - label_smoothing, label_smoothing / (vocab_size - 1)
+        uniform = vocab_size * (log_z - mean_logits.astype(jnp.float32))
         entropy = -on * jnp.log(on) - label_smoothing * jnp.log(off)
         losses = (on - off) * losses + off * uniform - entropy
     if z_loss:

@@ -8,18 +8,28 @@ from jaxalign.models.heads import (
     ValueHead,
     ValueModel,
 )
-from jaxalign.models.scoring import response_logps, target_logps, token_logps
+from jaxalign.models.scoring import (
+    final_states,
+    response_logps,
+    target_logps,
+    token_logps,
+)
 from jaxalign.models.t5 import T5, init_params, logical_axes
+from jaxalign.models.vocabulary import HeadOutputs, head_outputs, mean_logits
 
 __all__ = [
+    "HeadOutputs",
     "RewardModel",
     "T5",
     "T5Config",
     "TokenValueModel",
     "ValueHead",
     "ValueModel",
+    "final_states",
+    "head_outputs",
     "init_params",
     "logical_axes",
+    "mean_logits",
     "response_logps",
     "stack_layers",
     "target_logps",

@@ -31,6 +31,30 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return nn.with_logical_constraint(x, axes)
 
 
+@jax.custom_vjp
+def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """``x [..., E] @ kernel [E, F]``, whose gradients need no transposed copies.
+
+    JAX's own rule for the kernel's gradient contracts ``dy`` with ``x`` and transposes
+    the result; CPUs then write the elementwise work before ``dy`` a second time, column
+    by column.
+    """
+    return jnp.dot(x, kernel)
+
+
+def _matmul_forward(x, kernel):
+    return jnp.dot(x, kernel), (x, kernel)
+
+
+def _matmul_backward(residuals, dy):
+    x, kernel = residuals
+    dx = jnp.einsum("...f,ef->...e", dy, kernel)
+    return dx, jnp.einsum("...e,...f->ef", x, dy)
+
+
+matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
 class Dense(nn.Module):
     """``x @ kernel`` without bias, computed in ``dtype``."""
 
@@ -47,7 +71,7 @@ class Dense(nn.Module):
             (x.shape[-1], self.features),
             jnp.float32,
         )
-        return jnp.dot(x.astype(self.dtype), kernel.astype(self.dtype))
+        return matmul(x.astype(self.dtype), kernel.astype(self.dtype))
 
 
 class RMSNorm(nn.Module):

@@ -22,8 +22,9 @@ import numpy as np
 from jaxalign.batch import FIELDS, Batch, prompt_of_tokens
 from jaxalign.models.config import T5Config
 from jaxalign.models.conversion import unstack_layers
-from jaxalign.models.layers import Embed, constrain
+from jaxalign.models.layers import Embed
 from jaxalign.models.stacks import CACHE_SCAN_AXIS, Decoder, Encoder
+from jaxalign.models.vocabulary import project
 
 Params = dict[str, Any]
 
@@ -114,7 +115,7 @@ class T5(nn.Module):
         """The two factors of the logits: states ``[..., E]`` and kernel ``[E, V]``.
 
         The kernel is float32; multiply in the dtype of the states and accumulate in
-        float32, as ``jaxalign.models.scoring.project`` does.
+        float32, as ``jaxalign.models.vocabulary.project`` does.
         """
         if self.config.logits_via_embedding:
             # T5 1.0 was trained in Mesh TensorFlow with this factor on the states.
@@ -249,20 +250,6 @@ class T5(nn.Module):
             encoder_mask,
             cursor,
         )
-
-
-def project(states: jax.Array, kernel: jax.Array) -> jax.Array:
-    """``states [..., E] @ kernel [E, V]`` accumulated and returned in float32."""
-    logits = jnp.einsum(
-        "...e,ev->...v",
-        states,
-        kernel.astype(states.dtype),
-        preferred_element_type=jnp.float32,
-    )
-    middle = ["length"] if logits.ndim > 2 else []
-    return constrain(
-        logits, "batch", *[None] * (logits.ndim - 2 - len(middle)), *middle, "vocab"
-    )
 
 
 def _example() -> dict[str, np.ndarray]:

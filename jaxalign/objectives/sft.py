@@ -8,7 +8,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from jaxalign import losses
+from jaxalign import losses, models
 from jaxalign.batch import Batch
 from jaxalign.objectives.base import LossOutput, Objective, Params, Statistics
 from jaxalign.objectives.metrics import Mean, Metrics
@@ -48,23 +48,28 @@ class SFT(Objective):
         statistics: Statistics,
         dropout_key: jax.Array | None = None,
     ) -> LossOutput:
-        drop = self.dropout and dropout_key is not None
-        logits = self.model.apply(
-            {"params": params["policy"]},
+        config = self.model.config
+        states, kernel, _ = models.final_states(
+            self.model,
+            params["policy"],
             batch,
-            deterministic=not drop,
-            rngs={"dropout": dropout_key} if drop else {},
+            deterministic=not self.dropout or dropout_key is None,
+            dropout_key=dropout_key,
         )
         targets, weights = batch["decoder_target_tokens"], self.token_weights(batch)
+        out = models.head_outputs(states, kernel, targets, chunk=config.logits_chunk)
+        smoothing = {}
+        if self.label_smoothing:
+            smoothing = {
+                "mean_logits": models.mean_logits(states, kernel),
+                "vocab_size": kernel.shape[-1],
+                "label_smoothing": self.label_smoothing,
+            }
         losses_ = losses.cross_entropy(
-            logits,
-            targets,
-            label_smoothing=self.label_smoothing,
-            z_loss=self.z_loss,
-            where=weights,
+            out.target_logits, out.log_z, z_loss=self.z_loss, where=weights, **smoothing
         )
-        nll = losses.cross_entropy(jax.lax.stop_gradient(logits), targets)
-        correct = jnp.argmax(logits, axis=-1) == targets
+        nll = jax.lax.stop_gradient(-out.logps)
+        correct = out.target_logits >= out.max_logits
         return LossOutput(
             {self.denominator: jnp.sum(losses_ * weights)},
             {

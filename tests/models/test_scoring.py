@@ -1,4 +1,4 @@
-"""The vocabulary head: log-probabilities against float64, whole and in chunks."""
+"""The vocabulary head against float64 and JAX's own gradient, whole and in chunks."""
 
 import jax
 import jax.numpy as jnp
@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from scipy import special
 
+from jaxalign import models
 from jaxalign.models import target_logps
 
 
@@ -45,3 +46,46 @@ def test_chunks_change_nothing(arrays, chunk):
 def test_large_logits_stay_finite():
     logps = target_logps(jnp.array([[1e4]]), jnp.array([[1.0, -1.0]]), jnp.array([1]))
     np.testing.assert_array_equal(logps, [-2e4])
+
+
+@pytest.mark.parametrize("chunk", [0, 3])
+def test_gradients_are_those_of_the_logits(arrays, chunk):
+    states, kernel, targets = arrays
+    weights = np.random.default_rng(1).normal(size=(2, *targets.shape))
+
+    def written(states, kernel):
+        out = models.head_outputs(states, kernel, targets, chunk=chunk)
+        return jnp.sum(weights[0] * out.target_logits + weights[1] * out.log_z)
+
+    def plain(states, kernel):
+        logits = states @ kernel
+        chosen = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
+        log_z = jax.nn.logsumexp(logits, axis=-1)
+        return jnp.sum(weights[0] * chosen + weights[1] * log_z)
+
+    got = jax.grad(written, argnums=(0, 1))(states, kernel)
+    want = jax.grad(plain, argnums=(0, 1))(states, kernel)
+    for g, w in zip(got, want, strict=True):
+        np.testing.assert_allclose(g, w, rtol=1e-4, atol=1e-5)
+
+
+def test_bfloat16_gradients_keep_their_types(arrays):
+    states, kernel, targets = arrays
+
+    def loss(states, kernel):
+        return models.head_outputs(states, kernel, targets).logps.sum()
+
+    half = jnp.asarray(states, jnp.bfloat16)
+    of_states, of_kernel = jax.grad(loss, argnums=(0, 1))(half, kernel)
+    assert (of_states.dtype, of_kernel.dtype) == (jnp.bfloat16, jnp.float32)
+    want = jax.grad(loss, argnums=1)(states, kernel)
+    np.testing.assert_allclose(of_kernel, want, rtol=0.05, atol=0.05)
+
+
+def test_largest_and_mean_logits(arrays):
+    states, kernel, targets = arrays
+    logits = states.astype(np.float64) @ kernel
+    out = models.head_outputs(states, kernel, targets, chunk=3)
+    np.testing.assert_allclose(out.max_logits, logits.max(-1), rtol=1e-5)
+    mean = models.mean_logits(jnp.asarray(states), jnp.asarray(kernel))
+    np.testing.assert_allclose(mean, logits.mean(-1), atol=1e-5)

@@ -4,6 +4,7 @@
 #   make test          install into .venv with the test extra, then run the tests
 #   make test-slow     the slow tests too (light environment, kills, longer runs)
 #   make compare       every objective on embedded data, three seeds (hours on 2 cores)
+#   make bench         steps beside their peers (BENCH_PEERS, T5X_SRC, BENCH_DATA)
 #   make lint          ruff
 #   make clean         remove .venv, runs/ and caches
 #
@@ -21,7 +22,7 @@ PIP_INSTALL = $(BIN)/python -m pip install --no-compile --disable-pip-version-ch
 PYTEST_WORKERS ?= -n auto --dist loadfile --no-loadscope-reorder
 INSTALL_INPUTS := setup.py pyproject.toml constraints.txt
 
-.PHONY: quickstart compare install test test-slow lint clean
+.PHONY: quickstart compare bench install test test-slow lint clean
 
 quickstart: install
 	$(BIN)/jaxalign quickstart
@@ -29,6 +30,9 @@ quickstart: install
 compare: install
 	$(PIP_INSTALL) -e ".[plots]"
 	$(BIN)/jaxalign compare
+
+bench: $(VENV)/.installed-test
+	$(BIN)/jaxalign bench $(BENCH_ARGS)
 
 install: $(VENV)/.installed
 

@@ -29,6 +29,7 @@ jaxalign VERB [--gin_file=FILE ...] [--gin.NAME=VALUE ...] [flags]
   data         check and prepare: --gin_file=runs/dpo.gin --gin.DATA="'my.jsonl'"
   tasks        list the registered data sets and the gin files
   plan         what a run needs of a pod, without the pod: --topology=v5e:4x4
+  bench        how fast steps are on this machine, beside peers and its limit
   report       one HTML page about runs: RUN_DIR...
   iterate      rounds of sampling, judging and training: --prompts=FILE --judge=...
   compare      every objective on embedded data at equal compute
@@ -159,6 +160,12 @@ def _train(argv: list[str]) -> int:
         action="store_true",
         help="print the resolved configuration, parameters, batch and memory; stop",
     )
+    parser.add_argument(
+        "--profile_steps",
+        type=_two_steps,
+        metavar="FIRST,LAST",
+        help="trace these steps for xprof, and for `jaxalign report`",
+    )
     _distributed_flags(parser)
     flags = configs.parse_flags(argv)
     args = parser.parse_args(flags.rest)
@@ -175,8 +182,16 @@ def _train(argv: list[str]) -> int:
         print(config)
         print(dry_run.describe(run))
         return 0
-    train.train(dataclasses.replace(run, start_timeout=timeout), config)
+    run = dataclasses.replace(
+        run, start_timeout=timeout, profile_steps=args.profile_steps
+    )
+    train.train(run, config)
     return 0
+
+
+def _two_steps(text: str) -> tuple[int, int]:
+    first, _, last = text.partition(",")
+    return int(first), int(last or first)
 
 
 def _generate(argv: list[str]) -> int:
@@ -392,6 +407,39 @@ def _tasks(argv: list[str]) -> int:
     return 0
 
 
+def _bench(argv: list[str]) -> int:
+    from jaxalign.benchmarking import suite
+
+    parser = _parser("bench", "Time steps on this machine; see docs/performance.md.")
+    parser.add_argument(
+        "--cases",
+        type=lambda text: tuple(text.split(",")),
+        default=(),
+        help="comma-separated; default: those with targets",
+    )
+    parser.add_argument("--all", action="store_true", help="cases without targets too")
+    parser.add_argument("--steps", type=int, default=6, help="timed in each round")
+    parser.add_argument("--rounds", type=int, default=2, help="of case and peer")
+    parser.add_argument("--output", default="benchmarks/results.json")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="compare with --output instead of writing it; status 1 if slower",
+    )
+    args = parser.parse_args(argv)
+    found = suite.run(
+        args.cases,
+        everything=args.all,
+        steps=args.steps,
+        rounds=args.rounds,
+        output=args.output,
+        check=args.check,
+    )
+    for line in found:
+        print(f"slower: {line}", file=sys.stderr)
+    return 1 if found else 0
+
+
 def _report(argv: list[str]) -> int:
     from jaxalign import report
 
@@ -497,6 +545,7 @@ _VERBS: dict[str, Callable[[list[str]], int]] = {
     "data": _data,
     "plan": _plan,
     "tasks": _tasks,
+    "bench": _bench,
     "report": _report,
     "iterate": _iterate,
     "compare": _compare,

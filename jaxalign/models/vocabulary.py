@@ -92,6 +92,7 @@ def _head(states, kernel, targets, chunk):
     return _forward(states, kernel, targets, chunk)[0]
 
 
+@jax.named_scope("vocabulary")
 def _forward(states, kernel, targets, chunk):
     if chunk:
         # Chunks of the length axis, not of the flattened tokens: the batch axis keeps
@@ -109,6 +110,7 @@ def _forward(states, kernel, targets, chunk):
     return out, (states, kernel, targets, logits, out[1])
 
 
+@jax.named_scope("vocabulary")
 def _backward(chunk: int, residuals: Any, cotangents: Any) -> Any:
     states, kernel, targets, logits, log_z = residuals
     of_target, of_log_z, _ = cotangents

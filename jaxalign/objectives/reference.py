@@ -10,6 +10,7 @@ from jaxalign import models
 from jaxalign.batch import Batch
 
 
+@jax.named_scope("reference")
 def reference_columns(
     model: models.T5, params: Any, batch: Batch, *, mismatched: bool = False
 ) -> dict[str, jax.Array]:

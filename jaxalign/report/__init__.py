@@ -12,7 +12,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from jaxalign.report import curves, sections, style
+from jaxalign.report import curves, profile, sections, style
 from jaxalign.report import runs as run_files
 from jaxalign.training.run_directory import write_atomically
 
@@ -78,6 +78,9 @@ def _page(title: str, runs: list[run_files.Run], tables: list) -> str:
     last = curves.last_values(runs)
     if last:
         parts += ["<h2>Last values</h2>", last]
+    where = profile.section(runs)
+    if where:
+        parts += ["<h2>Where a step's time goes</h2>", where]
     parts += ["<h2>Samples</h2>", sections.samples(runs)]
     parts += ["<h2>Settings</h2>", sections.runs_table(runs), sections.configs(runs)]
     # The policy forbids every request, so that the page cannot depend on a network.

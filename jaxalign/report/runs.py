@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from jaxalign.training.metric_writers import CALIBRATION_FILE, read_metrics
+from jaxalign.training.profiling import BREAKDOWN
 
 _MARKS = ("metrics.jsonl", "config.gin", "manifest.json")
 
@@ -32,6 +33,7 @@ class Run:
       samples: of the last step that has any.
       samples_step: that step.
       calibration: bins ``(value, reward, count)`` of the value network.
+      profile: where the time of a step went, if steps were traced.
       missing: sentences for the reader.
     """
 
@@ -48,6 +50,7 @@ class Run:
     calibration: list[tuple[float, float, float]] = dataclasses.field(
         default_factory=list
     )
+    profile: dict[str, Any] = dataclasses.field(default_factory=dict)
     missing: list[str] = dataclasses.field(default_factory=list)
 
 
@@ -94,6 +97,7 @@ def load(paths: Sequence[Path]) -> list[Run]:
             run.missing.append("no config.gin")
         _load_samples(run)
         _load_calibration(run)
+        run.profile = _load_json(run, BREAKDOWN, required=False) or {}
         runs.append(run)
     return runs
 

@@ -89,6 +89,8 @@ path.ideal,line.ideal{stroke:var(--soft);stroke-dasharray:3 3}
  border:1px solid var(--rule);border-radius:8px;padding:6px 9px;font-size:12px;
  line-height:1.45;z-index:3;white-space:nowrap;box-shadow:0 4px 14px #0003}
 .tip b{font-variant-numeric:tabular-nums}
+.parts{display:flex;height:22px;gap:2px;margin:6px 0 8px;max-width:900px}
+.parts i{background:var(--c);border-radius:3px;min-width:1px}
 details{margin:10px 0}summary{cursor:pointer;padding:4px 0}
 details.more{margin-top:26px}details.more>summary{font-weight:600}
 article{background:var(--panel);border-radius:10px;padding:14px;margin:14px 0}

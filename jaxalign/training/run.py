@@ -61,6 +61,7 @@ class Run:
       use_wandb: also log to Weights & Biases.
       start_timeout: seconds that the processes of a job wait for each other before the
         first step.
+      profile_steps: first and last step to trace; see `jaxalign.training.profiling`.
     """
 
     model: models.T5
@@ -87,6 +88,7 @@ class Run:
     sampler: sampling.Sampler | None = None
     use_wandb: bool = False
     start_timeout: int = 1800
+    profile_steps: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         if self.reference not in REFERENCES:

@@ -212,28 +212,31 @@ def make_train_step(
                 accumulate, zeros, (jnp.arange(num_microbatches), pieces)
             )
         loss = sum(sums[name] / denominators[name] for name in sorted(sums))
-        norms = gradient_norms(grads)
-        finite = state.finite & jnp.isfinite(loss) & jnp.isfinite(norms["grad_norm"])
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        with jax.named_scope("optimizer"):
+            norms = gradient_norms(grads)
+            finite = jnp.isfinite(loss) & jnp.isfinite(norms["grad_norm"])
+            finite &= state.finite
+            updates, opt_state = tx.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
         carried = {}
         if objective.running:
             carried["running"] = {name: statistics[name] for name in objective.running}
         if moving_reference:
             moved = moving_reference.update(reference, params["policy"], state.step + 1)
             carried["reference"] = {"policy": moved}
-        # A select, not a branch: it fuses with the update.
-        params, opt_state, carried = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old),
-            (params, opt_state, carried),
-            (state.params, state.opt_state, state.carried),
-        )
+        with jax.named_scope("optimizer"):
+            # A select, not a branch: it fuses with the update.
+            params, opt_state, carried = jax.tree.map(
+                lambda new, old: jnp.where(finite, new, old),
+                (params, opt_state, carried),
+                (state.params, state.opt_state, state.carried),
+            )
+            norms["update_norm"] = optax.tree.norm(updates)
+            norms["param_norm"] = optax.tree.norm(params)
         one = jnp.ones(())
         metrics = dict(metrics)
         metrics["objective"] = Mean(loss, one)
         metrics |= {name: Mean(norm, one) for name, norm in norms.items()}
-        metrics["update_norm"] = Mean(optax.tree.norm(updates), one)
-        metrics["param_norm"] = Mean(optax.tree.norm(params), one)
         counts = batches.denominators(batch)
         for name in ("tokens", "responses", "pairs"):
             metrics[f"batch/{name}"] = Mean(counts[name], one)

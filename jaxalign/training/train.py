@@ -17,6 +17,7 @@ from jaxalign.training import checkpoints as ckpt
 from jaxalign.training import (
     distributed,
     optimizers,
+    profiling,
     reference_cache,
     run_directory,
     symptoms,
@@ -148,6 +149,7 @@ def train(run: Run, config_text: str = "") -> dict[str, float]:
     writer = MetricWriter(run_dir, use_wandb=run.use_wandb, enabled=main_process)
     writer.resume_at(int(state.step))
     stop = distributed.StopOnSigterm()
+    profile = profiling.Profile(run_dir, run.profile_steps, enabled=main_process)
 
     def save(state: steps.TrainState) -> None:
         fingerprints = {
@@ -178,10 +180,15 @@ def train(run: Run, config_text: str = "") -> dict[str, float]:
     with stop, progress, writer:
         batches = feed.iterate(first, rows=rows)
         for step in range(first, run.train_steps):
-            batch = meshes.put_batch(ready.mesh, next(batches), dataset.batch_size)
-            state, metrics = train_step(state, batch, key, frozen)
-            window.append(metrics)
             done = step + 1
+            profile.before(done, state)
+            with profile.input():
+                rows_of_step = next(batches)
+                batch = meshes.put_batch(ready.mesh, rows_of_step, dataset.batch_size)
+            train_step = profile.compiled(train_step, state, batch, key, frozen)
+            state, metrics = train_step(state, batch, key, frozen)
+            profile.after(done, state)
+            window.append(metrics)
             last = done == run.train_steps
             # Read once: a signal that comes later in this step stops the next one.
             told_to_stop = stop.after(done)

@@ -1,0 +1,198 @@
+"""One measurement in a process of its own: ``python -m jaxalign.benchmarking.worker``.
+
+Reads a JSON object from standard input and prints one as its last line. A process per
+measurement, so that memory is that measurement's alone and nothing compiled before it
+helps.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxalign import configs
+from jaxalign.batch import REFERENCE_FIELDS
+from jaxalign.benchmarking import synthetic
+from jaxalign.planning import flops, programs
+from jaxalign.training import inputs
+from jaxalign.training import mesh as meshes
+from jaxalign.training import run as runs
+
+# A step of synthetic tokens needs neither text nor vocabulary.
+NO_DATA = ["VOCABULARY = None", "MIXTURE_OR_TASK_NAME = None", "DATA = 'synthetic'"]
+
+
+def matmul_ceiling(dtype: str, size: int = 2048, repeats: int = 7) -> float:
+    """The FLOP/s of one square matrix product on this machine, the best of a few."""
+    x = jnp.ones((size, size), dtype)
+    product = jax.jit(jnp.matmul)
+    jax.block_until_ready(product(x, x))
+    best = min(_timed(lambda: product(x, x)) for _ in range(repeats))
+    return 2 * size**3 / best
+
+
+def _timed(function: Any) -> float:
+    start = time.perf_counter()
+    jax.block_until_ready(function())
+    return time.perf_counter() - start
+
+
+def configured_run(
+    gin_files: list[str], bindings: list[str], synthetic_data: bool
+) -> runs.Run:
+    """The run of some gin files, with or without its data."""
+    configs.parse(gin_files, [*bindings, *(NO_DATA if synthetic_data else [])])
+    return configs.configured(runs.Run)()
+
+
+def model_flops(ready: runs.Setup, arguments: tuple[Any, ...]) -> int:
+    """Matrix operations of a step without what memory savings compute again."""
+    config = dataclasses.replace(
+        ready.objective.model.config, logits_chunk=0, remat_policy="none"
+    )
+    model = ready.objective.model.clone(config=config)
+    plain = dataclasses.replace(
+        ready, objective=dataclasses.replace(ready.objective, model=model)
+    )
+    return flops.matmul_flops(plain.train_step(), *arguments)
+
+
+def train_step(
+    gin_files: list[str],
+    bindings: list[str],
+    *,
+    steps: int = 6,
+    data: bool = False,
+) -> dict[str, Any]:
+    """Times the training step of a run.
+
+    Args:
+      gin_files: of the run.
+      bindings: of the run.
+      steps: timed; two more come first.
+      data: whether the batches are the run's data, each with its transfer to the
+        device; else one batch of random tokens without padding, on the device already.
+
+    Returns:
+      Seconds of each step, and what `jaxalign.benchmarking.cases` makes of them.
+    """
+    run = configured_run(gin_files, bindings, not data)
+    mesh = meshes.make_mesh(**(run.mesh or {}))
+    ready = runs.setup(run) if data else programs.abstract_setup(run, mesh)
+    key = jax.random.key(0)
+    state = ready.init_state(key)
+    frozen = None
+    if ready.online_reference:
+        frozen = jax.tree.map(jnp.copy, state.params["policy"])
+
+    def placed(batch: dict[str, np.ndarray]) -> Any:
+        return meshes.put_batch(mesh, batch, run.dataset.batch_size)
+
+    batches: Iterator[dict[str, np.ndarray]]
+    if data:
+        batches = _with_reference(ready, ready.inputs.train.iterate(0))
+    else:
+        batches = itertools.repeat(synthetic.batch(run, ready.objective))
+    first = placed(next(batches))
+    arguments = (state, first, key, frozen)
+    start = time.perf_counter()
+    compiled = ready.train_step().lower(*arguments).compile()
+    compile_seconds = time.perf_counter() - start
+    flops_per_step = model_flops(ready, arguments)
+    ceiling = matmul_ceiling(run.model.config.dtype)
+    seconds, tokens = [], []
+    for i in range(steps + 2):
+        if data:
+            batch = next(batches)
+            start = time.perf_counter()
+            on_device = placed(batch)
+        else:
+            batch, on_device = next(batches), first
+            start = time.perf_counter()
+        state, _ = compiled(state, on_device, key, frozen)
+        jax.block_until_ready(state.params)
+        if i >= 2:
+            seconds.append(time.perf_counter() - start)
+            tokens.append(synthetic.real_tokens(batch))
+    ceiling = max(ceiling, matmul_ceiling(run.model.config.dtype))
+    if not bool(state.finite):
+        raise FloatingPointError("A step of the benchmark was not finite.")
+    memory = compiled.memory_analysis()
+    return {
+        "seconds": seconds,
+        "real_tokens": statistics.mean(tokens),
+        "positions": int(
+            first["encoder_segment_ids"].size + first["decoder_segment_ids"].size
+        ),
+        "compile_seconds": compile_seconds,
+        "model_flops": flops_per_step,
+        "matmul_ceiling": ceiling,
+        "peak_temporary_bytes": memory.temp_size_in_bytes,
+        "resident_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "device": _device(),
+        "dtype": run.model.config.dtype,
+    }
+
+
+def _with_reference(
+    ready: runs.Setup, batches: Iterator[dict[str, np.ndarray]]
+) -> Iterator[dict[str, np.ndarray]]:
+    """Columns that a reference cache would join: numbers of the usual size."""
+    columns = [c for c in REFERENCE_FIELDS if c in ready.objective.columns]
+    for batch in batches:
+        shape = batch["response_mask"].shape
+        yield {**batch, **{c: np.full(shape, -50.0, np.float32) for c in columns}}
+
+
+def feed(
+    gin_files: list[str], bindings: list[str], *, seconds: float = 5.0
+) -> dict[str, Any]:
+    """Real tokens per second that the input pipeline delivers, nothing consuming."""
+    run = configured_run(gin_files, bindings, False)
+    objective = run.objective(model=run.model)
+    start = time.perf_counter()
+    found = inputs.build(run.dataset, objective, run.vocabulary, None)
+    prepared = time.perf_counter() - start
+    batches = found.train.iterate(0)
+    next(batches)
+    tokens, count, start = 0, 0, time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        tokens += synthetic.real_tokens(next(batches))
+        count += 1
+    elapsed = time.perf_counter() - start
+    return {
+        "real_tokens_per_second": tokens / elapsed,
+        "batches_per_second": count / elapsed,
+        "examples": sum(len(cache) for cache in found.train.caches),
+        "occupancy": found.train.plans[0].occupancy(),
+        "prepare_seconds": prepared,
+        "device": _device(),
+    }
+
+
+def _device() -> str:
+    return jax.devices()[0].device_kind
+
+
+_KINDS = {"train_step": train_step, "feed": feed}
+
+
+def main() -> None:
+    request = json.load(sys.stdin)
+    found = _KINDS[request.pop("kind")](**request)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import itertools
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +237,10 @@ def train(run: Run, config_text: str = "") -> dict[str, float]:
             "Stopped by SIGTERM after step %d; the same command goes on from there.",
             int(state.step),
         )
+        # A launcher that puts the job back into a queue waits for this file.
+        marker = os.environ.get("JAXALIGN_INTERRUPTED_FILE")
+        if marker and main_process:
+            Path(marker).touch()
     checkpoints.close()
     return latest
 

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 from pathlib import Path
 
 import numpy as np
 
 from jaxalign import world
 from jaxalign.pipelines import comparison, stages
+from jaxalign.report.comparison import pyplot
 
 METHODS = ("dpo", "rdpo")
 
@@ -34,14 +34,13 @@ def measure(
     settings: dict[str, str],
 ) -> dict[str, list[list[float]]]:
     """Mean true rewards ``{method: [size][seed]}``; finished runs are kept."""
-    rewards: dict[str, list[list[float]]] = {m: [[] for _ in sizes] for m in METHODS}
     for seed in range(seeds):
         home = folder / f"seed{seed}"
         sft = stages.train(
             home, stages.SFT, data=folder / "data", seed=seed, quiet=True
         )
         prompts = world.sample_prompts(split, num_prompts, seed)
-        for i, size in enumerate(sizes):
+        for size in sizes:
             for method in METHODS:
                 base = comparison.stage_of(method, steps)
                 own = settings if method == "rdpo" else {}
@@ -59,21 +58,15 @@ def measure(
                 )
                 stages.train(home, stage, data=folder / "data", seed=seed, quiet=True)
                 comparison.answer(folder, stage.name, seed, split, prompts)
-                path = comparison.answers_path(folder, stage.name, seed, split)
-                rows = [json.loads(line) for line in path.read_text().splitlines()]
-                rewards[method][i].append(float(np.mean([r["reward"] for r in rows])))
-                print(f"seed {seed} {stage.name}: {rewards[method][i][-1]:.3f}")
-    return rewards
+                print(f"seed {seed} {stage.name}: done", flush=True)
+    names = {m: [f"{m}-{size}-pairs" for size in sizes] for m in METHODS}
+    table = comparison.rewards(folder, sum(names.values(), []), seeds, split)
+    return {m: [table[name]["reward"] for name in names[m]] for m in METHODS}
 
 
 def plot(path: str, sizes: list[int], rewards: dict[str, list[list[float]]]) -> None:
     """Rewards against pairs, a line per method and a dot per seed."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6, 4))
+    figure, axes = pyplot().subplots(figsize=(6, 4))
     for method, colour in zip(METHODS, ("tab:blue", "tab:orange"), strict=True):
         values = np.array(rewards[method])
         axes.plot(sizes, values.mean(1), "o-", color=colour, label=method.upper())

@@ -40,13 +40,7 @@ folder, then in the package. Strings need quotes: --gin.DATA="'my.jsonl'".
 """
 
 # What a user can mend: shown as one message, without a traceback.
-_MISTAKES = (
-    ValueError,
-    FileNotFoundError,
-    FileExistsError,
-    ImportError,
-    TimeoutError,
-)
+_MISTAKES = (ValueError, OSError, ImportError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,14 +65,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     _set_up_logging()
     try:
         return _VERBS[verb](rest)
+    except BrokenPipeError:  # `jaxalign tasks | head`: nobody reads the rest
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except _MISTAKES as error:
         if os.environ.get("JAXALIGN_TRACEBACK"):
             raise
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # `jaxalign tasks | head`: nobody reads the rest
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         return 130

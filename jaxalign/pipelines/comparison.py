@@ -181,26 +181,41 @@ def answer(
     )
 
 
+def _answers(
+    folder: Path, name: str, seeds: int, split: str
+) -> list[list[dict[str, Any]]]:
+    paths = [answers_path(folder, name, seed, split) for seed in range(seeds)]
+    return [[json.loads(x) for x in p.read_text().splitlines()] for p in paths]
+
+
+def rewards(
+    folder: Path, names: Sequence[str], seeds: int, split: str
+) -> dict[str, dict[str, list[float]]]:
+    """Means by policy and seed: ``{name: {"reward", "kl", "tokens": [one per seed]}}``.
+
+    Args:
+      folder: of the comparison.
+      names: of policies that have answered.
+      seeds: how many.
+      split: of the prompts.
+    """
+    columns = (("reward", "reward"), ("kl", "log_ratio"), ("tokens", "num_tokens"))
+    return {
+        name: {
+            column: [float(np.mean([r[field] for r in rows])) for rows in answers]
+            for column, field in columns
+        }
+        for name in names
+        for answers in [_answers(folder, name, seeds, split)]
+    }
+
+
 def collect(
     folder: Path, names: Sequence[str], seeds: int, split: str
 ) -> dict[str, Any]:
     """Means by objective and seed, and the matrix of win rates over all seeds."""
-    answers: dict[str, list[list[dict[str, Any]]]] = {}
-    for name in names:
-        answers[name] = []
-        for seed in range(seeds):
-            lines = answers_path(folder, name, seed, split).read_text().splitlines()
-            answers[name].append([json.loads(line) for line in lines])
-    table: dict[str, dict[str, Any]] = {}
-    for name in names:
-        table[name] = {
-            column: [float(np.mean([r[field] for r in rows])) for rows in answers[name]]
-            for column, field in (
-                ("reward", "reward"),
-                ("kl", "log_ratio"),
-                ("tokens", "num_tokens"),
-            )
-        }
+    table = rewards(folder, names, seeds, split)
+    answers = {name: _answers(folder, name, seeds, split) for name in names}
     # Prompts of different seeds are different units, even where their texts agree.
     flat = {name: [r for rows in answers[name] for r in rows] for name in names}
     wins: dict[str, dict[str, float]] = {}

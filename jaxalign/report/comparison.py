@@ -56,7 +56,12 @@ def write(path: Path, results: Mapping[str, Any], *, steps: int, split: str) -> 
     )
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
+    """Matplotlib's pyplot, drawing to files.
+
+    Raises:
+      ImportError: saying how to get it.
+    """
     try:
         import matplotlib
     except ImportError:
@@ -65,15 +70,15 @@ def _pyplot() -> Any:
             "pip install 'jaxalign[plots]'. The numbers are in comparison.json."
         ) from None
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    import matplotlib.pyplot
 
-    return pyplot
+    return matplotlib.pyplot
 
 
 def _figure(figure: Any) -> str:
     text = io.StringIO()
     figure.savefig(text, format="svg", bbox_inches="tight")
-    _pyplot().close(figure)
+    pyplot().close(figure)
     # As an image, so that the page's style does not reach into it.
     data = base64.b64encode(text.getvalue().encode()).decode()
     return f'<figure><img alt="" src="data:image/svg+xml;base64,{data}"></figure>'
@@ -84,21 +89,14 @@ def _by_reward(table: Mapping[str, Any]) -> list[str]:
 
 
 def _frontier(table: Mapping[str, Any]) -> str:
-    figure, axes = _pyplot().subplots(figsize=(9, 5.5))
-    colours = _pyplot().get_cmap("tab20")
+    figure, axes = pyplot().subplots(figsize=(13, 7))
+    colours = pyplot().get_cmap("tab20")
+    means = {}
     for i, name in enumerate(_by_reward(table)):
         row, colour = table[name], colours(i % 20)
         axes.plot(row["kl"], row["reward"], ".", color=colour, alpha=0.5, markersize=4)
-        x, y = np.mean(row["kl"]), np.mean(row["reward"])
-        axes.plot(x, y, "o", color=colour, markersize=7)
-        axes.annotate(
-            name,
-            (x, y),
-            (4, 3),
-            textcoords="offset points",
-            fontsize=7,
-            annotation_clip=True,
-        )
+        means[name] = np.mean(row["kl"]), np.mean(row["reward"])
+        axes.plot(*means[name], "o", color=colour, markersize=7)
     # A policy that fell apart is far off; a logarithm keeps the others apart, and what
     # lies far below the supervised policy is named instead of drawn.
     floor = 0.9 * np.mean(table["sft"]["reward"])
@@ -112,14 +110,56 @@ def _frontier(table: Mapping[str, Any]) -> str:
     axes.set_xlabel("KL to the supervised policy, nats per response")
     axes.set_ylabel("true reward")
     axes.grid(alpha=0.3)
+    _label(axes, {name: xy for name, xy in means.items() if name not in below})
     return _figure(figure)
+
+
+def _label(axes: Any, points: Mapping[str, tuple[float, float]]) -> None:
+    """Names the points, each where it covers neither a point nor another name."""
+    axes.figure.canvas.draw()
+    renderer = axes.figure.canvas.get_renderer()
+    pixels = axes.transData.transform(list(points.values()))
+    taken = [(x - 6, y - 6, x + 6, y + 6) for x, y in pixels]
+    for name, xy in points.items():
+        best = None
+        for radius in (8, 16, 28, 44, 64):
+            for turn in np.linspace(0.0, 2 * np.pi, 16, endpoint=False):
+                offset = radius * np.cos(turn), radius * np.sin(turn)
+                text = axes.annotate(
+                    name,
+                    xy,
+                    offset,
+                    textcoords="offset points",
+                    fontsize=8,
+                    ha="left" if offset[0] >= -1e-6 else "right",
+                    va="center",
+                    arrowprops={"arrowstyle": "-", "lw": 0.5, "alpha": 0.5},
+                )
+                # The text alone: its line may cross what it likes.
+                text.update_positions(renderer)
+                extent = super(type(text), text).get_window_extent(renderer)
+                x0, y0, x1, y1 = extent.extents
+                covered = sum(
+                    max(0.0, min(x1, b[2]) - max(x0, b[0]))
+                    * max(0.0, min(y1, b[3]) - max(y0, b[1]))
+                    for b in taken
+                )
+                if best is None or covered < best[0]:
+                    if best:
+                        best[1].remove()
+                    best = covered, text, (x0, y0, x1, y1)
+                else:
+                    text.remove()
+            if best[0] == 0.0:
+                break
+        taken.append(best[2])
 
 
 def _matrix(table: Mapping[str, Any], wins: Mapping[str, Any]) -> str:
     names = _by_reward(table)
     rates = np.array([[100 * wins[a].get(b, np.nan) for b in names] for a in names])
     size = 0.36 * len(names) + 1.5
-    figure, axes = _pyplot().subplots(figsize=(size, size))
+    figure, axes = pyplot().subplots(figsize=(size, size))
     axes.imshow(rates, cmap="RdBu", vmin=0, vmax=100)
     for i, j in np.argwhere(np.isfinite(rates)):
         dark = abs(rates[i, j] - 50) > 35

@@ -51,6 +51,10 @@ def params_fingerprint(params: Any) -> str:
     return digest.hexdigest()
 
 
+class CheckpointWriteError(OSError):
+    """A checkpoint could not be written; those before it are intact."""
+
+
 class Checkpoints:
     """The checkpoints of one run.
 
@@ -73,7 +77,26 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def save(self, state: TrainState, meta: dict[str, Any]) -> None:
-        """Starts saving; returns when the arrays have left the devices."""
+        """Saves; returns when all is on disk.
+
+        Raises:
+          CheckpointWriteError: where it cannot be written, as on a full disk.
+        """
+        before = self.steps()
+        try:
+            self._save(state, meta)
+            self._manager.wait_until_finished()
+        except Exception as error:
+            kept = "There is none before it:"
+            if before:
+                kept = f"That of step {before[-1]} is intact:"
+            raise CheckpointWriteError(
+                f"The checkpoint of step {int(state.step)} could not be written to "
+                f"{self.directory}: {str(error).splitlines()[0]} {kept} make room, "
+                "then start the same command again."
+            ) from error
+
+    def _save(self, state: TrainState, meta: dict[str, Any]) -> None:
         others = {k: v for k, v in state.params.items() if k != "policy"}
         rest = _rest(others, state)
         self._manager.save(
@@ -141,10 +164,6 @@ class Checkpoints:
             carried=found.rest["carried"],
         )
         return state, found.meta
-
-    def wait(self) -> None:
-        """Blocks until the last save is on disk."""
-        self._manager.wait_until_finished()
 
     def close(self) -> None:
         self._manager.close()

@@ -159,7 +159,6 @@ def train(run: Run, config_text: str = "") -> dict[str, float]:
         }
         step = int(state.step)
         checkpoints.save(state, {**meta, **fingerprints, "step": step})
-        checkpoints.wait()
         if main_process:
             run_directory.update_manifest(run_dir, step=step, **fingerprints)
 

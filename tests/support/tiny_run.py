@@ -9,12 +9,15 @@ from __future__ import annotations
 import json
 import logging
 import os
+import resource
 import signal
 import sys
 from pathlib import Path
 
 # As in conftest.py, for the processes that tests start.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import orbax.checkpoint as ocp
 
 from jaxalign import models, objectives
 from jaxalign import vocabularies as vocabs
@@ -81,7 +84,10 @@ def make_run(run_dir, data, cache_dir, objective="DPO", **changes) -> loop.Run:
 
 
 def arm(moment: str, step: int) -> None:
-    """Plants a kill: ``step``, ``write``, ``evaluation`` or ``sigterm``."""
+    """Plants a kill (``step``, ``write``, ``evaluation``), ``sigterm``, ``disk_full``."""
+    if moment == "disk_full":
+        fill_disk(step)
+        return
     name = signal.SIGTERM if moment == "sigterm" else signal.SIGKILL
     calls = {"count": 0}
 
@@ -99,12 +105,26 @@ def arm(moment: str, step: int) -> None:
     if moment in ("step", "sigterm"):
         wrap(loop, "summarize", step)  # every step is logged; the fourth is evaluation
     elif moment == "write":
-        # `save` has started Orbax's writer thread; `wait` is where it is waited for.
-        wrap(checkpoints.Checkpoints, "wait", step)
+        # Orbax's writer thread has started; here it is waited for.
+        wrap(ocp.CheckpointManager, "wait_until_finished", step)
     elif moment == "evaluation":
         wrap(loop.steps, "evaluation_loss", step)
     else:
         raise ValueError(moment)
+
+
+def fill_disk(save: int) -> None:
+    """From a save on, files cannot grow beyond a few bytes, as on a full disk."""
+    original = checkpoints.Checkpoints.save
+    calls = {"count": 0}
+
+    def full(*args, **kwargs):
+        calls["count"] += 1
+        if calls["count"] == save:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (64, resource.RLIM_INFINITY))
+        return original(*args, **kwargs)
+
+    checkpoints.Checkpoints.save = full
 
 
 def sampler() -> sampling.Sampler:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import random
+import signal
 import socket
 import subprocess
 import sys
 import threading
+
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny_run
 
-from jaxalign.training import distributed
+from jaxalign.training import checkpoints, distributed
 
 LAUNCHER = Path(__file__).parents[2] / "launch" / "local.py"
 
@@ -142,9 +145,10 @@ def test_one_device_eight_devices_and_two_processes_agree_and_resume_each_other(
     for name in ("eight", "two_by_four"):
         np.testing.assert_allclose(losses(work / name), losses(work / "one"), rtol=1e-5)
     # A checkpoint of two processes goes on elsewhere, on the same batches.
-    for name, devices in (("two_by_four", 4), ("two_by_four", 1), ("two_by_four", 8)):
+    name = "two_by_four"
+    for n, devices in ((1, 4), (1, 1), (4, 2)):
         already = manifest(work / name)["step"]
-        done = launch(work, name, 1, devices, f"--gin.TRAIN_STEPS={already + 2}")
+        done = launch(work, name, n, devices, f"--gin.TRAIN_STEPS={already + 2}")
         assert done.returncode == 0, done.stdout[-3000:]
         assert f"at step {already}" in done.stdout
     done = launch(work, "one", 1, 1, "--gin.TRAIN_STEPS=10")
@@ -152,6 +156,85 @@ def test_one_device_eight_devices_and_two_processes_agree_and_resume_each_other(
     np.testing.assert_allclose(
         losses(work / "two_by_four"), losses(work / "one"), rtol=1e-5
     )
+
+
+def policy(folder: Path) -> dict[str, np.ndarray]:
+    return checkpoints.leaf_names(checkpoints.load_policy(folder).params)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("objective", "mesh", "n", "devices"),
+    [
+        ("sft", {"data": 8}, 4, 2),
+        ("kto", {"data": 2, "fsdp": 4}, 2, 4),
+        ("dro_v", {"data": 4, "tensor": 2}, 4, 2),
+    ],
+)
+def test_processes_end_with_the_parameters_of_one_device(
+    work, objective, mesh, n, devices
+):
+    own = (f"--gin_file=runs/{objective}.gin", "--gin.TRAIN_STEPS=3")
+    sharded = f"--gin.MESH={mesh}"
+    for name, count, each, more in (
+        (f"{objective}_one", 1, 1, ()),
+        (f"{objective}_eight", 1, 8, (sharded,)),
+        (f"{objective}_many", n, devices, (sharded,)),
+    ):
+        done = launch(work, name, count, each, *own, *more)
+        assert done.returncode == 0, done.stdout[-3000:]
+    one, many = (work / f"{objective}_{name}" for name in ("one", "many"))
+    np.testing.assert_allclose(losses(many), losses(one), rtol=1e-5)
+    expected, found = policy(one), policy(many)
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, atol=1e-5, err_msg=name)
+    # The same mesh in one process: the same bits.
+    eight = manifest(work / f"{objective}_eight")["params_fingerprint"]
+    assert manifest(many)["params_fingerprint"] == eight
+
+
+def kill_one(run_dir: Path, which: int) -> None:
+    """Kills process `which` of the job that writes to a run directory, if it runs."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (folder / "cmdline").read_bytes().decode().split("\0")
+        except OSError:
+            continue
+        if f"--run_dir={run_dir}" in words and f"--process_index={which}" in words:
+            os.kill(int(folder.name), signal.SIGKILL)
+
+
+KILLS = int(os.environ.get("CHAOS_KILLS", "30"))
+
+
+@pytest.mark.slow
+def test_a_two_process_run_survives_kills_at_any_moment(work):
+    """SIGKILL of one of the processes, again and again, from start to end."""
+    own = ("--gin_file=runs/sft.gin", "--gin.CHECKPOINT_PERIOD=3")
+    steps = f"--gin.TRAIN_STEPS={8 * KILLS}"
+    done = launch(work, "calm", 1, 2, *own, steps)
+    assert done.returncode == 0, done.stdout[-3000:]
+    draw = random.Random(0)
+    moments = []
+    for _ in range(KILLS):
+        # From the first import to well into the loop.
+        moments.append(draw.uniform(1.0, 25.0))
+        end = threading.Timer(
+            moments[-1], kill_one, (work / "chaos", draw.randrange(2))
+        )
+        end.start()
+        done = launch(work, "chaos", 2, 1, *own, steps)
+        end.cancel()
+        if done.returncode == 0:
+            break
+    done = launch(work, "chaos", 2, 1, *own, steps)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert (
+        manifest(work / "chaos")["params_fingerprint"]
+        == manifest(work / "calm")["params_fingerprint"]
+    )
+    assert losses(work / "chaos") == losses(work / "calm")
+    print(f"{len(moments)} kills, at {[round(m, 1) for m in moments]} s")
 
 
 @pytest.mark.slow

@@ -123,6 +123,18 @@ def test_sigterm_saves_and_exits_cleanly(work, unbroken):
     assert fingerprint(work / "terminated") == fingerprint(unbroken)
 
 
+def test_a_full_disk_leaves_the_checkpoint_before_and_says_so(work, unbroken):
+    stopped = _process(work, "full", "disk_full", "2")
+    assert stopped.returncode == 1
+    assert "CheckpointWriteError: The checkpoint of step 4" in stopped.stderr
+    assert "That of step 2 is intact: make room" in stopped.stderr
+    resumed = _process(work, "full")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "at step 2" in resumed.stderr
+    assert fingerprint(work / "full") == fingerprint(unbroken)
+    assert metrics(work / "full") == metrics(unbroken)
+
+
 def test_a_nan_stops_with_the_step_and_leaves_the_last_checkpoint(work):
     folder = work / "nan"
     loop.train(run(work, "nan", train_steps=2))

@@ -84,7 +84,7 @@ def make_run(run_dir, data, cache_dir, objective="DPO", **changes) -> loop.Run:
 
 
 def arm(moment: str, step: int) -> None:
-    """Plants a kill (``step``, ``write``, ``evaluation``), ``sigterm``, ``disk_full``."""
+    """Plants a kill by its moment, a SIGTERM or a full disk."""
     if moment == "disk_full":
         fill_disk(step)
         return

@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import threading
-
 from pathlib import Path
 
 import numpy as np

@@ -28,7 +28,7 @@ FLOORS = [
     {"objectives.", "data."},
     {"training.", "evaluation.", "prepare."},
     {"pipelines."},
-    {"cli"},
+    {"cli."},
 ]
 # Only these may name TensorFlow and seqio, and only `tasks` outside of functions.
 PREPARATION = ("jaxalign.prepare", "jaxalign.tasks", "jaxalign.interop")

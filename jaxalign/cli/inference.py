@@ -1,0 +1,128 @@
+"""Verbs that use a trained checkpoint."""
+
+from __future__ import annotations
+
+import json
+
+from jaxalign.cli.flags import (
+    arguments,
+    call,
+    distributed_flags,
+    join,
+    sampling_flags,
+    verb_parser,
+)
+
+
+def generate(argv: list[str]) -> int:
+    from jaxalign.pipelines import generation
+
+    parser = verb_parser("generate", "Sample responses to the prompts of a JSONL file.")
+    parser.add_argument("--checkpoint", help="run directory or checkpoint")
+    parser.add_argument("--prompts", help='JSONL file with {"prompt"}')
+    parser.add_argument(
+        "--output", help="JSONL file to write; resumes an unfinished one"
+    )
+    sampling_flags(parser)
+    parser.add_argument("--min_p", type=float)
+    parser.add_argument("--typical_p", type=float)
+    parser.add_argument("--repetition_penalty", type=float)
+    parser.add_argument("--stop", action="append", help="text that ends a response")
+    parser.add_argument("--regex", help="what a whole response has to match")
+    parser.add_argument("--include", action="append", help="a phrase; repeatable")
+    parser.add_argument("--num_beams", type=int, help="above 1: beam search")
+    parser.add_argument("--length_penalty", type=float, help="of beam search")
+    parser.add_argument("--num_groups", type=int, help="of diverse beam search")
+    parser.add_argument("--diversity_penalty", type=float)
+    parser.add_argument("--contrastive_alpha", type=float, help="contrastive search")
+    parser.add_argument("--mbr", help="chrf, bleu or module:function; of each pool one")
+    parser.add_argument("--min_new_tokens", type=int)
+    distributed_flags(parser)
+    args = arguments(parser, argv, "runs/generate.gin")
+    join(args)
+    lines = call(generation.generate, args, ("checkpoint", "prompts", "output"))
+    print(f"{lines} responses written to {args.output}")
+    return 0
+
+
+def steer(argv: list[str]) -> int:
+    from jaxalign.pipelines import steering
+
+    parser = verb_parser("steer", "Sample responses under constraints and rewards.")
+    parser.add_argument("--checkpoint", help="run directory or checkpoint")
+    parser.add_argument(
+        "--prompts",
+        help='JSONL file with {"prompt"[, "more_prompts", "regex", "include", '
+        '"template"]}',
+    )
+    parser.add_argument("--output", help="JSONL file to write")
+    parser.add_argument("--regex", help="what the whole response has to match")
+    parser.add_argument("--include", action="append", help="a phrase; repeatable")
+    parser.add_argument("--template", help="text with [BLANK] in it")
+    parser.add_argument("--potential", help="module:function, (prompt, response)")
+    parser.add_argument("--beta", type=float, help="divides the potential's scores")
+    parser.add_argument("--num_particles", type=int)
+    parser.add_argument("--expansion", type=int, help="children of a particle")
+    parser.add_argument("--resampling", help="default: without replacement")
+    parser.add_argument("--temperature", type=float)
+    parser.add_argument("--max_new_tokens", type=int)
+    parser.add_argument("--batch_size", type=int, help="prompts at a time")
+    parser.add_argument("--seed", type=int)
+    args = arguments(parser, argv, "runs/steer.gin")
+    lines = call(steering.steer, args, ("checkpoint", "prompts", "output"))
+    print(f"{lines} responses written to {args.output}")
+    return 0
+
+
+def serve(argv: list[str]) -> int:
+    from jaxalign.serving import api
+
+    parser = verb_parser(
+        "serve", "Serve a checkpoint by the OpenAI-compatible HTTP API."
+    )
+    parser.add_argument("--checkpoint", help="run directory or checkpoint")
+    parser.add_argument("--host", help="address to listen on")
+    parser.add_argument("--port", type=int)
+    parser.add_argument("--model", help="its name; default: the run directory's")
+    parser.add_argument("--batch_size", type=int, help="prompts at a time")
+    parser.add_argument("--max_prompt_tokens", type=int)
+    parser.add_argument("--max_new_tokens", type=int)
+    args = arguments(parser, argv, "runs/serve.gin")
+    call(api.serve, args, ("checkpoint",))
+    return 0
+
+
+def score(argv: list[str]) -> int:
+    from jaxalign.pipelines import inference
+
+    parser = verb_parser("score", "Log-probabilities of a JSONL file's completions.")
+    parser.add_argument("--checkpoint", help="run directory or checkpoint")
+    parser.add_argument("--data", help='JSONL file with {"prompt", "completion"}')
+    parser.add_argument("--output", help="JSONL file to write")
+    parser.add_argument("--batch_size", type=int, help="rows at a time")
+    args = arguments(parser, argv, "runs/score.gin")
+    lines = call(inference.score, args, ("checkpoint", "data", "output"))
+    print(f"{lines} scores written to {args.output}")
+    return 0
+
+
+def evaluate(argv: list[str]) -> int:
+    from jaxalign.pipelines import inference
+
+    parser = verb_parser("eval", "Generate for a file of prompts and judge the result.")
+    parser.add_argument("--checkpoint", help="run directory or checkpoint")
+    parser.add_argument("--data", help='JSONL file with {"prompt"[, "completion"]}')
+    parser.add_argument("--baseline", help="another checkpoint to compare with")
+    parser.add_argument("--judge", help="module:function, a score or a preference")
+    parser.add_argument(
+        "--metrics",
+        dest="metric_fns",
+        type=lambda text: tuple(text.split(",")),
+        help="comma-separated: exact_match, token_accuracy, bleu, module:function ...",
+    )
+    parser.add_argument("--output", help="JSON file to write")
+    sampling_flags(parser)
+    args = arguments(parser, argv, "runs/eval.gin")
+    result = call(inference.evaluate, args, ("checkpoint", "data"))
+    print(json.dumps(result, indent=2))
+    return 0

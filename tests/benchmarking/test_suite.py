@@ -86,6 +86,7 @@ def test_check_names_what_became_slower(tmp_path):
     assert found == ["b: ratio 1.50, recorded 2.00"]
 
 
+@pytest.mark.slow
 def test_the_verb_measures_writes_and_checks(peer, tmp_path, monkeypatch, capsys):
     peer("print('median 10.0s')")
     monkeypatch.setattr(cases, "STEPS", (TINY,))

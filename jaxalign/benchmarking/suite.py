@@ -193,9 +193,10 @@ def run(
         except (RuntimeError, FileNotFoundError) as error:
             found.append(Result(name, note=f"not measured: {error}"))
         print(table(found[-1:]).split("\n", 1)[1], flush=True)
+        if not check:
+            write(Path(output), found)
     print("\n" + table(found))
     if check:
         return slower(found, read(Path(output)))
-    write(Path(output), found)
     print(f"\nWritten to {output}")
     return []

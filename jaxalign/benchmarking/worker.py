@@ -11,7 +11,6 @@ import dataclasses
 import itertools
 import json
 import resource
-import statistics
 import sys
 import time
 from collections.abc import Iterator
@@ -111,7 +110,7 @@ def train_step(
     compile_seconds = time.perf_counter() - start
     flops_per_step = model_flops(ready, arguments)
     ceiling = matmul_ceiling(run.model.config.dtype)
-    seconds, tokens = [], []
+    seconds = []
     for i in range(steps + 2):
         if data:
             batch = next(batches)
@@ -124,14 +123,19 @@ def train_step(
         jax.block_until_ready(state.params)
         if i >= 2:
             seconds.append(time.perf_counter() - start)
-            tokens.append(synthetic.real_tokens(batch))
     ceiling = max(ceiling, matmul_ceiling(run.model.config.dtype))
+    tokens = synthetic.real_tokens(batch)
+    if data:
+        # Of the mean batch: a few batches of ragged rows are no fair sample.
+        plans = ready.inputs.train.plans
+        held = sum(sum(plan.tokens.values()) for plan in plans)
+        tokens = held / sum(map(len, plans)) * run.dataset.batch_size
     if not bool(state.finite):
         raise FloatingPointError("A step of the benchmark was not finite.")
     memory = compiled.memory_analysis()
     return {
         "seconds": seconds,
-        "real_tokens": statistics.mean(tokens),
+        "real_tokens": tokens,
         "positions": int(
             first["encoder_segment_ids"].size + first["decoder_segment_ids"].size
         ),

@@ -76,7 +76,10 @@ def _bindings(packing: int | None, size: str, batch: int = 2) -> dict[str, Any]:
             "TRAIN_STEPS = 1000",
             f"DATA = 'alpaca_eval:{path}'",
             "ON_BAD_ROW = 'skip'",
+            # Pieces and T5's head also where the size's own file is over bytes.
+            "VOCABULARY = @vocabularies.SentencePieceVocabulary()",
             f"VOCABULARY_PATH = {str(_pieces(path))!r}",
+            "models.T5Config.vocab_size = 32128",
             f"CACHE_DIR = {str(_cache() / 'data')!r}",
             _LENGTHS,
             f"BATCH_SIZE = {batch}",

@@ -123,6 +123,7 @@ def test_sigterm_saves_and_exits_cleanly(work, unbroken):
     assert fingerprint(work / "terminated") == fingerprint(unbroken)
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_checkpoint_before_and_says_so(work, unbroken):
     stopped = _process(work, "full", "disk_full", "2")
     assert stopped.returncode == 1

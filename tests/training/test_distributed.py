@@ -177,7 +177,6 @@ def test_processes_end_with_the_parameters_of_one_device(
     sharded = f"--gin.MESH={mesh}"
     for name, count, each, more in (
         (f"{objective}_one", 1, 1, ()),
-        (f"{objective}_eight", 1, 8, (sharded,)),
         (f"{objective}_many", n, devices, (sharded,)),
     ):
         done = launch(work, name, count, each, *own, *more)
@@ -187,9 +186,6 @@ def test_processes_end_with_the_parameters_of_one_device(
     expected, found = policy(one), policy(many)
     for name, value in expected.items():
         np.testing.assert_allclose(found[name], value, atol=1e-5, err_msg=name)
-    # The same mesh in one process: the same bits.
-    eight = manifest(work / f"{objective}_eight")["params_fingerprint"]
-    assert manifest(many)["params_fingerprint"] == eight
 
 
 def kill_one(run_dir: Path, which: int) -> None:

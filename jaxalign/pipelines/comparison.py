@@ -188,6 +188,14 @@ def _answers(
     return [[json.loads(x) for x in p.read_text().splitlines()] for p in paths]
 
 
+def _means(answers: list[list[dict[str, Any]]]) -> dict[str, list[float]]:
+    columns = (("reward", "reward"), ("kl", "log_ratio"), ("tokens", "num_tokens"))
+    return {
+        column: [float(np.mean([row[field] for row in rows])) for rows in answers]
+        for column, field in columns
+    }
+
+
 def rewards(
     folder: Path, names: Sequence[str], seeds: int, split: str
 ) -> dict[str, dict[str, list[float]]]:
@@ -199,23 +207,15 @@ def rewards(
       seeds: how many.
       split: of the prompts.
     """
-    columns = (("reward", "reward"), ("kl", "log_ratio"), ("tokens", "num_tokens"))
-    return {
-        name: {
-            column: [float(np.mean([r[field] for r in rows])) for rows in answers]
-            for column, field in columns
-        }
-        for name in names
-        for answers in [_answers(folder, name, seeds, split)]
-    }
+    return {name: _means(_answers(folder, name, seeds, split)) for name in names}
 
 
 def collect(
     folder: Path, names: Sequence[str], seeds: int, split: str
 ) -> dict[str, Any]:
     """Means by objective and seed, and the matrix of win rates over all seeds."""
-    table = rewards(folder, names, seeds, split)
     answers = {name: _answers(folder, name, seeds, split) for name in names}
+    table = {name: _means(found) for name, found in answers.items()}
     # Prompts of different seeds are different units, even where their texts agree.
     flat = {name: [r for rows in answers[name] for r in rows] for name in names}
     wins: dict[str, dict[str, float]] = {}

@@ -100,13 +100,17 @@ def score(argv: list[str]) -> int:
     parser.add_argument("--data", help='JSONL file with {"prompt", "completion"}')
     parser.add_argument("--output", help="JSONL file to write")
     parser.add_argument("--batch_size", type=int, help="rows at a time")
+    distributed_flags(parser)
     args = arguments(parser, argv, "runs/score.gin")
+    join(args)
     lines = call(inference.score, args, ("checkpoint", "data", "output"))
     print(f"{lines} scores written to {args.output}")
     return 0
 
 
 def evaluate(argv: list[str]) -> int:
+    import jax
+
     from jaxalign.pipelines import inference
 
     parser = verb_parser("eval", "Generate for a file of prompts and judge the result.")
@@ -122,7 +126,10 @@ def evaluate(argv: list[str]) -> int:
     )
     parser.add_argument("--output", help="JSON file to write")
     sampling_flags(parser)
+    distributed_flags(parser)
     args = arguments(parser, argv, "runs/eval.gin")
+    join(args)
     result = call(inference.evaluate, args, ("checkpoint", "data"))
-    print(json.dumps(result, indent=2))
+    if jax.process_index() == 0:
+        print(json.dumps(result, indent=2))
     return 0

@@ -117,8 +117,6 @@ def generate(
       ValueError: when an unfinished output was asked for with other settings.
     """
     settings = {k: v for k, v in locals().items() if k not in ("output", "prompts")}
-    if jax.process_count() > 1 and mesh is None:
-        mesh = {}  # every device of the job, along the prompts
     searches = num_beams > 1 or contrastive_alpha > 0
     searching.check(settings)
     metric = searching.text_metric(mbr) if mbr else None
@@ -201,9 +199,14 @@ def generate(
 def load(
     checkpoint: str, mesh: Mapping[str, int] | None
 ) -> tuple[checkpoints.Policy, jax.sharding.Sharding | None]:
-    """A policy on a training mesh, and the sharding of rows over it."""
+    """A policy on a training mesh, and the sharding of rows over it.
+
+    Without a mesh: one device, or every device of a job of several processes.
+    """
     if mesh is None:
-        return checkpoints.load_policy(checkpoint), None
+        if jax.process_count() == 1:
+            return checkpoints.load_policy(checkpoint), None
+        mesh = {}
     meta = checkpoints.read_meta(checkpoints.resolve(checkpoint))
     model = models.T5(models.T5Config(**meta["model"]))
     shapes = jax.eval_shape(lambda: models.init_params(model, jax.random.key(0)))

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from jaxalign import batch as batches
@@ -24,6 +25,7 @@ from jaxalign.decoding import Sampling
 from jaxalign.evaluation import compare, judges, metrics
 from jaxalign.pipelines import generation
 from jaxalign.training import checkpoints
+from jaxalign.training import mesh as meshes
 
 
 def score(
@@ -32,6 +34,7 @@ def score(
     data: str,
     output: str,
     batch_size: int = 16,
+    mesh: Mapping[str, int] | None = None,
     field_map: Mapping[str, str] | None = None,
     on_bad_row: str = "error",
 ) -> int:
@@ -44,13 +47,15 @@ def score(
         log-probability of the completion, EOS included) and ``num_tokens``. Nothing is
         truncated.
       batch_size: encoder rows at a time.
+      mesh: sizes ``{"data", "fsdp", "tensor"}`` as in training; None: one device, or
+        all devices of a job of several processes, which must divide `batch_size`.
       field_map: our field names to the file's.
       on_bad_row: ``"error"`` or ``"skip"``.
 
     Returns:
       The number of lines written.
     """
-    policy = checkpoints.load_policy(checkpoint)
+    policy, sharding = generation.load(checkpoint, mesh)
     examples, _ = records.load(
         data, "supervised", field_map=field_map, on_bad_row=on_bad_row
     )
@@ -59,6 +64,7 @@ def score(
         policy,
         [(r["prompt"], r["completion"]) for _, r in pairs],
         batch_size=batch_size,
+        sharding=sharding,
     )
     return write_jsonl(
         output,
@@ -74,8 +80,14 @@ def score_pairs(
     pairs: Sequence[tuple[str, str]],
     *,
     batch_size: int = 16,
+    sharding: jax.sharding.NamedSharding | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """``log p(completion | prompt)`` and target lengths of text pairs, ``[n]`` each."""
+    """``log p(completion | prompt)`` and target lengths of text pairs, ``[n]`` each.
+
+    `sharding` places rows on several devices; every process gets all numbers.
+    """
+    if sharding is not None:
+        meshes.check_batch(sharding.mesh, batch_size, 1)
     if not pairs:
         return np.zeros(0, np.float32), np.zeros(0, np.int64)
     rows = [_row(i, p, c, policy.vocabulary) for i, (p, c) in enumerate(pairs)]
@@ -99,7 +111,11 @@ def score_pairs(
         # Fill the last batch with copies of its first row: one compiled shape.
         padded = arrays + [arrays[0]] * (batch_size - len(arrays))
         batch = {k: np.stack([a[k] for a in padded]) for k in arrays[0]}
-        scored = jax.device_get(forward(policy.params, batch))
+        if sharding is not None:
+            batch = meshes.put_batch(sharding.mesh, batch)
+        scored = multihost_utils.process_allgather(
+            forward(policy.params, batch), tiled=True
+        )
         for placement, found in zip(placements, scored, strict=False):
             logps[placement.row_ids] = found[: len(placement.row_ids)]
     return logps, np.asarray(index.response_lengths)
@@ -140,6 +156,7 @@ def evaluate(
     max_new_tokens: int = 128,
     batch_size: int = 16,
     seed: int = 0,
+    mesh: Mapping[str, int] | None = None,
     field_map: Mapping[str, str] | None = None,
     on_bad_row: str = "error",
 ) -> dict[str, Any]:
@@ -161,6 +178,8 @@ def evaluate(
       max_new_tokens: tokens of a response, EOS included.
       batch_size: prompts at a time.
       seed: of the samples.
+      mesh: sizes ``{"data", "fsdp", "tensor"}`` as in training; None: one device, or
+        all devices of a job of several processes, which must divide `batch_size`.
       field_map: our field names to the file's.
       on_bad_row: ``"error"`` or ``"skip"``.
 
@@ -186,14 +205,16 @@ def evaluate(
     prompts = [record["prompt"] for record in rows]
 
     def texts(path: str) -> list[list[str]]:
+        policy, sharding = generation.load(path, mesh)
         generations = generation.sample(
-            checkpoints.load_policy(path),
+            policy,
             prompts,
             num_samples=num_samples,
             sampling=Sampling(temperature, top_k, top_p),
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
             seed=seed,
+            sharding=sharding,
         )
         return [found.texts for found in generations]
 
@@ -212,13 +233,18 @@ def evaluate(
         )
         result["baseline"] = baseline
         result["comparison"] = compared.to_json()
-    if output:
+    if output and jax.process_index() == 0:
         Path(output).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return result
 
 
 def write_jsonl(path: str | Path, lines: Iterable[Mapping[str, Any]]) -> int:
-    """Streams JSON lines into ``path.partial`` and renames it when all are written."""
+    """Streams JSON lines into ``path.partial`` and renames it when all are written.
+
+    Of several processes the first writes; `lines` are the same in all of them.
+    """
+    if jax.process_index() > 0:
+        return sum(1 for _ in lines)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")

@@ -250,7 +250,7 @@ def put_batch(
     placed = {}
     for name, value in batch.items():
         rows = len(value) if batch_size is None else batch_size
-        start = process_rows(mesh, rows).start
+        start = 0 if batch_size is None else process_rows(mesh, rows).start
 
         def part(index: Any, value: Any = value, rows: int = rows, start: int = start):
             begin, end, _ = index[0].indices(rows)

@@ -232,32 +232,72 @@ def test_a_two_process_run_survives_kills_at_any_moment(work):
     print(f"{len(moments)} kills, at {[round(m, 1) for m in moments]} s")
 
 
-@pytest.mark.slow
-def test_two_processes_generate_what_one_does(work):
+@pytest.fixture(scope="module")
+def supervised(work) -> Path:
     done = launch(work, "sft", 1, 1, "--gin.TRAIN_STEPS=2", "--gin_file=runs/sft.gin")
     assert done.returncode == 0, done.stdout[-3000:]
+    return work / "sft"
+
+
+def use(checkpoint: Path, verb: str, n: int, devices: int, *more: str) -> None:
+    """A verb by the launcher, on a mesh where there is more than one device."""
+    mesh = ["--gin.MESH={'data': -1}"] if n == 1 and devices > 1 else []
+    command = [
+        *(sys.executable, str(LAUNCHER), "-n", str(n)),
+        *(f"--devices_per_process={devices}", "--"),
+        *(sys.executable, "-m", "jaxalign.cli", verb, f"--checkpoint={checkpoint}"),
+        *("--batch_size=8", *mesh, *more),
+    ]
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=500, env=environment
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+CUTS = ((1, 1), (1, 4), (2, 2))
+
+
+@pytest.mark.slow
+def test_two_processes_generate_what_one_does(work, supervised):
     texts = {}
-    for n, devices in ((1, 1), (1, 4), (2, 2)):
-        output = work / f"generated_{n}_{devices}.jsonl"
-        command = [
-            *(sys.executable, str(LAUNCHER), "-n", str(n)),
-            *(f"--devices_per_process={devices}", "--"),
-            *(sys.executable, "-m", "jaxalign.cli", "generate"),
-            *(f"--checkpoint={work / 'sft'}", f"--prompts={work / 'data.jsonl'}"),
-            *(f"--output={output}", "--num_samples=2", "--max_new_tokens=6"),
-            "--batch_size=8",
-        ]
-        if n * devices > 1:
-            command.append("--gin.MESH={'data': -1}")
-        environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=500, env=environment
-        )
-        assert done.returncode == 0, done.stdout[-3000:]
+    for cut in CUTS:
+        output = work / "generated.jsonl"
+        flags = (f"--prompts={work / 'data.jsonl'}", f"--output={output}")
+        use(supervised, "generate", *cut, *flags, "--num_samples=2")
         lines = map(json.loads, output.read_text().splitlines())
-        texts[n, devices] = [line["response"] for line in lines]
+        texts[cut] = [line["response"] for line in lines]
     assert len(texts[1, 1]) == 120
     assert texts[1, 1] == texts[1, 4] == texts[2, 2]
+
+
+@pytest.mark.slow
+def test_two_processes_score_what_one_does(work, supervised):
+    logps = {}
+    for cut in CUTS:
+        output = work / "scores.jsonl"
+        flags = (f"--data={work / 'data.jsonl'}", f"--output={output}")
+        use(supervised, "score", *cut, *flags)
+        lines = map(json.loads, output.read_text().splitlines())
+        logps[cut] = [line["logp"] for line in lines]
+    assert len(logps[1, 1]) == 60
+    for cut in CUTS[1:]:
+        np.testing.assert_allclose(logps[cut], logps[1, 1], rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_what_one_does(work, supervised):
+    judge = work / "judge.py"
+    judge.write_text("def longer(prompt, a, b):\n    return float(len(a) > len(b))\n")
+    results = {}
+    for cut in CUTS:
+        output = work / "evaluated.json"
+        flags = (f"--data={work / 'data.jsonl'}", f"--output={output}")
+        compared = (f"--judge={judge}:longer", f"--baseline={supervised}")
+        more = ("--metrics=token_accuracy", "--temperature=1", "--max_new_tokens=6")
+        use(supervised, "eval", *cut, *flags, *compared, *more)
+        results[cut] = json.loads(output.read_text())
+    assert results[1, 1] == results[1, 4] == results[2, 2]
 
 
 @pytest.mark.slow

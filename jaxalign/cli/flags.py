@@ -32,7 +32,10 @@ def distributed_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--process_count", type=int)
     group.add_argument("--process_index", type=int)
     group.add_argument(
-        "--distributed_timeout", type=int, default=1800, help="seconds to wait"
+        "--distributed_timeout",
+        type=int,
+        default=1800,
+        help="seconds to wait for the others: at the start, and for a step",
     )
 
 

@@ -41,9 +41,7 @@ def train(argv: list[str]) -> int:
         print(config)
         print(dry_run.describe(run))
         return 0
-    run = dataclasses.replace(
-        run, start_timeout=timeout, profile_steps=args.profile_steps
-    )
+    run = dataclasses.replace(run, timeout=timeout, profile_steps=args.profile_steps)
     train.train(run, config)
     return 0
 

@@ -22,7 +22,7 @@ import os
 import pathlib
 import shutil
 import socket
-import time
+import tempfile
 import zipfile
 from collections.abc import Iterator
 from typing import Any
@@ -212,13 +212,17 @@ def remove_stale(directory: str | os.PathLike[str]) -> None:
     """
     directory = pathlib.Path(directory)
     here = f".{directory.name}.tmp-{socket.gethostname()}-"
+    # A shared disk's clock is not this machine's: it is asked for its own time.
+    with tempfile.TemporaryFile(dir=directory.parent) as probe:
+        now = os.fstat(probe.fileno()).st_mtime
     for path in directory.parent.glob(f".{directory.name}.tmp-*"):
         pid = path.name.removeprefix(here).removesuffix("-old")
         if path.name.startswith(here) and pid.isdigit():
             dead = int(pid) != os.getpid() and not _alive(int(pid))
         else:
-            newest = max((p.stat().st_mtime for p in path.iterdir()), default=0.0)
-            dead = time.time() - newest > _STALE_SECONDS
+            files = list(path.iterdir()) or [path]
+            newest = max(p.stat().st_mtime for p in files)
+            dead = now - newest > _STALE_SECONDS
         if dead:
             shutil.rmtree(path, ignore_errors=True)
 

@@ -113,8 +113,17 @@ def _files(files: list[pathlib.Path], task: tasks_lib.Task | None) -> Source:
         for file in files:
             for line, row in _reader(file)(file):
                 yield str(file), line, row
+        # The cache's name says what these files held when they were looked up.
+        if changed := [
+            str(f) for f, d in zip(files, digests, strict=True) if d != _digest(f)
+        ]:
+            raise ValueError(
+                f"{', '.join(changed)} changed while being read, and nothing was "
+                "written. Start again when whoever writes there is done."
+            )
 
-    identity: dict[str, Any] = {"files": [_digest(f) for f in files]}
+    digests = [_digest(f) for f in files]
+    identity: dict[str, Any] = {"files": digests}
     identity["names"] = [f.name if short else str(f) for f in files]
     if task is not None:
         identity |= {"task": task.name, "code": task.fingerprint}

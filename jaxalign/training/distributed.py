@@ -107,6 +107,7 @@ def start(settings: Settings) -> None:
         num_processes=settings.process_count,
         process_id=settings.process_index,
         initialization_timeout=settings.timeout,
+        heartbeat_timeout_seconds=min(100, settings.timeout),
     )
     _log.info(
         "Process %d of %d, %d of %d devices",

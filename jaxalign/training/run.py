@@ -59,8 +59,8 @@ class Run:
       sample_period: steps between generated samples; `eval_period` if None.
       sampler: how samples are drawn; None draws none.
       use_wandb: also log to Weights & Biases.
-      start_timeout: seconds that the processes of a job wait for each other before the
-        first step.
+      timeout: seconds that the processes of a job wait for each other, before the first
+        step and for a step.
       profile_steps: first and last step to trace; see `jaxalign.training.profiling`.
     """
 
@@ -87,7 +87,7 @@ class Run:
     sample_period: int | None = None
     sampler: sampling.Sampler | None = None
     use_wandb: bool = False
-    start_timeout: int = 1800
+    timeout: int = 1800
     profile_steps: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:

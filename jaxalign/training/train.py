@@ -22,6 +22,7 @@ from jaxalign.training import (
     reference_cache,
     run_directory,
     symptoms,
+    watchdog,
 )
 from jaxalign.training import mesh as meshes
 from jaxalign.training import step as steps
@@ -176,11 +177,13 @@ def train(run: Run, config_text: str = "") -> dict[str, float]:
     window: list[Metrics] = []
     latest: dict[str, float] = {}
     progress = Progress(first, run.train_steps, enabled=main_process)
-    distributed.barrier(f"step {first}", run.start_timeout)
-    with stop, progress, writer:
+    distributed.barrier(f"step {first}", run.timeout)
+    dog = watchdog.Watchdog(run.timeout, jax.process_count() > 1)
+    with dog, stop, progress, writer:
         batches = feed.iterate(first, rows=rows)
         for step in range(first, run.train_steps):
             done = step + 1
+            dog.beat(f"step {step}")
             profile.before(done, state)
             with profile.input():
                 rows_of_step = next(batches)
@@ -213,6 +216,7 @@ def train(run: Run, config_text: str = "") -> dict[str, float]:
                     pairs = sample_pairs(found, "value/correlation")
                     if pairs and main_process:
                         write_calibration(run_dir, done, *pairs)
+                dog.beat(f"the evaluation after step {done}")
             if (last or done % sample_period == 0) and not told_to_stop:
                 if run.sampler:
                     path = run_dir / "samples" / f"{done}.jsonl"
@@ -221,6 +225,7 @@ def train(run: Run, config_text: str = "") -> dict[str, float]:
                     )
                     writer.write(done, found)
                     watched(found)
+                dog.beat(f"the samples after step {done}")
             if saving:
                 save(state)
             if told_to_stop:

@@ -239,6 +239,16 @@ def test_living_writers_are_left_alone(tmp_path):
     )
 
 
+def test_a_clock_that_is_ahead_removes_no_living_writer(tmp_path, monkeypatch):
+    """What is old is a question for the disk: hosts' clocks differ."""
+    elsewhere = tmp_path / ".c.tmp-otherhost-1"
+    elsewhere.mkdir()
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: real() + 3 * 24 * 3600)
+    write(tmp_path / "c", [pair_row()])
+    assert elsewhere.exists()
+
+
 def test_foreign_folders_are_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(FileExistsError, match="exists and is not a cache"):

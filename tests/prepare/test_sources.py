@@ -176,3 +176,22 @@ def test_keys_tell_files_of_one_name_apart(tmp_path):
         (tmp_path / folder / "r.jsonl").write_text(json.dumps(ROWS[0]) + "\n")
     rows = prepared(tmp_path, tmp_path / "*" / "r.jsonl")
     assert [r.key for r in rows] == [f"{tmp_path}/{n}/r.jsonl:1" for n in "ab"]
+
+
+def test_a_file_that_changes_while_it_is_read_makes_no_cache(tmp_path, monkeypatch):
+    data = tmp_path / "r.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    read = sources.read_jsonl
+
+    def slowly(path):
+        for line, row in read(path):
+            yield line, row
+            with path.open("a") as file:  # whoever writes there is not done
+                file.write(json.dumps(ROWS[0]) + "\n" if line == 1 else "")
+
+    monkeypatch.setitem(sources._READERS, ".jsonl", slowly)
+    with pytest.raises(ValueError, match=r"r\.jsonl changed while being read"):
+        prepared(tmp_path, data)
+    assert not list((tmp_path / "caches").rglob("cache.json"))
+    monkeypatch.setitem(sources._READERS, ".jsonl", read)
+    assert len(prepared(tmp_path, data)) == 3

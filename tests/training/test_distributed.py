@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -188,15 +190,38 @@ def test_processes_end_with_the_parameters_of_one_device(
         np.testing.assert_allclose(found[name], value, atol=1e-5, err_msg=name)
 
 
-def kill_one(run_dir: Path, which: int) -> None:
-    """Kills process `which` of the job that writes to a run directory, if it runs."""
+def signal_one(run_dir: Path, which: int, number: int = signal.SIGKILL) -> None:
+    """Signals process `which` of the job that writes to a run directory, if it runs."""
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             words = (folder / "cmdline").read_bytes().decode().split("\0")
         except OSError:
             continue
         if f"--run_dir={run_dir}" in words and f"--process_index={which}" in words:
-            os.kill(int(folder.name), signal.SIGKILL)
+            os.kill(int(folder.name), number)
+
+
+@pytest.mark.slow
+def test_a_host_that_stops_answering_ends_the_others(work):
+    """SIGSTOP: the process is there and does nothing, heartbeats included."""
+    run_dir = work / "frozen"
+
+    def stop_after_a_step() -> None:
+        metrics = run_dir / "metrics.jsonl"
+        while not metrics.exists() or not metrics.read_text():
+            time.sleep(0.2)
+        signal_one(run_dir, 1, signal.SIGSTOP)
+
+    threading.Thread(target=stop_after_a_step, daemon=True).start()
+    own = ("--gin_file=runs/sft.gin", "--gin.TRAIN_STEPS=100000")
+    began = time.monotonic()
+    done = launch(work, "frozen", 2, 1, *own, "--distributed_timeout=60")
+    assert done.returncode not in (0, None)
+    assert time.monotonic() - began < 300
+    # JAX's coordinator or the watchdog, whichever notices first; both name process 1.
+    heard = r"stopped sending heartbeats\):\n\[0\] 1\n|Processes \[1\] of 2"
+    assert re.search(heard, done.stdout), done.stdout
+    assert checkpoints.Checkpoints(run_dir, keep=1).steps()
 
 
 KILLS = int(os.environ.get("CHAOS_KILLS", "30"))
@@ -215,7 +240,7 @@ def test_a_two_process_run_survives_kills_at_any_moment(work):
         # From the first import to well into the loop.
         moments.append(draw.uniform(1.0, 25.0))
         end = threading.Timer(
-            moments[-1], kill_one, (work / "chaos", draw.randrange(2))
+            moments[-1], signal_one, (work / "chaos", draw.randrange(2))
         )
         end.start()
         done = launch(work, "chaos", 2, 1, *own, steps)

@@ -1,13 +1,16 @@
 """Decoding speed, each as a ratio of medians measured in one process.
 
     python benchmarks/decode.py samples   # against Hugging Face generate (PyTorch)
+    T5X_SRC=DIR python benchmarks/decode.py samples   # and T5X's temperature_sample
     python benchmarks/decode.py ragged --prompts=FILE.jsonl   # slot refill or not
 
 ``samples``: T5 1.1 small with random weights draws N samples of T tokens for each of B
 prompts, in float32. Hugging Face gets the same weights, prompts and threads, and
 ``num_return_sequences=N``; its sampling settings are ours (temperature 1, nothing
 truncated). With random weights about one response in 500 draws EOS before its last
-token; neither side stops for it, and tokens are counted as if it had not.
+token; no side stops for it, and tokens are counted as if it had not. ``T5X_SRC`` names
+a folder with checkouts of t5x, airio and jestimator; its sampler, on a network of the
+same shape with weights of its own, is measured too.
 
 ``ragged``: one response to each real prompt. Rows of the file have an ``instruction``
 and ``responses``, a list of ``{"generator", "text"}``: random weights never end a
@@ -21,6 +24,7 @@ import argparse
 import json
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable
 
@@ -112,13 +116,73 @@ def samples(args: argparse.Namespace) -> None:
             )
         assert found.shape[1] == args.tokens + 1
 
-    seconds = _medians(
-        args.repeats, ("jaxalign",), jaxalign=ours, hugging_face=hugging_face
-    )
+    runs = {"jaxalign": ours, "hugging_face": hugging_face}
+    if os.environ.get("T5X_SRC"):
+        runs["t5x"] = _t5x_sampler(prompts, args)
+    seconds = _medians(args.repeats, tuple(runs.keys() - {"hugging_face"}), **runs)
     total = len(prompts) * args.num_samples * args.tokens
     for name, value in seconds.items():
-        print(f"{name:13} {value:8.2f} s  {total / value:8.0f} tokens/s")
-    print(f"ratio         {seconds['hugging_face'] / seconds['jaxalign']:8.2f}")
+        ratio = value / seconds["jaxalign"]
+        print(f"{name:13} {value:8.2f} s  {total / value:8.0f} tokens/s  {ratio:6.2f}")
+
+
+def _t5x_sampler(prompts: np.ndarray, args: argparse.Namespace) -> Callable[[], None]:
+    """T5X's own sampler on a network of the same shape."""
+    source = os.environ["T5X_SRC"]
+    sys.path[:0] = [f"{source}/{name}" for name in ("t5x", "airio", "jestimator")]
+    import seqio
+    from t5x import decoding as t5x_decoding
+    from t5x import models as t5x_models
+    from t5x.examples.t5 import network
+
+    shape = {
+        field: getattr(SMALL, field)
+        for field in (
+            *("vocab_size", "emb_dim", "num_heads", "head_dim", "mlp_dim"),
+            *("num_encoder_layers", "num_decoder_layers"),
+        )
+    }
+    config = network.T5Config(
+        **shape,
+        mlp_activations=("gelu", "linear"),
+        dropout_rate=0.0,
+        logits_via_embedding=False,
+        dtype="float32",
+    )
+    vocabulary = seqio.ByteVocabulary()
+    model = t5x_models.EncoderDecoderModel(
+        network.Transformer(config),
+        vocabulary,
+        vocabulary,
+        optimizer_def=None,
+        decode_fn=t5x_decoding.temperature_sample,
+    )
+    targets = np.zeros((len(prompts), args.tokens), np.int32)
+    shapes = {
+        "encoder_input_tokens": prompts.shape,
+        "decoder_input_tokens": targets.shape,
+    }
+    params = model.get_initial_variables(jax.random.key(0), shapes)["params"]
+    batch = {"encoder_input_tokens": prompts, "decoder_input_tokens": targets}
+
+    @jax.jit
+    def predict(params: dict, batch: dict, key: jax.Array) -> jax.Array:
+        found, _ = model.predict_batch_with_aux(
+            params,
+            batch,
+            rng=key,
+            decoder_params={"temperature": 1.0, "topk": 0},
+            return_all_decodes=True,
+            num_decodes=args.num_samples,
+        )
+        return found
+
+    def run() -> None:
+        found = predict(params, batch, jax.random.key(0))
+        assert found.shape == (len(prompts), args.num_samples, args.tokens)
+        found.block_until_ready()
+
+    return run
 
 
 def _read(args: argparse.Namespace) -> list[tuple[np.ndarray, int]]:

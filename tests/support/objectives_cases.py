@@ -174,9 +174,14 @@ def assert_same_gradients(found, expected):
 
 
 def assert_same_metrics(found, expected):
-    """Metrics within 1e-5 relative, where they are not differences of large numbers."""
+    """Metrics within 1e-5 relative, where they are not differences of large numbers.
+
+    Norms of gradients have the gradients' bound: one unit in the last place of the
+    parameters moves RewardKTO's by as much as 1.3e-4.
+    """
     assert found.keys() == expected.keys()
     for name, value in expected.items():
+        rtol = 1e-4 if "grad_norm" in name else 1e-5
         np.testing.assert_allclose(
-            found[name], value, rtol=1e-5, atol=2e-5, err_msg=name
+            found[name], value, rtol=rtol, atol=2e-5, err_msg=name
         )

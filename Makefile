@@ -54,9 +54,9 @@ $(BIN)/python:
 	  "is not. Name another: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-# Compiling for TPUs takes libtpu, several hundred megabytes that only slow tests want.
+# libtpu and Kubernetes' schemas: hundreds of megabytes that only slow tests want.
 $(VENV)/.installed-test-slow: $(VENV)/.installed-test
-	$(PIP_INSTALL) -e ".[test,plan]"
+	$(PIP_INSTALL) -e ".[test,slow-tests]"
 	@touch $@
 
 # The stamps make a second call instant; a change of what they depend on installs again.

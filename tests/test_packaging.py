@@ -166,7 +166,7 @@ def test_constraints_pin_every_requirement():
         if line and not line.startswith("#"):
             name, _, version = line.partition("==")
             pins[normalized(name)] = version
-    for name in ("TRAIN", "PREPARE", "TEST", "PLAN"):
+    for name in ("TRAIN", "PREPARE", "TEST", "PLAN", "SLOW_TESTS"):
         for requirement in map(Requirement, setup_list(name)):
             pin = pins[normalized(requirement.name)]
             assert requirement.specifier.contains(pin), f"{requirement} is not {pin}"

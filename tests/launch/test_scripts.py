@@ -40,6 +40,13 @@ def test_a_call_without_a_command_says_how(name):
     assert done.returncode == 2 and "usage:" in done.stderr
 
 
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_shellcheck_finds_nothing(name):
+    command = [pathlib.Path(sys.executable).with_name("shellcheck"), LAUNCH / name]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert not done.returncode, done.stdout
+
+
 def test_slurm_runs_the_command_on_every_task():
     done = call("slurm.sbatch", *COMMAND)
     assert shlex.split(done.stdout) == ["srun", "--kill-on-bad-exit=1", *COMMAND]
@@ -107,3 +114,19 @@ def test_the_jobset_asks_for_hosts_that_make_the_topology():
     assert container["command"][:2] == ["jaxalign", "train"]
     mounted = {m["name"] for m in container["volumeMounts"]}
     assert mounted == {v["name"] for v in pod["volumes"]}
+
+
+@pytest.mark.slow
+def test_the_jobs_of_the_jobset_follow_kubernetes_schema():
+    import kubernetes_validate
+    import yaml
+
+    manifest = yaml.safe_load((LAUNCH / "gke_jobset.yaml").read_text())
+    version = kubernetes_validate.latest_version()
+    for replicated in manifest["spec"]["replicatedJobs"]:
+        job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "x"}}
+        job["spec"] = replicated["template"]["spec"]
+        kubernetes_validate.validate(job, version, strict=True)
+        job["spec"]["parallelizm"] = 3
+        with pytest.raises(kubernetes_validate.ValidationError):
+            kubernetes_validate.validate(job, version, strict=True)

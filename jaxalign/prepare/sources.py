@@ -41,12 +41,6 @@ class Source:
     seqio_name: str | None = None
     files: Sequence[pathlib.Path] = ()
 
-    def short_name(self, file: str) -> str:
-        """The file's name for row keys; its path where names are not distinct."""
-        names = self.identity.get("names", [])
-        name = pathlib.Path(file).name
-        return name if name in names else file
-
 
 def find_source(data: str, *, split: str = "train", task: str | None = None) -> Source:
     """Finds what DATA names.

@@ -3,10 +3,11 @@
 #   make quickstart    install into .venv, then run the main job on the embedded data
 #   make test          install into .venv with the test extra, then run the tests
 #   make test-slow     the slow tests too (light environment, kills, longer runs)
+#   make test-beam     the tests on Apache Beam, in an environment of their own
 #   make compare       every objective on embedded data, three seeds (hours on 2 cores)
 #   make bench         steps beside their peers (BENCH_PEERS, T5X_SRC, BENCH_DATA)
 #   make lint          ruff
-#   make clean         remove .venv, runs/ and caches
+#   make clean         remove .venv, .venv-beam, runs/ and caches
 #
 # PYTHON=python3.12 chooses the interpreter, PIP_ARGS and PYTEST_ARGS add arguments.
 
@@ -22,7 +23,7 @@ PIP_INSTALL = $(BIN)/python -m pip install --no-compile --disable-pip-version-ch
 PYTEST_WORKERS ?= -n auto --dist loadfile --no-loadscope-reorder
 INSTALL_INPUTS := setup.py pyproject.toml constraints.txt
 
-.PHONY: quickstart compare bench install test test-slow lint clean
+.PHONY: quickstart compare bench install test test-slow test-beam lint clean
 
 quickstart: install
 	$(BIN)/jaxalign quickstart
@@ -40,19 +41,33 @@ test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest $(PYTEST_WORKERS) $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.installed-test-slow
-	$(BIN)/python -m pytest $(PYTEST_WORKERS) -m "not gpu and not tpu" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(PYTEST_WORKERS) -m "not gpu and not tpu and not beam" \
+	  $(PYTEST_ARGS)
+
+test-beam: .venv-beam/.installed
+	.venv-beam/bin/python -m pytest tests/prepare/test_beam.py -m "" $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 
 clean:
-	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-beam runs build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
 	  2> /dev/null || { echo "jaxalign needs Python 3.11, 3.12 or 3.13, which $(PYTHON)" \
 	  "is not. Name another: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
+
+# Apache Beam and constraints.txt exclude each other: a line of constraints-beam.txt
+# stands in for that of the same package there.
+.venv-beam/.installed: $(INSTALL_INPUTS) constraints-beam.txt | $(BIN)/python
+	$(BIN)/python -m venv .venv-beam
+	awk -F== 'NR == FNR { own[$$1] } NR == FNR || !($$1 in own)' \
+	  constraints-beam.txt constraints.txt > .venv-beam/constraints.txt
+	.venv-beam/bin/python -m pip install --no-compile --disable-pip-version-check \
+	  -c .venv-beam/constraints.txt $(PIP_ARGS) -e ".[beam]" pytest hypothesis
+	@touch $@
 
 # libtpu and Kubernetes' schemas: hundreds of megabytes that only slow tests want.
 $(VENV)/.installed-test-slow: $(VENV)/.installed-test

@@ -84,6 +84,11 @@ CONSTRAINTS = ["outlines-core>=0.2.14"]
 # The HTTP API.
 SERVE = ["starlette>=1.0", "uvicorn>=0.40"]
 
+# `prepare` on Apache Beam. Not among TEST: it refuses pillow 13, protobuf 7, pyarrow 26
+# and python-dateutil 4, with which the tests run; `make test-beam` has its own
+# environment, of constraints-beam.txt.
+BEAM = ["apache-beam>=2.77"]
+
 PLOTS = ["matplotlib>=3.9"]  # the page of `jaxalign compare`
 # `jaxalign plan` compiles for TPUs with it, on machines without one. The release that
 # jax 0.10.2 names in its own extra "tpu".
@@ -134,6 +139,7 @@ setup(
         "plots": PLOTS,
         "constraints": CONSTRAINTS,
         "serve": SERVE,
+        "beam": BEAM,
         "plan": PLAN,
         "docs": ["sphinx>=8", "myst-parser>=4", "sphinx-book-theme>=1.1"],
         "gpu": ["jax[cuda13]>=0.10"],

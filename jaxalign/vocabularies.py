@@ -120,13 +120,27 @@ class SentencePieceVocabulary(_Vocabulary):
     """
 
     def __init__(self, path: str, extra_ids: int = 100, escape: bool = True):
-        # Imported here: byte models need no SentencePiece.
-        import sentencepiece
-
         self.path = str(path)
         self.extra_ids = extra_ids
         self.escape = escape
         self.model_bytes = _read_bytes(self.path)
+        self._load()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What another process needs, which may not see the model's file."""
+        names = ("path", "extra_ids", "escape", "model_bytes")
+        return {name: getattr(self, name) for name in names}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._load()
+
+    def _load(self) -> None:
+        """The model from its bytes, and the escapes that it needs."""
+        # Imported here: byte models need no SentencePiece.
+        import sentencepiece
+
+        extra_ids, escape = self.extra_ids, self.escape
         sentinels = b"".join(
             _serialized_piece(f"▁<extra_id_{i}>") for i in reversed(range(extra_ids))
         )

@@ -30,9 +30,15 @@ FLOORS = [
     {"pipelines."},
     {"cli."},
 ]
-# Only these may name TensorFlow and seqio, and only `tasks` outside of functions.
+# Only these may name what is heavy, and only `tasks` outside of functions.
 PREPARATION = ("jaxalign.prepare", "jaxalign.tasks", "jaxalign.interop")
-HEAVY = {"tensorflow", "tensorflow_datasets", "tensorflow_text", "seqio"}
+HEAVY = {
+    "tensorflow",
+    "tensorflow_datasets",
+    "tensorflow_text",
+    "seqio",
+    "apache_beam",
+}
 
 
 def normalized(name: str) -> str:
@@ -160,16 +166,30 @@ def test_tasks_and_configs_are_found_from_any_folder(tmp_path):
 # The requirements.
 
 
-def test_constraints_pin_every_requirement():
-    pins = {}
-    for line in (ROOT / "constraints.txt").read_text().splitlines():
+def pins(file: str) -> dict[str, str]:
+    found = {}
+    for line in (ROOT / file).read_text().splitlines():
         if line and not line.startswith("#"):
             name, _, version = line.partition("==")
-            pins[normalized(name)] = version
-    for name in ("TRAIN", "PREPARE", "TEST", "PLAN", "SLOW_TESTS"):
-        for requirement in map(Requirement, setup_list(name)):
-            pin = pins[normalized(requirement.name)]
-            assert requirement.specifier.contains(pin), f"{requirement} is not {pin}"
+            found[normalized(name)] = version
+    return found
+
+
+def check_pinned(pinned: dict[str, str], *lists: str) -> None:
+    for requirement in (Requirement(r) for name in lists for r in setup_list(name)):
+        pin = pinned[normalized(requirement.name)]
+        assert requirement.specifier.contains(pin), f"{requirement} is not {pin}"
+
+
+def test_constraints_pin_every_requirement():
+    lists = ("TRAIN", "PREPARE", "TEST", "SLOW_TESTS", "PLAN")
+    check_pinned(pins("constraints.txt"), *lists)
+
+
+def test_constraints_with_beam_pin_every_requirement_and_repeat_nothing():
+    usual, own = pins("constraints.txt"), pins("constraints-beam.txt")
+    check_pinned(usual | own, "TRAIN", "PREPARE", "BEAM")
+    assert [name for name in own if own[name] == usual.get(name)] == []
 
 
 def test_light_requirements_are_exactly_what_training_needs():

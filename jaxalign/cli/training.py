@@ -52,14 +52,24 @@ def _two_steps(text: str) -> tuple[int, int]:
 
 
 def data(argv: list[str]) -> int:
-    flags = configs.parse_flags(argv)
-    verb_parser("data", "Check and prepare data; print a summary.").parse_args(
-        flags.rest
+    parser = verb_parser("data", "Check and prepare data; print a summary.")
+    parser.add_argument(
+        "--beam_options",
+        metavar="TEXT",
+        help="tokenise JSONL and Parquet files on Apache Beam (jaxalign[beam]) with "
+        "these pipeline options: --beam_options='--direct_num_workers=4 "
+        "--direct_running_mode=multi_processing'",
     )
+    flags = configs.parse_flags(argv)
+    args = parser.parse_args(flags.rest)
     read_gin(flags, "data needs the run it is for")
     from jaxalign.training import dry_run, train
 
-    print(dry_run.describe_data(configs.configured(train.Run)()))
+    run = configs.configured(train.Run)()
+    if args.beam_options is not None:
+        dataset = dataclasses.replace(run.dataset, beam_options=args.beam_options)
+        run = dataclasses.replace(run, dataset=dataset)
+    print(dry_run.describe_data(run))
     return 0
 
 

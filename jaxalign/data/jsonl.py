@@ -6,7 +6,7 @@ import collections
 import gzip
 import json
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from jaxalign.data.bad_rows import BadRow, FieldError, show
@@ -21,24 +21,32 @@ def read_jsonl(
     """
     path = pathlib.Path(path)
     opener = gzip.open if path.suffix == ".gz" else open
-    blank: list[int] = []
     with opener(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                blank.append(number)
-                continue
-            for n in blank:
-                yield (
-                    n,
-                    BadRow(
-                        str(path), n, "row", "empty", "a JSON object", "an empty line"
-                    ),
-                )
-            blank.clear()
-            try:
-                yield number, parse_object(line, first=number == 1)
-            except FieldError as error:
-                yield number, error.at(str(path), number)
+        yield from parse_lines(str(path), enumerate(file, start=1))
+
+
+def parse_lines(
+    file: str, lines: Iterable[tuple[int, bytes]]
+) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
+    """``(line number, object or BadRow)`` of consecutive numbered lines of ``file``.
+
+    A blank line is told when another line follows it; those at the end are no rows.
+    """
+    blank: list[int] = []
+    for number, line in lines:
+        if not line.strip():
+            blank.append(number)
+            continue
+        for n in blank:
+            yield (
+                n,
+                BadRow(file, n, "row", "empty", "a JSON object", "an empty line"),
+            )
+        blank.clear()
+        try:
+            yield number, parse_object(line, first=number == 1)
+        except FieldError as error:
+            yield number, error.at(file, number)
 
 
 def parse_object(line: bytes, first: bool = False) -> dict[str, Any]:

@@ -7,21 +7,20 @@ the same gets the folder that is there; a change makes another one.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
 import json
 import os
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxalign.data import records as records_lib
-from jaxalign.data.bad_rows import BadRow
 from jaxalign.data.cache import TokenizedCache
 from jaxalign.data.field_map import FieldMap
-from jaxalign.data.rows import Row
+from jaxalign.prepare import beam, sources, writing
 from jaxalign.prepare import rows as rows_lib
-from jaxalign.prepare import sources, writing
 from jaxalign.vocabularies import Vocabulary
 
 # Part of every fingerprint: raise it when the same source must give other rows.
@@ -47,6 +46,7 @@ def prepare(
     seed: int = 0,
     max_rows: int | None = None,
     sequence_length: Mapping[str, int] | None = None,
+    beam_options: str | None = None,
 ) -> dict[str, pathlib.Path]:
     """Prepares DATA for the feed, or finds what an earlier call prepared.
 
@@ -73,6 +73,10 @@ def prepare(
       seed: decides that split, and the order of answers in rationale prompts.
       max_rows: reads only the first so many rows.
       sequence_length: for seqio tasks whose preprocessors ask for it.
+      beam_options: tokenises JSONL and Parquet files on Apache Beam with these pipeline
+        options, such as ``"--direct_num_workers=4
+        --direct_running_mode=multi_processing"``; the cache is the same bytes. None:
+        in this process.
 
     Returns:
       ``{"train": folder}``, with ``"validation"`` when ``eval_fraction`` is positive.
@@ -80,6 +84,7 @@ def prepare(
     Raises:
       DataError: listing bad rows by file, line and field.
       FileNotFoundError, ValueError: for DATA or options that make no sense.
+      ImportError: for ``beam_options`` where Apache Beam is not installed.
     """
     if schema not in records_lib.SCHEMAS or schema == "prompts":
         # ``convert`` words the message for unknown names.
@@ -134,31 +139,9 @@ def prepare(
     if all(_is_current(path, fingerprint) for path in targets.values()):
         return targets
 
-    def examples() -> Iterator[records_lib.Example | BadRow]:
-        return records_lib.examples(
-            source.rows(),
-            schema,
-            field_map=field_map,
-            transform=transform,
-            require=require,
-            desirable_above=desirable_above,
-        )
-
-    def build(example: records_lib.Example) -> list[Row]:
-        key = f"{source.short_name(example.file)}:{example.line}"
-        return rows_lib.build_rows(
-            example.records, schema, vocabulary, key=key, seed=seed
-        )
-
-    def token_rows() -> Iterator[list[Row] | BadRow]:
-        return seqio_tasks.token_rows(
-            source.seqio_name, schema, split=split, sequence_length=sequence_length
-        )
-
-    writing.write_splits(
-        token_rows if source.seqio_name else examples,
-        None if source.seqio_name else build,
-        targets,
+    write = functools.partial(
+        writing.write_splits,
+        targets=targets,
         schema=schema,
         vocabulary=vocabulary,
         fingerprint=fingerprint,
@@ -168,6 +151,33 @@ def prepare(
         seed=seed,
         max_rows=max_rows,
     )
+    recipe = rows_lib.Recipe(
+        schema,
+        vocabulary,
+        names=frozenset(source.identity.get("names", ())),
+        field_map=field_map,
+        transform=transform,
+        require=require,
+        desirable_above=desirable_above,
+        seed=seed,
+    )
+    if beam_options is not None:
+        if not source.files:
+            raise ValueError(
+                f"beam_options prepare JSONL and Parquet files, and {data!r} is none: "
+                "leave them out, or export it to files."
+            )
+        with beam.encoded(recipe, source.files, folder, beam_options) as items:
+            write(items, recipe.build)
+    elif source.seqio_name:
+        write(
+            lambda: seqio_tasks.token_rows(
+                source.seqio_name, schema, split=split, sequence_length=sequence_length
+            ),
+            None,
+        )
+    else:
+        write(lambda: recipe.examples(source.rows()), recipe.build)
     return targets
 
 

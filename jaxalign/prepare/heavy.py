@@ -1,4 +1,7 @@
-"""TensorFlow and what stands on it, imported late and kept off the GPUs."""
+"""TensorFlow, what stands on it, and Apache Beam: imported late.
+
+TensorFlow is kept off the GPUs.
+"""
 
 from __future__ import annotations
 
@@ -43,3 +46,20 @@ def tensorflow_datasets() -> Any:
     import tensorflow_datasets
 
     return tensorflow_datasets
+
+
+def apache_beam() -> Any:
+    """The ``apache_beam`` module.
+
+    Raises:
+      ImportError: saying how to install it, or how to do without.
+    """
+    try:
+        import apache_beam
+    except ImportError as error:
+        raise ImportError(
+            "beam_options need Apache Beam, which is not installed here: `pip install "
+            "'jaxalign[beam]'` brings it. Without beam_options the data is prepared "
+            "by this process alone, with the same result."
+        ) from error
+    return apache_beam

@@ -1,4 +1,4 @@
-"""Checked records to tokenised rows of the cache.
+"""Raw rows to checked records, and those to tokenised rows of the cache.
 
 The records of one source row that share a prompt become one cache row: its prompt is
 stored, and later encoded, once.
@@ -6,14 +6,18 @@ stored, and later encoded, once.
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Sequence
+import pathlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from jaxalign import batch
-from jaxalign.data.records import Record
+from jaxalign.data import records as records_lib
+from jaxalign.data.bad_rows import BadRow
+from jaxalign.data.records import Example, Record
 from jaxalign.data.rows import Row
 from jaxalign.prepare.rationales import (
     chosen_comes_second,
@@ -21,6 +25,76 @@ from jaxalign.prepare.rationales import (
     rationale_text,
 )
 from jaxalign.vocabularies import Vocabulary
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """An :class:`Example` that is tokenised already.
+
+    Attributes:
+      rows: its rows of the cache.
+      left_out: how many of its responses a transform left out on purpose.
+    """
+
+    rows: list[Row]
+    left_out: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How the raw rows of a source become rows of a cache; other processes take it.
+
+    Attributes:
+      schema: ``supervised``, ``trajectory``, ``preference`` or ``rationale``.
+      vocabulary: turns text into ids.
+      names: names of files that tell them apart, for the keys of rows; a file that is
+        not among them is called by its path.
+      field_map: see ``data.records.examples``, as are the next three.
+      transform: a data set's own function from a raw row to records.
+      require: what trajectories must have.
+      desirable_above: rewards above it make a missing label desirable.
+      seed: decides the order of answers in rationale prompts.
+    """
+
+    schema: str
+    vocabulary: Vocabulary
+    names: frozenset[str] = frozenset()
+    field_map: Mapping[str, str] | None = None
+    transform: records_lib.Transform | None = None
+    require: Sequence[str] = ()
+    desirable_above: float | None = None
+    seed: int = 0
+
+    def examples(
+        self, rows: Iterable[tuple[str, int, Mapping[str, Any] | BadRow]]
+    ) -> Iterator[Example | BadRow]:
+        """Checks raw rows, ``(file, line, row or BadRow)``."""
+        return records_lib.examples(
+            rows,
+            self.schema,
+            field_map=self.field_map,
+            transform=self.transform,
+            require=self.require,
+            desirable_above=self.desirable_above,
+        )
+
+    def build(self, example: Example) -> list[Row]:
+        """Tokenises an example."""
+        name = pathlib.Path(example.file).name
+        key = f"{name if name in self.names else example.file}:{example.line}"
+        return build_rows(
+            example.records, self.schema, self.vocabulary, key=key, seed=self.seed
+        )
+
+    def encode(
+        self, rows: Iterable[tuple[str, int, Mapping[str, Any] | BadRow]]
+    ) -> Iterator[Encoded | BadRow]:
+        """Checks raw rows and tokenises them."""
+        for item in self.examples(rows):
+            if isinstance(item, BadRow):
+                yield item
+            else:
+                yield Encoded(self.build(item), item.left_out)
 
 
 def build_rows(

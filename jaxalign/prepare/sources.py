@@ -10,7 +10,7 @@ import dataclasses
 import glob
 import hashlib
 import pathlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from jaxalign.data.bad_rows import BadRow, FieldError, nearest
@@ -31,6 +31,7 @@ class Source:
       rows: makes a fresh iterator over the rows.
       task: the data set whose record functions read the rows, if any.
       seqio_name: the registered seqio task or mixture, whose rows are token ids.
+      files: what ``rows`` reads, in order; empty where that is no files.
     """
 
     name: str
@@ -38,12 +39,7 @@ class Source:
     rows: Callable[[], Iterable[RawRow]] | None = None
     task: tasks_lib.Task | None = None
     seqio_name: str | None = None
-
-    def short_name(self, file: str) -> str:
-        """The file's name for row keys; its path where names are not distinct."""
-        names = self.identity.get("names", [])
-        name = pathlib.Path(file).name
-        return name if name in names else file
+    files: Sequence[pathlib.Path] = ()
 
 
 def find_source(data: str, *, split: str = "train", task: str | None = None) -> Source:
@@ -129,7 +125,7 @@ def _files(files: list[pathlib.Path], task: tasks_lib.Task | None) -> Source:
         identity |= {"task": task.name, "code": task.fingerprint}
     for file in files:
         _reader(file)
-    return Source(files[0].name.split(".")[0], identity, rows, task)
+    return Source(files[0].name.split(".")[0], identity, rows, task, files=files)
 
 
 def _digest(file: pathlib.Path) -> str:
@@ -162,12 +158,21 @@ def _reader(path: pathlib.Path) -> Callable[[pathlib.Path], Iterator[Any]]:
     return _READERS[suffix]
 
 
-def _read_parquet(path: pathlib.Path) -> Iterator[tuple[int, Any]]:
+def read_parquet(
+    path: pathlib.Path, groups: Sequence[int] | None = None, before: int = 0
+) -> Iterator[tuple[int, Any]]:
+    """``(row number, row or BadRow)`` of a Parquet file, or of some row groups of it.
+
+    Args:
+      path: the file.
+      groups: consecutive row groups; None for all.
+      before: how many rows stand before the first of them.
+    """
     import pyarrow.parquet
 
-    line = 0
+    line = before
     with pyarrow.parquet.ParquetFile(path) as file:
-        for batch in file.iter_batches(batch_size=1024):
+        for batch in file.iter_batches(batch_size=1024, row_groups=groups):
             for row in batch.to_pylist():
                 line += 1
                 yield line, plain_row(row, str(path), line)
@@ -200,7 +205,7 @@ _READERS = {
     ".jsonl": read_jsonl,
     ".json": read_jsonl,
     ".ndjson": read_jsonl,
-    ".parquet": _read_parquet,
+    ".parquet": read_parquet,
     ".tfrecord": _read_tfrecord,
     ".tfrecords": _read_tfrecord,
 }

@@ -15,10 +15,11 @@ from jaxalign.data.bad_rows import BadRow, BadRows, DataError
 from jaxalign.data.cache import CacheWriter
 from jaxalign.data.records import Example
 from jaxalign.data.rows import Row, prompt_hash
+from jaxalign.prepare.rows import Encoded
 from jaxalign.prepare.summary import Tally, source_counts
 from jaxalign.vocabularies import Vocabulary
 
-Item = Example | list[Row] | BadRow
+Item = Example | Encoded | list[Row] | BadRow
 
 
 @dataclasses.dataclass
@@ -46,7 +47,8 @@ def write_splits(
     """Writes a cache for each split, all or none.
 
     Args:
-      make_items: a fresh iterator over examples, ready rows, and bad rows.
+      make_items: a fresh iterator over examples, tokenised or not, ready rows, and
+        bad rows.
       build: turns an example into rows; None when items are rows.
       targets: split name to folder: ``train``, and ``validation`` if wanted.
       schema: of the rows.
@@ -93,10 +95,13 @@ def write_splits(
                     continue
                 if bad.total and on_bad_row == "error":
                     continue  # nothing will be written: only the report goes on
-                rows = item if build is None else build(item)
+                if isinstance(item, Encoded):
+                    rows = item.rows
+                else:
+                    rows = item if build is None else build(item)
                 kept += bool(rows)
                 left_out += not rows
-                if rows and isinstance(item, Example):
+                if rows and isinstance(item, Example | Encoded):
                     responses_left_out += item.left_out
                 for row in rows:
                     place = prompt_fraction(row, seed)

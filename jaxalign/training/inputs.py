@@ -44,6 +44,8 @@ class Dataset:
       shuffle: whether rows are shuffled each epoch.
       cache_dir: where tokenised caches and reference log-probabilities are kept.
       seed: of shuffling and of the held-out split.
+      beam_options: Apache Beam's pipeline options, to tokenise files on it; None: in
+        this process.
     """
 
     data: str | Mapping[str, float] | None = None
@@ -67,6 +69,7 @@ class Dataset:
     shuffle: bool = True
     cache_dir: str = "~/.cache/jaxalign"
     seed: int = 0
+    beam_options: str | None = None
 
     def __post_init__(self) -> None:
         if (self.data is None) == (self.mixture_or_task_name is None):
@@ -125,6 +128,7 @@ def prepare(
         "module": dataset.module,
         "max_rows": dataset.max_rows,
         "seed": dataset.seed,
+        "beam_options": dataset.beam_options,
     }
     from jaxalign import prepare as prepare_lib
 

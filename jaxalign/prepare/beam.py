@@ -1,0 +1,231 @@
+"""Tokenising on Apache Beam: pieces of the files to parts on a shared disk.
+
+The workers do what takes long: they read pieces of the source files, check the rows and
+tokenise them. Each piece becomes one part, a file in a temporary folder beside the
+cache. The process that asked then reads the parts in order through the writer that
+serves without Beam, so that the cache is the same bytes for any number of workers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import os
+import pathlib
+import pickle
+import shlex
+import shutil
+import signal
+import socket
+import threading
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from jaxalign.data.bad_rows import BadRow
+from jaxalign.data.cache import remove_stale
+from jaxalign.data.records import Example
+from jaxalign.prepare import heavy, pieces
+from jaxalign.prepare.rows import Encoded, Recipe
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """What every worker is told."""
+
+    recipe: Recipe
+    pieces: Sequence[pieces.Piece]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Failed:
+    """Ends the part of a piece in which reading or tokenising raised."""
+
+    before: int
+    error: str
+
+
+@contextlib.contextmanager
+def encoded(
+    recipe: Recipe,
+    files: Sequence[pathlib.Path],
+    beside: pathlib.Path,
+    beam_options: str,
+) -> Iterator[Callable[[], Iterator[Example | Encoded | BadRow]]]:
+    """Tokenises files on Apache Beam; the parts are there inside the ``with`` block.
+
+    Args:
+      recipe: turns raw rows into token rows.
+      files: JSON Lines and Parquet, under these paths on every worker.
+      beside: the cache's folder. The parts lie in a hidden folder beside it, on a
+        disk that every worker sees.
+      beam_options: Beam's pipeline options as on a command line; empty for Beam's
+        defaults, which is one worker in this process.
+
+    Yields:
+      A function that makes a fresh iterator over the rows, in the order of the files.
+
+    Raises:
+      ImportError: where Apache Beam is not installed.
+      ValueError: for a file that cannot be cut into pieces.
+      RuntimeError: when the pipeline or a worker failed.
+
+    Example::
+
+        with encoded(recipe, files, folder, "--direct_num_workers=4") as items:
+            for item in items():
+                ...
+    """
+    job = _Job(recipe, pieces.cut(files))
+    beside = beside.absolute()
+    # The name of a writer's temporary folder: who comes after a killed process
+    # removes what it left.
+    folder = beside.with_name(
+        f".{beside.name}.tmp-{socket.gethostname()}-{os.getpid()}"
+    )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    remove_stale(beside)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        _run(_store(job, folder), len(job.pieces), beam_options)
+        missing = [i for i in range(len(job.pieces)) if not _part(folder, i).is_file()]
+        if missing:
+            raise RuntimeError(
+                f"The pipeline ended, but {len(missing)} of {len(job.pieces)} parts "
+                f"are not in {folder}: expected every worker to see the disk of "
+                "CACHE_DIR; put it on one that they share."
+            )
+        yield lambda: _items(folder, job)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _run(stored: str, count: int, beam_options: str) -> None:
+    """Runs the pipeline to its end: every piece counted, then encoded."""
+    beam = heavy.apache_beam()
+    from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
+
+    options = PipelineOptions(shlex.split(beam_options))
+    standard = options.view_as(StandardOptions)
+    if standard.runner in (None, "DirectRunner"):
+        # Beam's direct runner first tries to download another runner, Prism, which
+        # does not heed --direct_num_workers. This is the one that it falls back to.
+        standard.runner = "FnApiRunner"
+    with _noticing_dead_workers(), beam.Pipeline(options=options) as pipeline:
+        numbers = pipeline | beam.Create(range(count)) | "spread" >> beam.Reshuffle()
+        counts = numbers | "count" >> beam.Map(_count, stored)
+        counts = beam.pvalue.AsDict(counts)
+        _ = numbers | "encode" >> beam.Map(_encode, stored, counts)
+
+
+@contextlib.contextmanager
+def _noticing_dead_workers() -> Iterator[None]:
+    """Raises RuntimeError when a worker process of Beam's direct runner dies.
+
+    The direct runner would wait for it for ever. All it does is to raise in the thread
+    that watches the process; from there the thread that waits is interrupted, which
+    has to be the main one.
+    """
+    waiting = threading.current_thread()
+    if waiting is not threading.main_thread():
+        yield
+        return
+    deaths: list[BaseException | None] = []
+    usual = threading.excepthook
+
+    def hook(thrown: threading.ExceptHookArgs) -> None:
+        if thrown.thread is not None and thrown.thread.name == "run_worker":
+            deaths.append(thrown.exc_value)
+            # A real signal: it also ends a wait for a lock.
+            signal.pthread_kill(waiting.ident, signal.SIGINT)
+        else:
+            usual(thrown)
+
+    threading.excepthook = hook
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not deaths:
+            raise
+        raise RuntimeError(
+            "A worker process of the pipeline died, perhaps for want of memory: use "
+            "fewer with --direct_num_workers."
+        ) from deaths[0]
+    finally:
+        threading.excepthook = usual
+
+
+def _store(job: _Job, folder: pathlib.Path) -> str:
+    """Writes what workers load; the name is new, as they keep what they loaded."""
+    import cloudpickle
+
+    path = folder / f"job-{uuid.uuid4().hex}"
+    # By value what cannot be imported: functions of a notebook or a script.
+    path.write_bytes(cloudpickle.dumps(job))
+    return str(path)
+
+
+# One job at a time; a worker takes up many of its pieces.
+@functools.lru_cache(maxsize=1)
+def _load(stored: str) -> _Job:
+    return pickle.loads(pathlib.Path(stored).read_bytes())
+
+
+def _count(number: int, stored: str) -> tuple[int, int]:
+    """How many rows of its file a piece puts before the next one."""
+    found = _load(stored).pieces
+    piece, following = found[number], found[number + 1 : number + 2]
+    continues = bool(following) and following[0].file == piece.file
+    return number, pieces.count(piece) if continues else 0
+
+
+def _encode(number: int, stored: str, counts: Mapping[int, int]) -> None:
+    """Writes the part of a piece: its items one after the other, then None."""
+    job = _load(stored)
+    piece = job.pieces[number]
+    before, i = 0, number - 1
+    while i >= 0 and job.pieces[i].file == piece.file:
+        before += counts[i]
+        i -= 1
+    part = _part(pathlib.Path(stored).parent, number)
+    # A runner may try a piece again, or twice at once: each writes its own file, and
+    # what gets the part's name is complete.
+    own = part.with_name(f"{part.name}.{uuid.uuid4().hex}")
+    with own.open("wb") as file:
+        try:
+            for item in job.recipe.encode(pieces.rows(piece, before)):
+                pickle.dump(item, file)
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno:
+                raise  # the machine's fault, not the row's: the runner tries again
+            text = f"{type(error).__name__}: {error}"
+            pickle.dump(_Failed(before, text), file)
+        pickle.dump(None, file)
+    own.replace(part)
+
+
+def _part(folder: pathlib.Path, number: int) -> pathlib.Path:
+    return folder / f"{number:08d}"
+
+
+def _items(folder: pathlib.Path, job: _Job) -> Iterator[Example | Encoded | BadRow]:
+    for number, piece in enumerate(job.pieces):
+        with _part(folder, number).open("rb") as file:
+            # The end is told by a None: a part that was cut short raises EOFError.
+            read = iter(functools.partial(pickle.load, file), None)
+            for i, item in enumerate(read):
+                if not isinstance(item, _Failed):
+                    yield item
+                    continue
+                # Read here what a worker could not, so that the error is raised where
+                # and as it is without Beam: after the rows before it, or not at all
+                # when max_rows ends earlier.
+                rows = job.recipe.examples(pieces.rows(piece, item.before))
+                yield from itertools.islice(rows, i, None)
+                raise RuntimeError(
+                    f"A worker could not prepare {piece}, and this process can. The "
+                    f"worker said: {item.error}. Give the workers the packages and "
+                    "files of this machine."
+                )

@@ -168,7 +168,7 @@ def prepare(
                 "leave them out, or export it to files."
             )
         with beam.encoded(recipe, source.files, folder, beam_options) as items:
-            write(items, recipe.build)
+            write(lambda: source.guarded(items()), recipe.build)
     elif source.seqio_name:
         write(
             lambda: seqio_tasks.token_rows(
@@ -177,7 +177,7 @@ def prepare(
             None,
         )
     else:
-        write(lambda: recipe.examples(source.rows()), recipe.build)
+        write(lambda: source.guarded(recipe.examples(source.rows())), recipe.build)
     return targets
 
 

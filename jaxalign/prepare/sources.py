@@ -41,6 +41,22 @@ class Source:
     seqio_name: str | None = None
     files: Sequence[pathlib.Path] = ()
 
+    def guarded(self, items: Iterable[Any]) -> Iterator[Any]:
+        """What was read of the source, unless its files changed meanwhile.
+
+        A cache's name says what they held when they were looked up.
+
+        Raises:
+          ValueError: behind the last item, naming the files that changed.
+        """
+        yield from items
+        found = zip(self.files, self.identity.get("files", ()), strict=True)
+        if changed := [str(file) for file, digest in found if digest != _digest(file)]:
+            raise ValueError(
+                f"{', '.join(changed)} changed while being read, and nothing was "
+                "written. Start again when whoever writes there is done."
+            )
+
 
 def find_source(data: str, *, split: str = "train", task: str | None = None) -> Source:
     """Finds what DATA names.
@@ -109,17 +125,8 @@ def _files(files: list[pathlib.Path], task: tasks_lib.Task | None) -> Source:
         for file in files:
             for line, row in _reader(file)(file):
                 yield str(file), line, row
-        # The cache's name says what these files held when they were looked up.
-        if changed := [
-            str(f) for f, d in zip(files, digests, strict=True) if d != _digest(f)
-        ]:
-            raise ValueError(
-                f"{', '.join(changed)} changed while being read, and nothing was "
-                "written. Start again when whoever writes there is done."
-            )
 
-    digests = [_digest(f) for f in files]
-    identity: dict[str, Any] = {"files": digests}
+    identity: dict[str, Any] = {"files": [_digest(f) for f in files]}
     identity["names"] = [f.name if short else str(f) for f in files]
     if task is not None:
         identity |= {"task": task.name, "code": task.fingerprint}

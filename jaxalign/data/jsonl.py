@@ -9,20 +9,22 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
+from jaxalign import remote
 from jaxalign.data.bad_rows import BadRow, FieldError, show
 
 
 def read_jsonl(
-    path: str | pathlib.Path,
+    path: str | pathlib.PurePath,
 ) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
     """Streams ``(line number, object or BadRow)`` from a JSON Lines file.
 
-    ``.gz`` files are unpacked on the way. Blank lines at the end are no rows.
+    ``.gz`` files are unpacked on the way. Blank lines at the end are no rows. A file in
+    a bucket is copied here first.
     """
-    path = pathlib.Path(path)
-    opener = gzip.open if path.suffix == ".gz" else open
+    local = remote.copy(path)
+    opener = gzip.open if local.suffix == ".gz" else open
     blank: list[int] = []
-    with opener(path, "rb") as file:
+    with opener(local, "rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 blank.append(number)

@@ -15,6 +15,7 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from jaxalign import remote
 from jaxalign.data import records as records_lib
 from jaxalign.data.bad_rows import BadRow
 from jaxalign.data.cache import TokenizedCache
@@ -54,7 +55,8 @@ def prepare(
       data: a file or glob of files (``.jsonl``, ``.jsonl.gz``, ``.parquet``,
         ``.tfrecord``); the name of a data set in ``jaxalign.tasks``, alone or as
         ``name:file`` for an exported file of it; ``tfds:builder``; a registered seqio
-        task or mixture; or a prepared folder, which is used as it is.
+        task or mixture; or a prepared folder, which is used as it is. Files and
+        prepared folders may be in a bucket.
       schema: ``supervised``, ``trajectory``, ``preference`` or ``rationale``.
       vocabulary: turns text into ids. None is allowed for a prepared folder and for a
         seqio task, which bring their own.
@@ -186,8 +188,13 @@ def _is_current(path: pathlib.Path, fingerprint: str) -> bool:
 def _already_prepared(
     data: str, schema: str, vocabulary: Vocabulary | None
 ) -> dict[str, pathlib.Path]:
-    """The caches in the folder ``data``; empty when it is no prepared folder."""
+    """The caches in the folder ``data``; empty when it is no prepared folder.
+
+    One in a bucket is copied here: rows are read in any order, over and over.
+    """
     folder = pathlib.Path(data).expanduser()
+    if remote.is_remote(data) and remote.holds(data, "cache.json", "train/cache.json"):
+        folder = remote.copy_folder(data)
     found = {n: folder / n for n in SPLITS if (folder / n / "cache.json").is_file()}
     if (folder / "cache.json").is_file():
         found = {"train": folder}

@@ -1,20 +1,22 @@
 """Checkpoints in a bucket: a list of files, written last, makes one complete.
 
-Beside ``checkpoints/<step>/`` lies ``checkpoints/<step>.json`` with the length and
-SHA-256 of each of its files. An object store cannot rename a folder when it is whole,
+Beside ``checkpoints/<step>/`` lies ``checkpoints/<step>.json`` with the SHA-256 of each
+of its files. An object store cannot rename a folder when it is whole,
 so that list decides: a checkpoint without it is none, one with other bytes is damaged.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from jaxalign import remote, vocabularies
 
@@ -60,14 +62,11 @@ def give(folder: Path, url: str) -> None:
         for file in sorted(folder.rglob("*"))
         if file.is_file()
     }
-    content = {
-        name: {"bytes": file.stat().st_size, "sha256": _sha256(file)}
-        for name, file in files.items()
-    }
+    content = {name: _sha256(file) for name, file in files.items()}
     remove(url)  # what a killed process left
     remote.upload({f"{url}/{name}": file for name, file in files.items()})
     with remote.writing(f"{url}.json") as listed:
-        listed.write_text(json.dumps({"files": content}, indent=1) + "\n")
+        listed.write_text(json.dumps({"sha256": content}, indent=1) + "\n")
 
 
 def remove(url: str) -> None:
@@ -109,15 +108,11 @@ def take(url: str, target: Path, items: tuple[str, ...] = ()) -> str | None:
         except FileNotFoundError as error:
             return str(error)
         for name, file in zip(names, files, strict=True):
-            if listed is not None and _sha256(file) != listed[name]["sha256"]:
+            if listed is not None and _sha256(file) != listed[name]:
                 size = file.stat().st_size
                 return f"{name} ({size} bytes) is not what was written there."
         shutil.rmtree(target, ignore_errors=True)
-        try:
-            os.rename(Path(taken, "checkpoint"), target)
-        except OSError:  # another process of the job was first
-            if not target.is_dir():
-                raise
+        os.rename(Path(taken, "checkpoint"), target)
     return None
 
 
@@ -132,7 +127,7 @@ def copy_policy(path: str) -> Path:
       OSError: when the checkpoint's files are not those that were written.
     """
     url = path.rstrip("/")
-    run_dir, parent, last = (["", "", *url.rsplit("/", 2)])[-3:]
+    run_dir, parent, last = url.rsplit("/", 2)
     if not (parent == FOLDER and last.isdigit()):
         steps = complete(url)
         if not steps:
@@ -145,27 +140,37 @@ def copy_policy(path: str) -> Path:
     target = remote.place(url)
     mark = target.with_name(f".{target.name}.version")
     version = json.dumps(_listed(url) or _versions(url), sort_keys=True)
-    if not (target.is_dir() and mark.is_file() and mark.read_text() == version):
-        mark.unlink(missing_ok=True)
-        problem = take(url, target, ("policy", "meta"))
-        if problem or not (target / "meta").is_dir():
-            raise OSError(f"{url} is damaged: {problem or 'it has no meta'}")
-        mark.write_text(version)
+    with _alone(target):
+        if not (target.is_dir() and mark.is_file() and mark.read_text() == version):
+            mark.unlink(missing_ok=True)
+            problem = take(url, target, ("policy", "meta"))
+            if problem or not (target / "meta").is_dir():
+                raise OSError(f"{url} is damaged: {problem or 'it has no meta'}")
+            mark.write_text(version)
     if remote.holds(run_dir, vocabularies.MODEL_FILE):
         remote.copy(f"{run_dir}/{vocabularies.MODEL_FILE}")
     return target
 
 
-def _listed(url: str) -> dict[str, Any] | None:
-    """The list of a checkpoint's files; None if it has none."""
+@contextlib.contextmanager
+def _alone(target: Path) -> Iterator[None]:
+    """One process after the other: those of a job come here at the same time."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with open(target.with_name(f".{target.name}.lock"), "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _listed(url: str) -> dict[str, str] | None:
+    """SHA-256 by file of a checkpoint; None if it has no list."""
     fs, path = remote.connect(f"{url}.json")
     with remote.reporting(url):
         if not fs.exists(path):
             return None
-        return json.loads(fs.cat_file(path))["files"]
+        return json.loads(fs.cat_file(path))["sha256"]
 
 
-def _versions(url: str) -> dict[str, Any]:
+def _versions(url: str) -> dict[str, str]:
     """What tells whether files without a list have changed."""
     fs, path = remote.connect(url)
     with remote.reporting(url):

@@ -77,6 +77,11 @@ TEST = [
     "starlette>=1.0",
     "uvicorn>=0.40",
     "openai>=2",
+    # Buckets: the client, and a server on this machine (moto's, which needs Flask).
+    "s3fs>=2026.9",
+    "moto[s3]>=5.2",
+    "flask>=3.1",
+    "flask-cors>=6.0",
 ]
 
 # Finite-state constraints for steering; regular expressions become automata there.
@@ -88,6 +93,10 @@ SERVE = ["starlette>=1.0", "uvicorn>=0.40"]
 # and python-dateutil 4, with which the tests run; `make test-beam` has its own
 # environment, of constraints-beam.txt.
 BEAM = ["apache-beam>=2.77"]
+
+# Runs and data in buckets: the file systems that fsspec, which etils[epath] brings,
+# loads for s3:// and gs://. Each asks for an fsspec of about its own date.
+REMOTE = ["s3fs>=2026.9", "gcsfs>=2026.10"]
 
 PLOTS = ["matplotlib>=3.9"]  # the page of `jaxalign compare`
 # `jaxalign plan` compiles for TPUs with it, on machines without one. The release that
@@ -141,6 +150,7 @@ setup(
         "serve": SERVE,
         "beam": BEAM,
         "plan": PLAN,
+        "remote": REMOTE,
         "docs": ["sphinx>=8", "myst-parser>=4", "sphinx-book-theme>=1.1"],
         "gpu": ["jax[cuda13]>=0.10"],
         "tpu": ["jax[tpu]>=0.10"],

@@ -23,6 +23,8 @@ from typing import Any
 
 import numpy as np
 
+from jaxalign import remote
+
 PAD_ID, EOS_ID, UNK_ID = 0, 1, 2
 MODEL_FILE = "vocabulary.model"  # the name of a SentencePiece model beside a cache
 
@@ -108,8 +110,8 @@ class SentencePieceVocabulary(_Vocabulary):
     """A SentencePiece model with sentinels at the end and reversible escaping.
 
     Args:
-      path: the ``.model`` file; local, or remote such as ``gs://`` (read with
-        ``etils.epath``, which wants TensorFlow or gcsfs for that).
+      path: the ``.model`` file; local, or remote such as ``gs://`` (which TensorFlow
+        or gcsfs reads).
       extra_ids: sentinels ``<extra_id_0>``, ... at the end; the first has the
         highest id, as in T5.
       escape: spell characters that the model cannot hold with ones that it can.
@@ -331,10 +333,12 @@ def from_json(spec: dict[str, Any], directory: str | pathlib.Path = ".") -> Voca
 
 
 def _read_bytes(path: str) -> bytes:
-    if "://" in path:
+    if path.startswith("gs://"):  # TensorFlow, where it is, reads these without gcsfs
         from etils import epath
 
         return epath.Path(path).read_bytes()
+    if remote.is_remote(path):
+        return remote.copy(path).read_bytes()
     file = pathlib.Path(path).expanduser()
     if not file.is_file():
         beside = sorted(p.name for p in file.parent.glob("*.model"))

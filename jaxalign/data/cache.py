@@ -33,6 +33,7 @@ from array_record.python.array_record_module import (
     ArrayRecordWriter,
 )
 
+from jaxalign import remote
 from jaxalign.data.rows import DTYPES, Columns, Index, Row, build_index, check_row
 
 FORMAT, VERSION = "jaxalign-tokenised-cache", 1
@@ -84,12 +85,8 @@ class CacheWriter:
         summary: dict[str, Any] | None = None,
         source: Any = None,
     ):
-        if "://" in str(directory):
-            raise ValueError(
-                f"A cache needs a local folder (renames there are atomic), got "
-                f"{directory}. Write it locally and copy the finished folder."
-            )
-        self.directory = pathlib.Path(directory).expanduser().absolute()
+        # Renames there are atomic, and rows are read in any order.
+        self.directory = remote.local_only(directory, "A tokenised cache").absolute()
         self.summary = dict(summary or {})
         self._schema, self._vocabulary = schema, vocabulary
         self._fingerprint, self._source = fingerprint, source

@@ -9,19 +9,21 @@ import pathlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from jaxalign import remote
 from jaxalign.data.bad_rows import BadRow, FieldError, show
 
 
 def read_jsonl(
-    path: str | pathlib.Path,
+    path: str | pathlib.PurePath,
 ) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
     """Streams ``(line number, object or BadRow)`` from a JSON Lines file.
 
-    ``.gz`` files are unpacked on the way. Blank lines at the end are no rows.
+    ``.gz`` files are unpacked on the way. Blank lines at the end are no rows. A file in
+    a bucket is copied here first.
     """
-    path = pathlib.Path(path)
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rb") as file:
+    local = remote.copy(path)
+    opener = gzip.open if local.suffix == ".gz" else open
+    with opener(local, "rb") as file:
         yield from parse_lines(str(path), enumerate(file, start=1))
 
 

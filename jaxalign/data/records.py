@@ -306,7 +306,7 @@ def load(
     """Reads a whole JSON Lines file: prompts to generate from, rows to score.
 
     Args:
-      path: a ``.jsonl`` or ``.jsonl.gz`` file.
+      path: a ``.jsonl`` or ``.jsonl.gz`` file, here or in a bucket.
       schema: a key of ``SCHEMAS``.
       field_map: see :class:`FieldMap`.
       on_bad_row: ``error`` or ``skip``.

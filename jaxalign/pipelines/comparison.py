@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from jaxalign import objectives, world
+from jaxalign import objectives, remote, world
 from jaxalign.data.bad_rows import nearest
 from jaxalign.decoding import Sampling
 from jaxalign.evaluation import compare
@@ -115,7 +115,7 @@ def run(
     Returns:
       ``{objective: {"reward", "kl", "tokens": [one per seed]}}``.
     """
-    folder = Path(run_dir).absolute()
+    folder = remote.local_only(run_dir, "--run_dir of several runs").absolute()
     names = list(names or SETTINGS)
     wanted = [stage_of(name, steps) for name in names]
     for seed in range(seeds):

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jaxalign import models
+from jaxalign import models, remote
 from jaxalign.data import records
 from jaxalign.decoding import (
     BeamSearch,
@@ -119,6 +119,8 @@ def generate(
     settings = {k: v for k, v in locals().items() if k not in ("output", "prompts")}
     searches = num_beams > 1 or contrastive_alpha > 0
     searching.check(settings)
+    # Lines are appended to it, which an object store cannot do.
+    local_output = remote.local_only(output, "--output, which grows line by line,")
     metric = searching.text_metric(mbr) if mbr else None
     policy, sharding = load(checkpoint, mesh)
     constraint = None
@@ -145,12 +147,12 @@ def generate(
     )
     rows = [(e.raw, record["prompt"]) for e in examples for record in e.records]
     asked = {
-        "prompts": hashlib.sha256(Path(prompts).read_bytes()).hexdigest(),
+        "prompts": hashlib.sha256(remote.copy(prompts).read_bytes()).hexdigest(),
         **settings,
         "checkpoint": policy.meta["policy_fingerprint"],
     }
     per_prompt = 1 if mbr else num_samples
-    with _Writer(Path(output), asked, per_prompt) as writer:
+    with _Writer(local_output, asked, per_prompt) as writer:
         whole = writer.count // per_prompt  # prompts that need no decoding
         common = {
             "num_samples": num_samples,

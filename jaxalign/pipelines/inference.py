@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from jaxalign import batch as batches
 from jaxalign import data as data_lib
-from jaxalign import models
+from jaxalign import models, remote
 from jaxalign.data import records
 from jaxalign.decoding import Sampling
 from jaxalign.evaluation import compare, judges, metrics
@@ -234,7 +234,8 @@ def evaluate(
         result["baseline"] = baseline
         result["comparison"] = compared.to_json()
     if output and jax.process_index() == 0:
-        Path(output).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        with remote.writing(output) as file:
+            file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return result
 
 
@@ -245,13 +246,13 @@ def write_jsonl(path: str | Path, lines: Iterable[Mapping[str, Any]]) -> int:
     """
     if jax.process_index() > 0:
         return sum(1 for _ in lines)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
     count = 0
-    with open(partial, "w", encoding="utf-8") as file:
-        for line in lines:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-            count += 1
-    os.replace(partial, path)
+    with remote.writing(path) as local:
+        local.parent.mkdir(parents=True, exist_ok=True)
+        partial = local.with_name(local.name + ".partial")
+        with open(partial, "w", encoding="utf-8") as file:
+            for line in lines:
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                count += 1
+        os.replace(partial, local)
     return count

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxalign import configs
+from jaxalign import configs, remote
 from jaxalign.data import records
 from jaxalign.evaluation import judges
 from jaxalign.pipelines import generation
@@ -88,12 +88,13 @@ def iterate(
         raise ValueError(f"--reference must be one of {REFERENCES}, got {reference!r}.")
     if num_samples < 2:
         raise ValueError(f"--num_samples must be at least 2, got {num_samples}.")
-    folder = Path(run_dir).absolute()
+    folder = remote.local_only(run_dir, "--run_dir of several runs").absolute()
     judge_fn = judges.resolve_callable(judge)
     examples, _ = records.load(prompts, "prompts")
     texts = [record["prompt"] for e in examples for record in e.records]
     table: list[dict[str, Any]] = []
-    policy = str(Path(initial).absolute())
+    first = initial if remote.is_remote(initial) else str(Path(initial).absolute())
+    policy = first
     for number in range(1, rounds + 1):
         home = folder / f"round{number}"
         asked = _slice(texts, number, prompts_per_round)
@@ -116,7 +117,7 @@ def iterate(
             "MODEL_DIR": str(home / "train"),
             "INITIAL_CHECKPOINT_PATH": policy,
             "REFERENCE_CHECKPOINT_PATH": (
-                policy if reference == "refreshed" else str(Path(initial).absolute())
+                policy if reference == "refreshed" else first
             ),
         }
         lines = [f"{name} = {value!r}" for name, value in own.items()]

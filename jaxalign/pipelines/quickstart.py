@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from jaxalign import report, world
+from jaxalign import remote, report, world
 from jaxalign.decoding import Sampling
 from jaxalign.evaluation import compare, mean_reward
 from jaxalign.pipelines import generation, stages
@@ -55,7 +55,7 @@ def run(run_dir: str | Path, seed: int = 0) -> str:
     Returns:
       The table that `jaxalign quickstart` prints.
     """
-    folder = Path(run_dir)
+    folder = remote.local_only(run_dir, "--run_dir of several runs")
     started = time.monotonic()
     data = folder / "data"
     sft = stages.train(folder, SFT, data=data, seed=seed)

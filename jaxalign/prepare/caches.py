@@ -16,6 +16,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jaxalign import remote
 from jaxalign.data import records as records_lib
 from jaxalign.data.cache import TokenizedCache
 from jaxalign.data.field_map import FieldMap
@@ -54,7 +55,8 @@ def prepare(
       data: a file or glob of files (``.jsonl``, ``.jsonl.gz``, ``.parquet``,
         ``.tfrecord``); the name of a data set in ``jaxalign.tasks``, alone or as
         ``name:file`` for an exported file of it; ``tfds:builder``; a registered seqio
-        task or mixture; or a prepared folder, which is used as it is.
+        task or mixture; or a prepared folder, which is used as it is. Files and
+        prepared folders may be in a bucket.
       schema: ``supervised``, ``trajectory``, ``preference`` or ``rationale``.
       vocabulary: turns text into ids. None is allowed for a prepared folder and for a
         seqio task, which bring their own.
@@ -167,7 +169,8 @@ def prepare(
                 f"beam_options prepare JSONL and Parquet files, and {data!r} is none: "
                 "leave them out, or export it to files."
             )
-        with beam.encoded(recipe, source.files, folder, beam_options) as items:
+        files = [remote.local_only(f, "DATA with beam_options") for f in source.files]
+        with beam.encoded(recipe, files, folder, beam_options) as items:
             write(lambda: source.guarded(items()), recipe.build)
     elif source.seqio_name:
         write(
@@ -196,8 +199,13 @@ def _is_current(path: pathlib.Path, fingerprint: str) -> bool:
 def _already_prepared(
     data: str, schema: str, vocabulary: Vocabulary | None
 ) -> dict[str, pathlib.Path]:
-    """The caches in the folder ``data``; empty when it is no prepared folder."""
+    """The caches in the folder ``data``; empty when it is no prepared folder.
+
+    One in a bucket is copied here: rows are read in any order, over and over.
+    """
     folder = pathlib.Path(data).expanduser()
+    if remote.is_remote(data) and remote.holds(data, "cache.json", "train/cache.json"):
+        folder = remote.copy_folder(data)
     found = {n: folder / n for n in SPLITS if (folder / n / "cache.json").is_file()}
     if (folder / "cache.json").is_file():
         found = {"train": folder}

@@ -111,7 +111,7 @@ def rows(piece: Piece, before: int) -> Iterator[RawRow]:
         numbered: Iterator[tuple[int, Any]] = read_jsonl(piece.file)
     elif piece.file.endswith(".parquet"):
         groups = range(piece.start, piece.stop)
-        numbered = read_parquet(pathlib.Path(piece.file), list(groups), before)
+        numbered = read_parquet(piece.file, list(groups), before)
     else:
         numbered = _read_range(piece, before)
     for line, row in numbered:

@@ -13,6 +13,7 @@ import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from jaxalign import remote
 from jaxalign.data.bad_rows import BadRow, FieldError, nearest
 from jaxalign.data.jsonl import read_jsonl
 from jaxalign.prepare import heavy
@@ -39,7 +40,7 @@ class Source:
     rows: Callable[[], Iterable[RawRow]] | None = None
     task: tasks_lib.Task | None = None
     seqio_name: str | None = None
-    files: Sequence[pathlib.Path] = ()
+    files: Sequence[str] = ()
 
     def guarded(self, items: Iterable[Any]) -> Iterator[Any]:
         """What was read of the source, unless its files changed meanwhile.
@@ -51,7 +52,7 @@ class Source:
         """
         yield from items
         found = zip(self.files, self.identity.get("files", ()), strict=True)
-        if changed := [str(file) for file, digest in found if digest != _digest(file)]:
+        if changed := [file for file, digest in found if digest != _digest(file)]:
             raise ValueError(
                 f"{', '.join(changed)} changed while being read, and nothing was "
                 "written. Start again when whoever writes there is done."
@@ -63,8 +64,9 @@ def find_source(data: str, *, split: str = "train", task: str | None = None) -> 
 
     Args:
       data: a file (``.jsonl``, ``.jsonl.gz``, ``.parquet``, ``.tfrecord``) or a glob of
-        them; ``task`` or ``task:file`` for a data set of ``jaxalign.tasks`` and an
-        exported file of it; ``tfds:builder``; or a registered seqio task or mixture.
+        them, here or in a bucket (``gs://bucket/part-*.jsonl``); ``task`` or
+        ``task:file`` for a data set of ``jaxalign.tasks`` and an exported file of it;
+        ``tfds:builder``; or a registered seqio task or mixture.
       split: of a builder or task.
       task: the data set that ``data`` is a file of; the same as ``task:file``.
 
@@ -115,58 +117,64 @@ def _task(task: tasks_lib.Task, split: str) -> Source:
     return Source(task.name, identity, rows, task)
 
 
-def _files(files: list[pathlib.Path], task: tasks_lib.Task | None) -> Source:
+def _files(files: list[str], task: tasks_lib.Task | None) -> Source:
     if not files:
         raise FileNotFoundError("No file matches DATA.")
+    for file in files:
+        _reader(file)
     # Row keys carry the short name where it tells the files apart.
-    short = len({f.name for f in files}) == len(files)
+    names = [pathlib.PurePath(file).name for file in files]
+    short = len(set(names)) == len(names)
 
     def rows() -> Iterator[RawRow]:
         for file in files:
             for line, row in _reader(file)(file):
-                yield str(file), line, row
+                yield file, line, row
 
-    identity: dict[str, Any] = {"files": [_digest(f) for f in files]}
-    identity["names"] = [f.name if short else str(f) for f in files]
+    identity: dict[str, Any] = {"files": [_digest(file) for file in files]}
+    identity["names"] = names if short else files
     if task is not None:
         identity |= {"task": task.name, "code": task.fingerprint}
-    for file in files:
-        _reader(file)
-    return Source(files[0].name.split(".")[0], identity, rows, task, files=files)
+    return Source(names[0].split(".")[0], identity, rows, task, files=files)
 
 
-def _digest(file: pathlib.Path) -> str:
-    with file.open("rb") as stream:
+def _digest(file: str) -> str:
+    with remote.copy(file).open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _expand(pattern: str) -> list[pathlib.Path]:
+def _expand(pattern: str) -> list[str]:
+    if remote.is_remote(pattern):
+        return remote.expand(pattern)
     path = pathlib.Path(pattern).expanduser()
     if path.is_file():
-        return [path]
+        return [str(path)]
     found = glob.glob(str(path)) if any(c in pattern for c in "*?[") else []
-    return sorted(p for p in map(pathlib.Path, found) if p.is_file())
+    return [str(p) for p in sorted(map(pathlib.Path, found)) if p.is_file()]
 
 
 def _no_file(data: str) -> str:
+    if remote.is_remote(data):
+        return f"No file {data!r}. Check the address; a glob takes *, ? and [...]."
     path = pathlib.Path(data).expanduser()
     beside = sorted(p.name for p in path.parent.glob("*") if p.suffix in _READERS)
     shown = f"{beside[:8]}{nearest(path.name, beside)}" if beside else "none"
     return f"No file {data!r}; data files in that folder: {shown}."
 
 
-def _reader(path: pathlib.Path) -> Callable[[pathlib.Path], Iterator[Any]]:
-    suffix = path.suffix if path.suffix != ".gz" else pathlib.Path(path.stem).suffix
+def _reader(file: str) -> Callable[[str], Iterator[Any]]:
+    path = pathlib.PurePath(file)
+    suffix = path.suffix if path.suffix != ".gz" else pathlib.PurePath(path.stem).suffix
     if suffix not in _READERS or (path.suffix == ".gz" and suffix in _PACKED):
         raise ValueError(
-            f"{path} is of no known kind; expected one of {sorted(_READERS)}"
+            f"{file} is of no known kind; expected one of {sorted(_READERS)}"
             f"{nearest(suffix, _READERS)}."
         )
     return _READERS[suffix]
 
 
 def read_parquet(
-    path: pathlib.Path, groups: Sequence[int] | None = None, before: int = 0
+    path: str, groups: Sequence[int] | None = None, before: int = 0
 ) -> Iterator[tuple[int, Any]]:
     """``(row number, row or BadRow)`` of a Parquet file, or of some row groups of it.
 
@@ -178,26 +186,24 @@ def read_parquet(
     import pyarrow.parquet
 
     line = before
-    with pyarrow.parquet.ParquetFile(path) as file:
+    with pyarrow.parquet.ParquetFile(remote.copy(path)) as file:
         for batch in file.iter_batches(batch_size=1024, row_groups=groups):
             for row in batch.to_pylist():
                 line += 1
-                yield line, plain_row(row, str(path), line)
+                yield line, plain_row(row, path, line)
 
 
-def _read_tfrecord(path: pathlib.Path) -> Iterator[tuple[int, Any]]:
+def _read_tfrecord(path: str) -> Iterator[tuple[int, Any]]:
     tf = heavy.tensorflow()
 
-    records = tf.data.TFRecordDataset(str(path)).as_numpy_iterator()
+    records = tf.data.TFRecordDataset(str(remote.copy(path))).as_numpy_iterator()
     for line, record in enumerate(records, start=1):
         try:
             example = tf.train.Example.FromString(record)
         except Exception as error:  # protobuf's DecodeError has no stable home
             yield (
                 line,
-                BadRow(
-                    str(path), line, "row", "type", "a tf.train.Example", str(error)
-                ),
+                BadRow(path, line, "row", "type", "a tf.train.Example", str(error)),
             )
             continue
         row = {}
@@ -205,7 +211,7 @@ def _read_tfrecord(path: pathlib.Path) -> Iterator[tuple[int, Any]]:
             kind = feature.WhichOneof("kind")
             values = list(getattr(feature, kind).value) if kind else []
             row[name] = values[0] if len(values) == 1 else values
-        yield line, plain_row(row, str(path), line)
+        yield line, plain_row(row, path, line)
 
 
 _READERS = {

@@ -12,6 +12,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from jaxalign import remote
 from jaxalign.report import curves, profile, sections, style
 from jaxalign.report import runs as run_files
 from jaxalign.training.run_directory import write_atomically
@@ -27,7 +28,7 @@ def write_report(run_dirs: Sequence[str | Path], output: str | Path | None = Non
     from the folders given, from their runs and from the output's folder.
 
     Args:
-      run_dirs: run directories; ten have their own colour.
+      run_dirs: run directories, here or in a bucket; ten have their own colour.
       output: the HTML file; by default ``report.html`` in the directory given, or in
         the folder that holds them all.
 
@@ -35,7 +36,8 @@ def write_report(run_dirs: Sequence[str | Path], output: str | Path | None = Non
       The file's path.
 
     Raises:
-      ValueError: without a run directory.
+      ValueError: without a run directory; without `output` for several of which some
+        are in a bucket.
       FileNotFoundError: for a directory that does not exist, with the nearest.
 
     >>> write_report([])
@@ -43,19 +45,26 @@ def write_report(run_dirs: Sequence[str | Path], output: str | Path | None = Non
         ...
     ValueError: write_report: expected at least one run directory, got none.
     """
-    given = [Path(path) for path in run_dirs]
-    if not given:
+    if not run_dirs:
         raise ValueError("write_report: expected at least one run directory, got none.")
+    if output is None and any(map(remote.is_remote, run_dirs)):
+        if len(run_dirs) > 1:
+            raise ValueError(
+                "Some of these runs are in a bucket: say where the page of all goes, "
+                "--output=FILE.html."
+            )
+        output = f"{os.fspath(run_dirs[0]).rstrip('/')}/report.html"
+    given = [run_files.here(path) for path in run_dirs]
     paths = run_files.find(given)
     if output is None:
         common = os.path.commonpath([path.resolve() for path in given])
         output = Path(common) / "report.html"
-    output = Path(output)
     runs = run_files.load(paths)
-    tables = run_files.results([*given, *paths, output.parent])
+    tables = run_files.results([*given, *paths, Path(output).parent])
     title = given[0].resolve().name if len(given) == 1 else f"{len(runs)} runs"
-    write_atomically(output, _page(title, runs, tables))
-    return output
+    with remote.writing(output) as file:
+        write_atomically(file, _page(title, runs, tables))
+    return output if remote.is_remote(output) else Path(output)
 
 
 def _page(title: str, runs: list[run_files.Run], tables: list) -> str:

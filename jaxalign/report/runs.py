@@ -13,9 +13,15 @@ from typing import Any
 
 import numpy as np
 
+from jaxalign import remote
 from jaxalign.training.metric_writers import CALIBRATION_FILE, read_metrics
 from jaxalign.training.profiling import BREAKDOWN
 
+# What is read here, of a run or of one in a folder of runs.
+_READ = re.compile(
+    r"(^|/)(metrics\.jsonl|config\.gin|samples/\d+\.jsonl"
+    rf"|(manifest|results)\.json|{CALIBRATION_FILE}|{BREAKDOWN})$"
+)
 _MARKS = ("metrics.jsonl", "config.gin", "manifest.json")
 
 
@@ -52,6 +58,15 @@ class Run:
     )
     profile: dict[str, Any] = dataclasses.field(default_factory=dict)
     missing: list[str] = dataclasses.field(default_factory=list)
+
+
+def here(run_dir: str | Path) -> Path:
+    """The run directory, or a copy of what the report reads of a remote one.
+
+    Raises:
+      FileNotFoundError: for a remote path without a run.
+    """
+    return remote.copy_folder(run_dir, wanted=lambda n: bool(_READ.search(n)))
 
 
 def find(run_dirs: Iterable[str | Path]) -> list[Path]:

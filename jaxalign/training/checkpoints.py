@@ -20,11 +20,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from jaxalign import models, vocabularies
+from jaxalign import models, remote, vocabularies
+from jaxalign.training import remote_checkpoints
 from jaxalign.training.step import TrainState
 
 _log = logging.getLogger(__name__)
-_FOLDER = "checkpoints"
+_FOLDER = remote_checkpoints.FOLDER
 
 
 def leaf_names(tree: Any) -> dict[str, Any]:
@@ -193,9 +194,13 @@ class Policy:
 def resolve(path: str | Path) -> Path:
     """The checkpoint folder a path means: itself, or the newest of a run directory.
 
+    Of a remote one it is a local copy with what inference reads.
+
     Raises:
       FileNotFoundError: saying what was looked for, and where.
     """
+    if remote.is_remote(path):
+        return remote_checkpoints.copy_policy(str(path))
     path = Path(path).absolute()
     if (path / "meta").is_dir():
         return path

@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxalign import batch as batches
 from jaxalign import data as data_lib
-from jaxalign import vocabularies
+from jaxalign import remote, vocabularies
 from jaxalign.objectives import Objective
 
 
@@ -21,8 +21,8 @@ class Dataset:
     """Where the examples come from and how they are cut into rows.
 
     Attributes:
-      data: a JSONL, Parquet or TFRecord file, a registered task, ``task:file``, a
-        prepared cache's folder, or a mixture ``{any of these: rate}``.
+      data: a JSONL, Parquet or TFRecord file, here or in a bucket, a registered task,
+        ``task:file``, a prepared cache's folder, or a mixture ``{any of these: rate}``.
       mixture_or_task_name: T5X's name for a registered task; in place of `data`.
       feature_lengths: ``{"inputs": ..., "targets": ...}``, the longest prompt and
         response in tokens; longer ones are truncated and counted.
@@ -87,7 +87,7 @@ class Dataset:
 
     @property
     def cache_folder(self) -> Path:
-        return Path(self.cache_dir).expanduser()
+        return remote.local_only(self.cache_dir, "CACHE_DIR")
 
     def sources(self) -> dict[str, float]:
         """The training data by name, with mixing rates."""
@@ -138,6 +138,7 @@ def prepare(
         own = dict(common)
         if len(dataset.sources()) > 1:
             is_file = glob.has_magic(name) or Path(name).expanduser().exists()
+            is_file = is_file or remote.is_remote(name)
             own["task_options" if is_file else "field_map"] = None
         paths = prepare_lib.prepare(
             name, split=dataset.split, eval_fraction=fraction, **own

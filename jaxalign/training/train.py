@@ -17,6 +17,7 @@ from jaxalign.objectives.metrics import Metrics, sample_pairs, summarize
 from jaxalign.training import checkpoints as ckpt
 from jaxalign.training import (
     distributed,
+    mirror,
     optimizers,
     profiling,
     reference_cache,
@@ -62,8 +63,8 @@ def train(run: Run, config_text: str = "") -> dict[str, float]:
     # ---- 1. What this run is --------------------------------------------------------
     if not run.run_dir:
         raise ValueError("Say where to write: --run_dir=DIR.")
-    run_dir = Path(run.run_dir).absolute()
-    run_dir.mkdir(parents=True, exist_ok=True)
+    folder = mirror.RunFolder(run.run_dir, keep=run.keep_checkpoints)
+    run_dir = folder.path
     main_process = jax.process_index() == 0
     checkpoints = ckpt.Checkpoints(run_dir, keep=run.keep_checkpoints)
     # Rewards stay in the units that the run started with.
@@ -87,7 +88,7 @@ def train(run: Run, config_text: str = "") -> dict[str, float]:
         state, saved = restored
         _check_resumable(saved, feed, run)
         parents = saved["parents"]
-        _log.info("Resumed %s at step %d", run_dir, int(state.step))
+        _log.info("Resumed %s at step %d", folder.name, int(state.step))
     else:
         state = ready.init_state(key)
         if start_policy is not None:
@@ -148,6 +149,7 @@ def train(run: Run, config_text: str = "") -> dict[str, float]:
         run_directory.update_manifest(
             run_dir, status="running", **meta, **run_directory.environment()
         )
+    folder.started()
     writer = MetricWriter(run_dir, use_wandb=run.use_wandb, enabled=main_process)
     writer.resume_at(int(state.step))
     stop = distributed.StopOnSigterm()
@@ -162,6 +164,7 @@ def train(run: Run, config_text: str = "") -> dict[str, float]:
         checkpoints.save(state, {**meta, **fingerprints, "step": step})
         if main_process:
             run_directory.update_manifest(run_dir, step=step, **fingerprints)
+        folder.saved(step)
 
     watch = symptoms.Watch()
 
@@ -179,7 +182,7 @@ def train(run: Run, config_text: str = "") -> dict[str, float]:
     progress = Progress(first, run.train_steps, enabled=main_process)
     distributed.barrier(f"step {first}", run.timeout)
     dog = watchdog.Watchdog(run.timeout, jax.process_count() > 1)
-    with dog, stop, progress, writer:
+    with dog, stop, progress, folder, writer:
         batches = feed.iterate(first, rows=rows)
         for step in range(first, run.train_steps):
             done = step + 1
@@ -206,6 +209,7 @@ def train(run: Run, config_text: str = "") -> dict[str, float]:
                 writer.write(done, {f"train/{k}": v for k, v in latest.items()})
                 window.clear()
                 watched(latest)
+                folder.logged()
             # Evaluation comes before the checkpoint: a run killed in between goes
             # back to the checkpoint before it and repeats it.
             if (last or done % run.eval_period == 0) and not told_to_stop:
@@ -246,6 +250,7 @@ def train(run: Run, config_text: str = "") -> dict[str, float]:
         if marker and main_process:
             Path(marker).touch()
     checkpoints.close()
+    folder.close()
     return latest
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import signal
 import subprocess
 import sys
@@ -17,6 +18,8 @@ from jaxalign import cli, remote
 from jaxalign.pipelines import inference
 from jaxalign.training import checkpoints, mirror, remote_checkpoints, run_directory
 from jaxalign.training import train as loop
+
+LAUNCHER = Path(__file__).parents[2] / "launch" / "local.py"
 
 
 @pytest.fixture(scope="module")
@@ -308,3 +311,34 @@ def test_a_killed_run_in_a_bucket_goes_on(work, new_bucket, machine):
     assert resumed.returncode == 0, resumed.stderr
     assert f"Resumed {url} at step" in resumed.stderr
     assert same_as(url, work / "unkilled")
+
+
+@pytest.mark.slow
+def test_two_processes_write_each_file_once_and_go_on(work, new_bucket, machine):
+    def launch(run_dir, steps: int) -> str:
+        command = [
+            *(sys.executable, str(LAUNCHER), "-n", "2", "--devices_per_process=2"),
+            *("--", sys.executable, "-m", "jaxalign.cli", "train"),
+            *("--gin_file=runs/sft.gin", f"--gin.DATA='{work / 'data.jsonl'}'"),
+            f"--gin.CACHE_DIR='{work / 'cache'}'",
+            "--gin.TASK_FEATURE_LENGTHS={'inputs': 12, 'targets': 12}",
+            *("--gin.BATCH_SIZE=8", "--gin.CHECKPOINT_PERIOD=2"),
+            "--gin.sampling.Sampler.max_new_tokens=4",
+            *(f"--gin.TRAIN_STEPS={steps}", f"--run_dir={run_dir}"),
+        ]
+        environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=500, env=environment
+        )
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        return done.stdout + done.stderr
+
+    url = f"{new_bucket()}/run"
+    launch(work / "two", 4)
+    launch(url, 2)
+    assert f"Resumed {url} at step 2" in launch(url, 4)
+    theirs = run_directory.read_manifest(work / "two")
+    assert manifest(url)["params_fingerprint"] == theirs["params_fingerprint"]
+    names = remote.listing(url)
+    assert {"config.gin", "metrics.jsonl", "samples/2.jsonl"} <= set(names)
+    assert sum("tfevents" in name for name in names) == 2  # one of each command

@@ -33,6 +33,7 @@ def test_synthetic_batches_hold_no_padding():
     assert batch["response_ref_logps"].shape == (8, 2)
 
 
+@pytest.mark.slow
 def test_a_case_beside_its_peer(peer, tmp_path):
     peer("print('peer median 1000.0s min 999.0s')")
     result = suite.step_result(TINY, steps=2, rounds=1)

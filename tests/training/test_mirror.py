@@ -78,6 +78,7 @@ def same_as(url: str, local: Path) -> bool:
     )
 
 
+@pytest.mark.slow
 def test_a_run_in_a_bucket_is_resumed_elsewhere_to_the_bits_of_a_local_one(
     work, local, new_bucket, machine, monkeypatch, caplog
 ):

@@ -29,6 +29,7 @@ def test_scopes_belong_to_parts(scope, part):
     assert profiling.part_of(scope) == part
 
 
+@pytest.mark.slow
 def test_a_run_with_traced_steps(tmp_path):
     data = tiny_run.write_data(tmp_path / "data.jsonl")
     plain = tiny_run.make_run(tmp_path / "plain", data, tmp_path, "DPO")

@@ -86,7 +86,7 @@ MORE = (
     step_case("dpo-small-bf16", "dpo", "small", _BF16),
     step_case("dpo-small-remat", "dpo", "small", _REMAT),
     step_case("dpo-small-scan", "dpo", "small", "models.T5Config.scan_layers = True"),
-    step_case("dpo-small-chunked", "dpo", "small", _CHUNK),
+    step_case("dpo-small-chunked", "dpo", "small", _ADAMW, _CHUNK),
     step_case("sft-base", "sft", "base"),
     step_case("dpo-base-cached", "dpo", "base"),
     step_case(

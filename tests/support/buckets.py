@@ -19,6 +19,7 @@ def server() -> Iterator[Callable[[], str]]:
 
     The environment names the server, so processes that are started find it too.
     """
+    import s3fs
     from moto.server import ThreadedMotoServer
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line for each request
@@ -26,6 +27,8 @@ def server() -> Iterator[Callable[[], str]]:
     serving.start()
     host, port = serving.get_host_and_port()
     with pytest.MonkeyPatch.context() as patch:
+        # A client keeps the server that it was made for.
+        s3fs.S3FileSystem.clear_instance_cache()
         patch.setenv("AWS_ENDPOINT_URL_S3", f"http://{host}:{port}")
         patch.setenv("AWS_ACCESS_KEY_ID", "test")
         patch.setenv("AWS_SECRET_ACCESS_KEY", "test")

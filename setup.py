@@ -89,9 +89,9 @@ CONSTRAINTS = ["outlines-core>=0.2.14"]
 # The HTTP API.
 SERVE = ["starlette>=1.0", "uvicorn>=0.40"]
 
-# `prepare` on Apache Beam. Not among TEST: it refuses pillow 13, protobuf 7, pyarrow 26
-# and python-dateutil 4, with which the tests run; `make test-beam` has its own
-# environment, of constraints-beam.txt.
+# `prepare` on Apache Beam. Not among TEST: it refuses pillow 13, protobuf 7 and pyarrow
+# 26, with which the tests run; `make test-beam` has its own environment, of
+# constraints-beam.txt.
 BEAM = ["apache-beam>=2.77"]
 
 # Runs and data in buckets: the file systems that fsspec, which etils[epath] brings,

@@ -153,6 +153,8 @@ def _tpu_devices(name: str, kind: str, shape: str) -> list[Any]:
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    # It lets one process at a time have the TPU; several plans want none.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
     try:
         described = topologies.get_topology_desc(
             f"{kind}:{found.group(1)}", platform="tpu", **options

@@ -206,13 +206,14 @@ def test_a_host_that_stops_answering_ends_the_others(work):
     """SIGSTOP: the process is there and does nothing, heartbeats included."""
     run_dir = work / "frozen"
 
-    def stop_after_a_step() -> None:
+    def stop_after_a_checkpoint() -> None:
         metrics = run_dir / "metrics.jsonl"
-        while not metrics.exists() or not metrics.read_text():
+        # The line of step 3 comes after the checkpoint of step 2.
+        while not metrics.exists() or metrics.read_text().count("\n") < 3:
             time.sleep(0.2)
         signal_one(run_dir, 1, signal.SIGSTOP)
 
-    threading.Thread(target=stop_after_a_step, daemon=True).start()
+    threading.Thread(target=stop_after_a_checkpoint, daemon=True).start()
     own = ("--gin_file=runs/sft.gin", "--gin.TRAIN_STEPS=100000")
     began = time.monotonic()
     done = launch(work, "frozen", 2, 1, *own, "--distributed_timeout=60")

@@ -98,10 +98,13 @@ def run(commands: list[list[str]], environment: dict[str, str], grace: float) ->
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, pass_on)
     failed = 0
-    while any(process.poll() is None for process in processes) and not failed:
-        failed = next((p.returncode for p in processes if p.returncode), 0)
+    while not failed:
+        # A list, so that all are asked: any() would stop at the first that runs.
+        found = [process.poll() for process in processes]
+        failed = next((status for status in found if status), 0)
+        if None not in found:
+            break
         time.sleep(0.05)
-    failed = failed or next((p.returncode for p in processes if p.returncode), 0)
     if failed:
         # The others may be saying why; they are given a moment, then ended.
         deadline = time.monotonic() + grace

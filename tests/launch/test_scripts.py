@@ -7,6 +7,7 @@ import pathlib
 import shlex
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -88,6 +89,19 @@ def test_ssh_runs_processes_and_ends_all_when_one_fails(tmp_path):
     )
     assert done.returncode != 0
     assert {"[0] here 0", "[1] here 1", "[2] here 2"} <= set(done.stdout.splitlines())
+
+
+def test_the_local_launcher_ends_all_when_a_later_process_is_killed():
+    code = (
+        "import os, signal, sys, time; "
+        "os.kill(os.getpid(), signal.SIGKILL) if sys.argv[-1][-1] == '1' "
+        "else time.sleep(60)"
+    )
+    began = time.monotonic()
+    launcher = [sys.executable, str(LAUNCH / "local.py"), "-n", "2", "--grace=0.5"]
+    done = subprocess.run([*launcher, "--", sys.executable, "-c", code], timeout=60)
+    assert done.returncode == 128 + 9
+    assert time.monotonic() - began < 30
 
 
 def test_tpu_vm_creates_runs_on_all_workers_and_deletes():

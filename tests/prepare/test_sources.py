@@ -186,7 +186,7 @@ def test_a_file_that_changes_while_it_is_read_makes_no_cache(tmp_path, monkeypat
     def slowly(path):
         for line, row in read(path):
             yield line, row
-            with path.open("a") as file:  # whoever writes there is not done
+            with open(path, "a") as file:  # whoever writes there is not done
                 file.write(json.dumps(ROWS[0]) + "\n" if line == 1 else "")
 
     monkeypatch.setitem(sources._READERS, ".jsonl", slowly)

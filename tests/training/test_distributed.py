@@ -284,28 +284,27 @@ def use(checkpoint: Path, verb: str, n: int, devices: int, *more: str) -> None:
 CUTS = ((1, 1), (1, 4), (2, 2))
 
 
+def column(folder: Path, verb: str, field: str, *more: str) -> dict:
+    """A field of the lines that a verb writes, for each of the cuts."""
+    output, found = folder / f"{verb}.jsonl", {}
+    for cut in CUTS:
+        use(folder / "sft", verb, *cut, f"--output={output}", *more)
+        lines = map(json.loads, output.read_text().splitlines())
+        found[cut] = [line[field] for line in lines]
+    return found
+
+
 @pytest.mark.slow
 def test_two_processes_generate_what_one_does(work, supervised):
-    texts = {}
-    for cut in CUTS:
-        output = work / "generated.jsonl"
-        flags = (f"--prompts={work / 'data.jsonl'}", f"--output={output}")
-        use(supervised, "generate", *cut, *flags, "--num_samples=2")
-        lines = map(json.loads, output.read_text().splitlines())
-        texts[cut] = [line["response"] for line in lines]
+    flags = (f"--prompts={work / 'data.jsonl'}", "--num_samples=2")
+    texts = column(work, "generate", "response", *flags, "--max_new_tokens=6")
     assert len(texts[1, 1]) == 120
     assert texts[1, 1] == texts[1, 4] == texts[2, 2]
 
 
 @pytest.mark.slow
 def test_two_processes_score_what_one_does(work, supervised):
-    logps = {}
-    for cut in CUTS:
-        output = work / "scores.jsonl"
-        flags = (f"--data={work / 'data.jsonl'}", f"--output={output}")
-        use(supervised, "score", *cut, *flags)
-        lines = map(json.loads, output.read_text().splitlines())
-        logps[cut] = [line["logp"] for line in lines]
+    logps = column(work, "score", "logp", f"--data={work / 'data.jsonl'}")
     assert len(logps[1, 1]) == 60
     for cut in CUTS[1:]:
         np.testing.assert_allclose(logps[cut], logps[1, 1], rtol=1e-5)

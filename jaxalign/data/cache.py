@@ -90,9 +90,7 @@ class CacheWriter:
         self.summary = dict(summary or {})
         self._schema, self._vocabulary = schema, vocabulary
         self._fingerprint, self._source = fingerprint, source
-        self._temporary = self.directory.with_name(
-            f".{self.directory.name}.tmp-{socket.gethostname()}-{os.getpid()}"
-        )
+        self._temporary = temporary_folder(self.directory)
 
     def __enter__(self) -> CacheWriter:
         target = self.directory
@@ -179,7 +177,7 @@ class CacheWriter:
             "num_rows": index.num_rows,
             "num_responses": index.num_responses,
             "shards": shards,
-            "index_sha256": _sha256(self._temporary / _INDEX),
+            "index_sha256": file_sha256(self._temporary / _INDEX),
             "vocabulary": self._vocabulary.to_json(),
             "vocabulary_fingerprint": self._vocabulary.fingerprint,
             "summary": self.summary,
@@ -201,6 +199,15 @@ class CacheWriter:
         _sync(self.directory.parent)
 
 
+def temporary_folder(directory: pathlib.Path) -> pathlib.Path:
+    """Where this process prepares a cache; `remove_stale` finds it after a kill."""
+    return directory.with_name(f"{_mark(directory)}{os.getpid()}")
+
+
+def _mark(directory: pathlib.Path) -> str:
+    return f".{directory.name}.tmp-{socket.gethostname()}-"
+
+
 def remove_stale(directory: str | os.PathLike[str]) -> None:
     """Removes what killed writers of this cache left beside it.
 
@@ -208,7 +215,7 @@ def remove_stale(directory: str | os.PathLike[str]) -> None:
     after a day without a change.
     """
     directory = pathlib.Path(directory)
-    here = f".{directory.name}.tmp-{socket.gethostname()}-"
+    here = _mark(directory)
     # A shared disk's clock is not this machine's: it is asked for its own time.
     with tempfile.TemporaryFile(dir=directory.parent) as probe:
         now = os.fstat(probe.fileno()).st_mtime
@@ -256,7 +263,7 @@ class TokenizedCache:
                     self.path, f"{file.name} has {size} bytes of {shard['bytes']}"
                 )
         index_file = self.path / _INDEX
-        if not index_file.is_file() or _sha256(index_file) != meta["index_sha256"]:
+        if not index_file.is_file() or file_sha256(index_file) != meta["index_sha256"]:
             raise _damaged(self.path, f"{_INDEX} is missing or changed")
         try:
             with np.load(index_file) as arrays:
@@ -361,7 +368,8 @@ def _damaged(path: pathlib.Path, what: str) -> ValueError:
     )
 
 
-def _sha256(path: pathlib.Path) -> str:
+def file_sha256(path: pathlib.Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

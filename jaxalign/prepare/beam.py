@@ -12,19 +12,17 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-import os
 import pathlib
 import pickle
 import shlex
 import shutil
 import signal
-import socket
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from jaxalign.data.bad_rows import BadRow
-from jaxalign.data.cache import remove_stale
+from jaxalign.data.cache import remove_stale, temporary_folder
 from jaxalign.data.records import Example
 from jaxalign.prepare import heavy, pieces
 from jaxalign.prepare.rows import Encoded, Recipe
@@ -79,11 +77,7 @@ def encoded(
     """
     job = _Job(recipe, pieces.cut(files))
     beside = beside.absolute()
-    # The name of a writer's temporary folder: who comes after a killed process
-    # removes what it left.
-    folder = beside.with_name(
-        f".{beside.name}.tmp-{socket.gethostname()}-{os.getpid()}"
-    )
+    folder = temporary_folder(beside)
     folder.parent.mkdir(parents=True, exist_ok=True)
     remove_stale(beside)
     shutil.rmtree(folder, ignore_errors=True)

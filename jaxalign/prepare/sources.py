@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import glob
-import hashlib
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from jaxalign import remote
 from jaxalign.data.bad_rows import BadRow, FieldError, nearest
+from jaxalign.data.cache import file_sha256
 from jaxalign.data.jsonl import read_jsonl
 from jaxalign.prepare import heavy
 from jaxalign.prepare import tasks as tasks_lib
@@ -139,8 +139,7 @@ def _files(files: list[str], task: tasks_lib.Task | None) -> Source:
 
 
 def _digest(file: str) -> str:
-    with remote.copy(file).open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    return file_sha256(remote.copy(file))
 
 
 def _expand(pattern: str) -> list[str]:

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from jaxalign.batch import REFERENCE_FIELDS
 from jaxalign.data import Feed
+from jaxalign.data.cache import file_sha256
 from jaxalign.objectives import Objective, reference_columns
 from jaxalign.training import distributed
 from jaxalign.training import mesh as meshes
@@ -86,17 +87,12 @@ def read(folder: Path, key: dict[str, Any]) -> dict[str, np.ndarray] | None:
             "have it made again. " + "; ".join(lines)
         )
     for name in key["columns"]:
-        if _digest(folder / f"{name}.npy") != digests[name]:
+        if file_sha256(folder / f"{name}.npy") != digests[name]:
             raise ValueError(
                 f"{folder / name}.npy is not what was written there (its SHA-256 "
                 f"differs): delete {folder} to have it made again."
             )
     return {name: np.load(folder / f"{name}.npy") for name in key["columns"]}
-
-
-def _digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write(folder: Path, key: dict[str, Any], columns: dict[str, np.ndarray]) -> None:
@@ -108,7 +104,7 @@ def write(folder: Path, key: dict[str, Any], columns: dict[str, np.ndarray]) -> 
     temporary.mkdir(parents=True)
     for name, values in columns.items():
         np.save(temporary / f"{name}.npy", values)
-    digests = {name: _digest(temporary / f"{name}.npy") for name in columns}
+    digests = {name: file_sha256(temporary / f"{name}.npy") for name in columns}
     saved = {**key, "sha256": digests}
     (temporary / "key.json").write_text(json.dumps(saved, indent=2, sort_keys=True))
     try:

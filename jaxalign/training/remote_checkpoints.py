@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import logging
 import os
@@ -19,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from jaxalign import remote, vocabularies
+from jaxalign.data.cache import file_sha256
 
 _log = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ def give(folder: Path, url: str) -> None:
         for file in sorted(folder.rglob("*"))
         if file.is_file()
     }
-    content = {name: _sha256(file) for name, file in files.items()}
+    content = {name: file_sha256(file) for name, file in files.items()}
     remove(url)  # what a killed process left
     remote.upload({f"{url}/{name}": file for name, file in files.items()})
     with remote.writing(f"{url}.json") as listed:
@@ -108,7 +108,7 @@ def take(url: str, target: Path, items: tuple[str, ...] = ()) -> str | None:
         except FileNotFoundError as error:
             return str(error)
         for name, file in zip(names, files, strict=True):
-            if listed is not None and _sha256(file) != listed[name]:
+            if listed is not None and file_sha256(file) != listed[name]:
                 size = file.stat().st_size
                 return f"{name} ({size} bytes) is not what was written there."
         shutil.rmtree(target, ignore_errors=True)
@@ -175,8 +175,3 @@ def _versions(url: str) -> dict[str, str]:
     fs, path = remote.connect(url)
     with remote.reporting(url):
         return {name: fs.ukey(name) for name in sorted(fs.find(path))}
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

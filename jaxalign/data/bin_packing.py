@@ -1,13 +1,13 @@
 """Vector bin packing with a bounded pool: the algorithm behind the packing plan.
 
-An item asks for encoder tokens, for one *part* in each of ``K`` decoder rows (largest
-first, zeros at the end) and for prompts; a bin offers a capacity of each. Bins are
-filled one at a time from a pool of waiting items. While a bin is far from full it takes
-the item that has waited longest, so that every bin gets its share of small and large
-ones and none are left over; then the item that leaves the smallest weighted squared
-residual (norm-based greedy of Panigrahy et al. 2011, "Heuristics for Vector Bin
-Packing"). An item's largest part goes to the emptiest decoder row, which fits whenever
-any one-part-a-row arrangement does and keeps the rows level.
+An item asks for encoder tokens, for a place in a decoder row for each of its responses
+(longest first, zeros at the end) and for prompts; a bin offers a capacity of each, of
+decoder rows ``K``. Bins are filled one at a time from a pool of waiting items. While a
+bin is far from full it takes the item that has waited longest, so that every bin gets
+its share of small and large ones and none are left over; then the item that leaves the
+smallest weighted squared residual (norm-based greedy of Panigrahy et al. 2011,
+"Heuristics for Vector Bin Packing"). Each response of an item goes to the fullest
+decoder row that still holds it (best fit decreasing), which keeps room for long ones.
 
 Integer scores and a hashed order, so that every machine and every numpy finds the same
 bins.
@@ -19,12 +19,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-_POOL = 1024  # waiting items that a bin chooses from, over all decoder rows
+_POOL = 1024  # responses of the waiting items that a bin chooses from
+_FEW = 8
 _NEVER = 2**40  # the size of an empty slot of the pool
-# Best fit begins when less than this many average items are left to fill. Measured on
+# A bin is far from full while this many average items would fill it. Measured on
 # log-normal and uniform lengths: 0 leaves the small items to the end (93% full), 3
 # fills 97 to 99%, and more gains only where a bin holds many items.
-_BEST_FIT_BELOW = 3
+_FAR = 3
 
 
 class Packer:
@@ -32,32 +33,37 @@ class Packer:
 
     Args:
       encoder: ``[N]`` encoder tokens of each item.
-      parts: ``[N, K]`` decoder tokens by decoder row, descending.
+      responses: ``[N, R]`` decoder tokens of its responses, descending.
       prompts: ``[N]`` prompts of each item.
       groups: ``[N]`` items of one group share their prompt.
       capacity: encoder tokens and tokens of each decoder row.
+      decoder_rows: ``K`` of a bin.
       max_prompts: prompts of a bin.
 
     Attributes:
       bins: items of each bin, in the order placed.
-      decoder_row: ``[N, K]`` the decoder row of each part.
+      decoder_row: ``[N, R]`` the decoder row of each response.
       alone: bins whose items are all of one group, when two groups were asked for.
     """
 
     def __init__(
         self,
         encoder: np.ndarray,
-        parts: np.ndarray,
+        responses: np.ndarray,
         prompts: np.ndarray,
         groups: np.ndarray,
         *,
         capacity: tuple[int, int],
+        decoder_rows: int,
         max_prompts: int,
     ):
-        self._encoder, self._parts = encoder.astype(np.int64), parts.astype(np.int64)
+        self._encoder = encoder.astype(np.int64)
+        self._responses = responses.astype(np.int64)
+        self._decoder = self._responses.sum(1)
         self._prompts, self._groups = prompts.astype(np.int64), groups
         self._capacity, self._max_prompts = capacity, max_prompts
-        self.decoder_row = np.zeros(parts.shape, np.int32)
+        self._rows = decoder_rows
+        self.decoder_row = np.zeros(responses.shape, np.int32)
         self.bins: list[list[int]] = []
         self.alone: list[int] = []
         # What each bin still offers: encoder tokens, tokens by decoder row, prompts.
@@ -68,14 +74,14 @@ class Packer:
 
         Bins that found no second group are listed in ``alone``.
         """
-        count, rows = self._parts.shape
+        count = len(self._encoder)
         weights = self._weights()
-        total = (int(self._encoder.sum()), int(self._parts.sum()) // rows)
+        total = (int(self._encoder.sum()), max(int(self._decoder.sum()), 1))
         order = np.argsort(_mix(np.arange(count, dtype=np.uint64)), kind="stable")
-        size = min(count, max(_POOL // rows, 64))
+        size = min(count, max(_POOL // self._responses.shape[1], 256))
         pool, waiting = order[:size].copy(), np.arange(size)
         encoder, prompts = self._encoder[pool], self._prompts[pool]
-        parts = np.ascontiguousarray(self._parts[pool].T)
+        decoder, first = self._decoder[pool], self._responses[pool, 0]
         groups = self._groups[pool]
         upcoming = size
         placed = 0
@@ -83,35 +89,31 @@ class Packer:
             self._open()
             b, room = len(self.bins) - 1, self._room[-1]
             while True:
-                level = sorted(room[1], reverse=True)
+                left, longest = int(room[1].sum()), int(room[1].max())
                 fits = (encoder <= room[0]) & (prompts <= room[2])
-                for k in range(rows):
-                    fits &= parts[k] <= level[k]
+                fits &= (decoder <= left) & (first <= longest)
                 if two_groups and len(self.bins[b]) == 1:
                     fits &= groups != self._groups[self.bins[b][0]]
-                slots = np.flatnonzero(fits)
-                if not len(slots):
-                    break
-                items_left = min(
-                    room[0] * count / total[0], level[-1] * count / max(total[1], 1)
-                )
-                if items_left > _BEST_FIT_BELOW:
-                    slot = int(slots[np.argmin(waiting[slots])])
+                slots = fits.nonzero()[0]
+                if min(room[0] * count / total[0], left * count / total[1]) > _FAR:
+                    score = waiting[slots]
                 else:
-                    residual = room[0] - encoder[slots]
-                    score = residual * residual * weights[0]
-                    for k in range(rows):
-                        residual = level[k] - parts[k][slots]
-                        score += residual * residual * weights[1]
-                    slot = int(slots[np.argmin(score)])
-                self._place(b, int(pool[slot]))
+                    residuals = room[0] - encoder[slots], left - decoder[slots]
+                    score = residuals[0] ** 2 * weights[0]
+                    score += residuals[1] ** 2 * weights[1]
+                best = self._best(pool[slots], score, room[1])
+                if best is None:
+                    break
+                slot = int(slots[best[0]])
+                self._place(b, int(pool[slot]), best[1])
                 placed += 1
                 if upcoming < count:
                     item = pool[slot] = order[upcoming]
                     waiting[slot] = upcoming
                     encoder[slot] = self._encoder[item]
                     prompts[slot] = self._prompts[item]
-                    parts[:, slot] = self._parts[item]
+                    decoder[slot] = self._decoder[item]
+                    first[slot] = self._responses[item, 0]
                     groups[slot] = self._groups[item]
                     upcoming += 1
                 else:
@@ -138,40 +140,46 @@ class Packer:
 
     def _weights(self) -> tuple[int, int]:
         """Scales squared residuals: by capacity, and more where demand is higher."""
-        rows = self._parts.shape[1]
-        demand = [
-            self._encoder.sum() / self._capacity[0],
-            self._parts.sum() / (self._capacity[1] * rows),
-        ]
-        shares = [d / max(demand) for d in demand]
-        scales = [2**40 / self._capacity[0] ** 2, 2**40 / self._capacity[1] ** 2 / rows]
-        pairs = zip(shares, scales, strict=True)
-        first, second = (max(int(share * scale), 1) for share, scale in pairs)
+        capacity = self._capacity[0], self._capacity[1] * self._rows
+        demand = self._encoder.sum() / capacity[0], self._decoder.sum() / capacity[1]
+        first, second = (
+            max(int(d / max(demand) * 2**40 / c**2), 1)
+            for d, c in zip(demand, capacity, strict=True)
+        )
         return first, second
 
     def _open(self) -> None:
-        rows = self._parts.shape[1]
         self.bins.append([])
-        self._room.append(
-            [self._capacity[0], [self._capacity[1]] * rows, self._max_prompts]
-        )
+        rows = np.full(self._rows, self._capacity[1], np.int64)
+        self._room.append([self._capacity[0], rows, self._max_prompts])
 
-    def _place(self, b: int, item: int) -> None:
+    def _best(
+        self, items: np.ndarray, score: np.ndarray, room: np.ndarray
+    ) -> tuple[int, np.ndarray] | None:
+        """The item of the lowest score whose responses fit into a bin, and where."""
+        order = score.argsort(kind="stable")
+        # One of the first few nearly always fits.
+        for some in (order[:_FEW], order[_FEW:]):
+            rows, fits = place(self._responses[items[some]], room)
+            fitting = fits.nonzero()[0]
+            if len(fitting):
+                return int(some[fitting[0]]), rows[fitting[0]]
+        return None
+
+    def _place(self, b: int, item: int, rows: np.ndarray | None = None) -> None:
         room = self._room[b]
-        emptiest = sorted(range(len(room[1])), key=lambda k: -room[1][k])
-        self.decoder_row[item] = emptiest
+        if rows is None:
+            rows = place(self._responses[[item]], room[1])[0][0]
+        self.decoder_row[item] = rows
+        np.subtract.at(room[1], rows, self._responses[item])
         room[0] -= int(self._encoder[item])
-        for k, part in zip(emptiest, self._parts[item].tolist(), strict=True):
-            room[1][k] -= part
         room[2] -= int(self._prompts[item])
         self.bins[b].append(item)
 
     def _remove(self, b: int, item: int) -> None:
         room = self._room[b]
+        np.add.at(room[1], self.decoder_row[item], self._responses[item])
         room[0] += int(self._encoder[item])
-        rows, parts = self.decoder_row[item].tolist(), self._parts[item].tolist()
-        for k, part in zip(rows, parts, strict=True):
-            room[1][k] += part
         room[2] += int(self._prompts[item])
         self.bins[b].remove(item)
 
@@ -255,24 +263,52 @@ class Packer:
 
     def _has_room(self, b: int, item: int) -> bool:
         encoder, rows, prompts = self._room[b]
-        level = sorted(rows, reverse=True)
-        return (
+        return bool(
             self._encoder[item] <= encoder
             and self._prompts[item] <= prompts
-            and bool((self._parts[item] <= level).all())
+            and place(self._responses[[item]], rows)[1][0]
         )
 
     def _fits_beside(self, item: int, others: np.ndarray) -> np.ndarray:
         """Which of ``others`` are of another group and fit into a bin with ``item``."""
         encoder, decoder = self._capacity
-        # The largest part of one meets the smallest of the other.
-        height = self._parts[others] + self._parts[item][::-1]
+        room = np.full(self._rows, decoder, np.int64)
+        rows, _ = place(self._responses[[item]], room)
+        np.subtract.at(room, rows[0], self._responses[item])
         return (
             (self._groups[others] != self._groups[item])
             & (self._encoder[others] + self._encoder[item] <= encoder)
             & (self._prompts[others] + self._prompts[item] <= self._max_prompts)
-            & (height <= decoder).all(axis=1)
+            & place(self._responses[others], room)[1]
         )
+
+
+def place(
+    lengths: np.ndarray, room: np.ndarray, *, level: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """Puts each item's responses into decoder rows, each as if it were alone.
+
+    Args:
+      lengths: ``[n, R]`` of ``n`` items, placed in the order given.
+      room: ``[K]`` tokens that the rows have left.
+      level: into the emptiest row; otherwise into the fullest that holds the response.
+
+    Returns:
+      ``[n, R]`` rows, and ``[n]`` whether everything of the item fits.
+    """
+    items = np.arange(len(lengths))
+    left = room[None].repeat(len(lengths), axis=0)
+    rows = np.zeros(lengths.shape, np.int32)
+    for j, length in enumerate(lengths.T):
+        after = left - length[:, None]
+        if level:
+            row = after.argmax(1)
+        else:
+            after[after < 0] += _NEVER
+            row = after.argmin(1)
+        left[items, row] -= length
+        rows[:, j] = row
+    return rows, left.min(1, initial=0) >= 0
 
 
 def _mix(x: np.ndarray) -> np.ndarray:

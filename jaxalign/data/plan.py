@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jaxalign.data.bin_packing import Packer
+from jaxalign.data.bin_packing import Packer, place
 from jaxalign.data.rows import Index
 
 
@@ -188,24 +188,27 @@ def pack(
     encoder = np.add.reduceat(
         np.minimum(index.prompt_lengths, inputs), index.prompt_offsets[:-1]
     )
-    parts, part_of_response = _split_responses(index, targets, decoder_rows)
+    lengths, slots = _by_length(index, targets)
     capacity = (
         packing * inputs if packing else widest * inputs,
         packing * targets if packing else targets,
     )
-    _check_fit(encoder, parts, capacity, packing)
+    empty = np.full(decoder_rows, capacity[1], np.int64)
+    decoder_row, fits = place(lengths, empty, level=not packing)
+    _check_fit(encoder, lengths, fits, capacity, decoder_rows, packing)
 
     different = len(np.unique(index.prompt_hash))
     if packing and different >= min_prompts:
         bins_at_least = max(
-            1, encoder.sum() / capacity[0], parts.sum() / capacity[1] / decoder_rows
+            1, encoder.sum() / capacity[0], lengths.sum() / capacity[1] / decoder_rows
         )
         packer = Packer(
             encoder,
-            parts,
+            lengths,
             prompts,
             index.prompt_hash,
             capacity=capacity,
+            decoder_rows=decoder_rows,
             max_prompts=max_prompts
             or max(8, widest, int(4 * prompts.sum() / bins_at_least)),
         )
@@ -215,7 +218,6 @@ def pack(
         bins, alone, decoder_row = packer.bins, len(packer.alone), packer.decoder_row
     else:
         bins, alone = [[i] for i in range(index.num_rows)], index.num_rows
-        decoder_row = np.tile(np.arange(decoder_rows), (index.num_rows, 1))
     if min_prompts == 2 and (alone > 1 or alone == len(bins)):
         raise ValueError(
             f"min_prompts=2 (KTO compares each response with another prompt of its "
@@ -239,7 +241,7 @@ def pack(
     return Plan(
         row_ids=row_ids,
         bin_offsets=bin_offsets,
-        decoder_rows=decoder_row[of_row, part_of_response][order],
+        decoder_rows=decoder_row[of_row, slots][order],
         response_offsets=response_offsets,
         shape=RowShape(
             encoder_length=capacity[0],
@@ -255,57 +257,53 @@ def pack(
             "prompts": int((index.prompt_lengths > inputs).sum()),
             "responses": int((index.response_lengths > targets).sum()),
         },
-        tokens={"encoder": int(encoder.sum()), "decoder": int(parts.sum())},
+        tokens={"encoder": int(encoder.sum()), "decoder": int(lengths.sum())},
     )
 
 
-def _split_responses(
-    index: Index, targets: int, decoder_rows: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Spreads each row's responses over decoder rows, longest first to the emptiest.
+def _by_length(index: Index, targets: int) -> tuple[np.ndarray, np.ndarray]:
+    """Each row's response lengths, longest first.
 
     Returns:
-      ``[N, K]`` tokens of each part, descending, and ``[T]`` the part of each response.
+      ``[N, R]`` tokens, zeros at the end, and ``[T]`` where each response stands there.
     """
     lengths = np.minimum(index.response_lengths, targets).astype(np.int64)
     counts = np.diff(index.response_offsets)
     of_row = np.repeat(np.arange(index.num_rows), counts)
-    # Responses sorted by row, then by length, descending.
     order = np.lexsort((-lengths, of_row))
-    loads = np.zeros((index.num_rows, decoder_rows), np.int64)
-    part = np.zeros(index.num_responses, np.int64)
-    for j in range(int(counts.max())):
-        rows = np.flatnonzero(counts > j)
-        response = order[index.response_offsets[rows] + j]
-        emptiest = np.argmin(loads[rows], axis=1)
-        loads[rows, emptiest] += lengths[response]
-        part[response] = emptiest
-    descending = np.argsort(-loads, axis=1, kind="stable")
-    rank = np.argsort(descending, axis=1, kind="stable")
-    return np.take_along_axis(loads, descending, axis=1), rank[of_row, part]
+    rank = _ranges(np.zeros_like(counts), counts)
+    slots = np.empty_like(rank)
+    slots[order] = rank
+    sorted_lengths = np.zeros((index.num_rows, int(counts.max())), np.int64)
+    sorted_lengths[of_row, slots] = lengths
+    return sorted_lengths, slots
 
 
 def _check_fit(
     encoder: np.ndarray,
-    parts: np.ndarray,
+    lengths: np.ndarray,
+    fits: np.ndarray,
     capacity: tuple[int, int],
+    decoder_rows: int,
     packing: int | None,
 ) -> None:
+    decoder = lengths.sum(1)
     sides = (
-        ("encoder", "inputs", encoder, capacity[0], "its prompts"),
-        ("decoder", "targets", parts[:, 0], capacity[1], "its responses in one of "
-         f"{parts.shape[1]} decoder rows"),
+        ("encoder", "inputs", encoder, encoder > capacity[0], "its prompts",
+         f"an encoder row holds {capacity[0]}", "Raise packing"),
+        ("decoder", "targets", decoder, ~fits, "its responses",
+         f"its decoder rows hold {decoder_rows} x {capacity[1]}",
+         "Raise packing or decoder_rows"),
     )  # fmt: skip
-    for side, feature, needs, limit, what in sides:
-        over = np.flatnonzero(needs > limit)
+    for side, feature, needs, refused, what, offer, change in sides:
+        over = np.flatnonzero(refused)
         if len(over):
             row = int(over[np.argmax(needs[over])])
             raise ValueError(
                 f"{len(over)} of {len(needs)} rows do not fit: row {row} of the cache "
-                f"needs {needs[row]} {side} tokens for {what}, a {side} row holds "
-                f"{limit} (packing={packing}). Raise packing"
-                + (" or decoder_rows" if side == "decoder" else "")
-                + f", or lower TASK_FEATURE_LENGTHS[{feature!r}]."
+                f"needs {needs[row]} {side} tokens for {what}, {offer} "
+                f"(packing={packing}). {change}, or lower "
+                f"TASK_FEATURE_LENGTHS[{feature!r}]."
             )
 
 

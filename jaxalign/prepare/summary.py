@@ -103,6 +103,7 @@ def describe(
     inputs: int | None = None,
     targets: int | None = None,
     packing: int | None = None,
+    decoder_rows: int | None = None,
 ) -> str:
     """The summary of a cache as a table.
 
@@ -112,6 +113,7 @@ def describe(
         the table also says what is truncated and how full packed rows are.
       targets: the length responses are cut to.
       packing: as for ``jaxalign.data.plan.pack``.
+      decoder_rows: likewise.
     """
     s = cache.summary
     source = s.get("source", {})
@@ -152,7 +154,7 @@ def describe(
     for name, rate in s.get("unknown_token_rate", {}).items():
         lines.append((f"unknown in {name}", f"{rate:.4%}"))
     if inputs and targets:
-        lines += _feed_lines(index, inputs, targets, packing)
+        lines += _feed_lines(index, inputs, targets, packing, decoder_rows)
     width = max(len(name) for name, _ in lines)
     table = "\n".join(f"{name:<{width}}  {text}" for name, text in lines)
     rejected = source.get("first_rejected", [])
@@ -164,7 +166,11 @@ def describe(
 
 
 def _feed_lines(
-    index: Index, inputs: int, targets: int, packing: int | None
+    index: Index,
+    inputs: int,
+    targets: int,
+    packing: int | None,
+    decoder_rows: int | None,
 ) -> list[tuple[str, str]]:
     from jaxalign.data import plan
 
@@ -173,12 +179,19 @@ def _feed_lines(
         (f"truncated {name}", f"{cut[f'{name}_truncated']:,} of {cut[name]:,} at {n}")
         for name, n in (("prompts", inputs), ("responses", targets))
     ]
-    packed = plan.pack(index, inputs=inputs, targets=targets, packing=packing)
+    packed = plan.pack(
+        index,
+        inputs=inputs,
+        targets=targets,
+        packing=packing,
+        decoder_rows=decoder_rows,
+    )
     full = packed.occupancy()
     lines.append(
         (
             f"occupancy, packing {packing or 'off'}",
-            f"encoder {full['encoder']:.1%}, decoder {full['decoder']:.1%}",
+            f"encoder {full['encoder']:.1%}, {packed.shape.decoder_rows} decoder rows "
+            f"{full['decoder']:.1%}",
         )
     )
     return lines

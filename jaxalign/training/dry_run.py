@@ -62,7 +62,12 @@ def describe_data(run: runs.Run) -> str:
     texts = []
     for split, of_split in caches.items():
         for cache in of_split:
-            table = prepare.describe(cache, **lengths, packing=run.dataset.packing)
+            table = prepare.describe(
+                cache,
+                **lengths,
+                packing=run.dataset.packing,
+                decoder_rows=run.dataset.decoder_rows,
+            )
             texts.append(f"{split}\n{table}")
     return "\n\n".join(texts)
 

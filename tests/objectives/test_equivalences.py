@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 from objectives_cases import (
+    CONFIG,
     BagOfTokens,
     assert_same_gradients,
     assert_same_metrics,
@@ -115,6 +119,19 @@ def test_reference_in_the_step_equals_cached_columns(case):
     cached = case.step(case.with_reference(batch))
     online = case.step(batch, reference=case.reference, reference_params=True)
     jax.tree.map(np.testing.assert_array_equal, online[0], cached[0])
+
+
+def test_saving_memory_changes_nothing(case):
+    """The vocabulary in chunks, and everything between layers computed again."""
+    batch = case.with_reference(make_batch(case.rows, 2))
+    plain = case.step(batch)
+    config = dataclasses.replace(CONFIG, logits_chunk=4, remat_policy="full")
+    frugal = copy.copy(case)
+    model = case.objective.model.clone(config=config)
+    frugal.objective = dataclasses.replace(case.objective, model=model)
+    saving = frugal.step(batch)
+    assert_same_gradients(saving[0], plain[0])
+    assert_same_metrics(saving[1], plain[1])
 
 
 def test_padding_rows_change_nothing(case):

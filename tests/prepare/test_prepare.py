@@ -240,6 +240,7 @@ def test_summary_counts(tmp_path):
     table = prepare.describe(TokenizedCache(path), inputs=3, targets=3, packing=2)
     assert "4 of 4 at 3" in table and "2 of 4 at 3" in table
     assert "mean 2.5" in table and "occupancy, packing 2" in table
+    assert "decoder rows" in table
 
 
 def test_unknown_tokens_are_counted(tmp_path):

@@ -4,7 +4,7 @@
 #   make test          install into .venv with the test extra, then run the tests
 #   make test-slow     the slow tests too (light environment, kills, longer runs)
 #   make test-beam     the tests on Apache Beam, in an environment of their own
-#   make compare       every objective on embedded data, three seeds (hours on 2 cores)
+#   make compare       every objective on embedded data, three seeds (2 to 3 hours on 2 cores)
 #   make bench         steps beside their peers (BENCH_PEERS, T5X_SRC, BENCH_DATA)
 #   make lint          ruff
 #   make clean         remove .venv, .venv-beam, runs/ and caches

@@ -24,6 +24,7 @@ from jaxalign import world
 from jaxalign.pipelines import comparison, stages
 from jaxalign.prepare import rationales
 from jaxalign.report.comparison import pyplot
+from jaxalign.training import run_directory
 
 METHODS = ("dpo", "rdpo")
 _TAUGHT_REASONS = 4000
@@ -43,9 +44,8 @@ def teach(folder: Path, seed: int, sft: Path) -> Path:
                     "completion": row["rationale"],
                 }
             )
-        part = path.with_suffix(".part")
-        part.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        part.replace(path)
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        run_directory.write_atomically(path, text)
     settings = {
         **comparison.stage_of("rdpo", 200).settings,
         "DATA": repr(str(path)),

@@ -14,7 +14,6 @@ from jaxalign.benchmarking import cases
 from jaxalign.benchmarking.results import Result
 
 _PIECES = 4000
-_LENGTHS = "TASK_FEATURE_LENGTHS = {'inputs': 128, 'targets': 512}"
 
 
 def _cache() -> Path:
@@ -68,7 +67,14 @@ def _pieces(path: Path) -> Path:
     return model
 
 
-def _bindings(packing: int | None, size: str, batch: int = 2) -> dict[str, Any]:
+def _request(
+    packing: int | None,
+    size: str,
+    *,
+    inputs: int = 128,
+    targets: int = 512,
+    batch: int = 2,
+) -> dict[str, Any]:
     path = data_file()
     return {
         "gin_files": ["runs/dpo.gin", f"models/t5_1_1_{size}.gin"],
@@ -81,7 +87,7 @@ def _bindings(packing: int | None, size: str, batch: int = 2) -> dict[str, Any]:
             f"VOCABULARY_PATH = {str(_pieces(path))!r}",
             "models.T5Config.vocab_size = 32128",
             f"CACHE_DIR = {str(_cache() / 'data')!r}",
-            _LENGTHS,
+            f"TASK_FEATURE_LENGTHS = {{'inputs': {inputs}, 'targets': {targets}}}",
             f"BATCH_SIZE = {batch}",
             f"PACKING = {packing}",
         ],
@@ -93,13 +99,12 @@ def packed(steps: int, _: int) -> Result:
     from jaxalign.benchmarking.suite import measure
 
     rates, found = {}, {}
-    # Longer than all responses but 3 %, packed or not: a step costs the same.
-    lengths = "TASK_FEATURE_LENGTHS = {'inputs': 256, 'targets': 1024}"
     for name, packing in (("padded", None), ("packed", 1)):
-        request = _bindings(packing, "tiny", batch=1)
-        request["bindings"].append(lengths)
-        request |= {"kind": "train_step", "data": True, "steps": 2 * steps}
-        one = measure(request)
+        # Longer than all responses but 3 %, packed or not: a step costs the same.
+        request = _request(packing, "tiny", inputs=256, targets=1024, batch=1)
+        one = measure(
+            {"kind": "train_step", "data": True, "steps": 2 * steps} | request
+        )
         seconds = statistics.mean(one["seconds"])
         rates[name] = one["real_tokens"] / seconds
         found[name] = {
@@ -124,10 +129,10 @@ def input_pipeline(steps: int, _: int) -> Result:
     """Real tokens per second of the feed alone, against a base DPO step."""
     from jaxalign.benchmarking.suite import measure
 
-    feed = measure({"kind": "feed"} | _bindings(1, "base"))
+    feed = measure({"kind": "feed"} | _request(1, "base"))
     step = measure(
         {"kind": "train_step", "data": True, "steps": max(2, steps // 2)}
-        | _bindings(1, "base")
+        | _request(1, "base")
     )
     consumed = step["real_tokens"] / statistics.median(step["seconds"])
     result = Result(

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 import numpy as np
 
 _POOL = 1024  # responses of the waiting items that a bin chooses from
-_FEW = 8
+_FEW = 8  # items tried before all others at once
 _NEVER = 2**40  # the size of an empty slot of the pool
 # A bin is far from full while this many average items would fill it. Measured on
 # log-normal and uniform lengths: 0 leaves the small items to the end (93% full), 3

@@ -12,14 +12,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxalign.models.attention_paths import PATHS, Segments, weights
 from jaxalign.models.config import T5Config
 from jaxalign.models.layers import ATTENTION_INIT, Dense, constrain
 
 KeyValues = tuple[jax.Array, jax.Array]
-
-# Large enough that exp() of a masked score is 0; finite, so that a padding query with
-# nothing to attend to gets a uniform average instead of NaN.
-MASKED = -1e10
 
 
 def _query_init(depth: int):
@@ -27,13 +24,6 @@ def _query_init(depth: int):
         return ATTENTION_INIT(key, shape, dtype) / math.sqrt(depth)
 
     return init
-
-
-def _softmax(scores: jax.Array, mask: jax.Array, bias: jax.Array | None) -> jax.Array:
-    """Softmax over the last axis of float32 scores where ``mask``."""
-    if bias is not None:
-        scores = scores + bias
-    return jax.nn.softmax(jnp.where(mask, scores, MASKED), axis=-1)
 
 
 class Attention(nn.Module):
@@ -71,7 +61,7 @@ class Attention(nn.Module):
         self,
         x: jax.Array,
         key_values: KeyValues,
-        mask: jax.Array,
+        segments: Segments,
         bias: jax.Array | None,
         deterministic: bool,
     ) -> jax.Array:
@@ -80,7 +70,7 @@ class Attention(nn.Module):
         Args:
           x: query states.
           key_values: from :meth:`key_values`.
-          mask: bool ``[B, Lq, Lk]``, true where a query may look.
+          segments: which keys a query sees.
           bias: float32 ``[1, H, Lq, Lk]`` or None.
           deterministic: no dropout of attention weights.
 
@@ -89,20 +79,16 @@ class Attention(nn.Module):
         """
         cfg = self.config
         keys, values = key_values
-        scores = jnp.einsum(
-            "bqhd,bkhd->bhqk",
-            self._split(self.query(x)),
-            keys,
-            preferred_element_type=jnp.float32,
-        )
-        weights = _softmax(scores, mask[:, None], bias)
         if cfg.dropout_rate > 0.0 and not deterministic:
-            # As in T5X, a dropped key is dropped for all queries of the row.
-            shape = (*weights.shape[:-2], 1, weights.shape[-1])
+            # As in T5X, a dropped key is dropped for all queries of the row: a weight
+            # of 0 on a value is the value times 0.
             keep = 1.0 - cfg.dropout_rate
-            kept = jax.random.bernoulli(self.make_rng("dropout"), keep, shape)
-            weights = jnp.where(kept, weights / keep, 0.0)
-        context = jnp.einsum("bhqk,bkhd->bqhd", weights.astype(values.dtype), values)
+            kept = jax.random.bernoulli(
+                self.make_rng("dropout"), keep, (*values.shape[:-1], 1)
+            )
+            values = jnp.where(kept, values / keep, 0).astype(values.dtype)
+        query = self._split(self.query(x))
+        context = PATHS[cfg.attention](query, keys, values, segments, bias)
         return self._join(context)
 
     def attend_step(
@@ -130,10 +116,8 @@ class Attention(nn.Module):
             keys,
             preferred_element_type=jnp.float32,
         )
-        weights = _softmax(scores, mask[:, :, None], bias)
-        context = jnp.einsum(
-            f"bnhk,b{own}hkd->bnhd", weights.astype(values.dtype), values
-        )
+        share = weights(scores, mask[:, :, None], bias).astype(values.dtype)
+        context = jnp.einsum(f"bnhk,b{own}hkd->bnhd", share, values)
         return self._join(context)
 
 

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 
+from jaxalign.models.attention_paths import PATHS
+
 DTYPES = ("float32", "bfloat16")
 ACTIVATIONS = ("gelu", "linear", "relu", "silu")
 REMAT_POLICIES = ("none", "minimal", "full")
@@ -62,6 +64,10 @@ class T5Config:
         (everything but the matrix products) or ``"full"`` (each layer).
       logits_chunk: decoder positions whose logits exist at once while scoring; 0 for
         all of them. A smaller number trades a second head product for memory.
+      attention: how scores of training and scoring are computed: ``"whole"``, all at
+        once; ``"chunked"``, 128 queries at a time, for rows of more than a few hundred
+        tokens; ``"pallas"``, by a kernel on TPUs, for rows whose lengths are multiples
+        of 128. See ``jaxalign.models.attention_paths``.
       relative_attention_num_buckets: of the position bias.
       relative_attention_max_distance: beyond which positions share a bucket.
 
@@ -83,6 +89,7 @@ class T5Config:
     scan_layers: bool = False
     remat_policy: str = "none"
     logits_chunk: int = 0
+    attention: str = "whole"
     relative_attention_num_buckets: int = 32
     relative_attention_max_distance: int = 128
 
@@ -121,6 +128,7 @@ class T5Config:
             )
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("remat_policy", self.remat_policy, REMAT_POLICIES)
+        _one_of("attention", self.attention, tuple(PATHS))
 
     @property
     def activation_dtype(self) -> jnp.dtype:

@@ -1,4 +1,4 @@
-"""The encoder and decoder stacks, their masks, layer scan and rematerialisation."""
+"""The encoder and decoder stacks, layer scan and rematerialisation."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign.models.attention import Attention, KeyValues, write_cache
+from jaxalign.models.attention_paths import Segments
 from jaxalign.models.config import T5Config
 from jaxalign.models.layers import Dropout, MlpBlock, RMSNorm, constrain
 from jaxalign.models.relative_bias import RelativePositionBias
@@ -43,12 +44,12 @@ class EncoderLayer(nn.Module):
         self.dropout = Dropout(cfg.dropout_rate)
 
     def __call__(
-        self, x: jax.Array, mask: jax.Array, bias: jax.Array, deterministic: bool
+        self, x: jax.Array, segments: Segments, bias: jax.Array, deterministic: bool
     ) -> jax.Array:
-        """``x [B, L, E]``, ``mask [B, L, L]``, ``bias [1, H, L, L]``."""
+        """``x [B, L, E]``, ``bias [1, H, L, L]``."""
         h = self.pre_attention_layer_norm(x)
         key_values = self.attention.key_values(h)
-        h = self.attention.attend(h, key_values, mask, bias, deterministic)
+        h = self.attention.attend(h, key_values, segments, bias, deterministic)
         x = x + self.dropout(h, deterministic)
         h = self.mlp(self.pre_mlp_layer_norm(x), deterministic)
         x = x + self.dropout(h, deterministic)
@@ -79,8 +80,8 @@ class DecoderLayer(nn.Module):
         self,
         y: jax.Array,
         encoded: jax.Array,
-        self_mask: jax.Array,
-        cross_mask: jax.Array,
+        own: Segments,
+        prompts: Segments,
         bias: jax.Array,
         deterministic: bool,
     ) -> jax.Array:
@@ -89,8 +90,8 @@ class DecoderLayer(nn.Module):
         Args:
           y: ``[B, K, L, E]``.
           encoded: ``[B, Le, E]``.
-          self_mask: bool ``[B * K, L, L]``.
-          cross_mask: bool ``[B, K * L, Le]``.
+          own: the responses of ``B * K`` rows.
+          prompts: the prompts that ``[B, K * L]`` tokens answer.
           bias: float32 ``[1, H, L, L]``.
           deterministic: no dropout.
         """
@@ -98,14 +99,14 @@ class DecoderLayer(nn.Module):
         # Rows of one prompt do not see each other: K is a batch axis here ...
         h = self.pre_self_attention_layer_norm(y).reshape(b * k, length, e)
         key_values = self.self_attention.key_values(h)
-        h = self.self_attention.attend(h, key_values, self_mask, bias, deterministic)
+        h = self.self_attention.attend(h, key_values, own, bias, deterministic)
         y = y + self.dropout(h.reshape(y.shape), deterministic)
         # ... and a longer query axis here: cross-attention has no positions, so all
         # rows share one set of keys and values.
         h = self.pre_cross_attention_layer_norm(y).reshape(b, k * length, e)
         attention = self.encoder_decoder_attention
         key_values = attention.key_values(encoded)
-        h = attention.attend(h, key_values, cross_mask, None, deterministic)
+        h = attention.attend(h, key_values, prompts, None, deterministic)
         y = y + self.dropout(h.reshape(y.shape), deterministic)
         h = self.mlp(self.pre_mlp_layer_norm(y), deterministic)
         y = y + self.dropout(h, deterministic)
@@ -211,14 +212,13 @@ class Encoder(nn.Module):
     ) -> jax.Array:
         """``embedded [B, L, E]``, ``segment_ids [B, L]`` -> states ``[B, L, E]``."""
         cfg = self.config
-        # Padding is segment 0 and looks at itself: harmless, and never empty.
-        mask = segment_ids[:, :, None] == segment_ids[:, None, :]
+        segments = Segments(segment_ids, segment_ids)
         bias = self.relpos_bias(segment_ids.shape[1])
         x = self.dropout(embedded, deterministic)
         x, _ = _run(
             self.encoder if cfg.scan_layers else self.layers,
             cfg,
-            lambda layer, x, _: (layer(x, mask, bias, deterministic), None),
+            lambda layer, x, _: (layer(x, segments, bias, deterministic), None),
             constrain(x, "batch", "length", "embed"),
             remat=True,
         )
@@ -275,13 +275,14 @@ class Decoder(nn.Module):
         """Teacher-forced states ``[B, K, L, E]``; see ``T5.decode``."""
         b, k, length, _ = embedded.shape
         rows = segment_ids.reshape(b * k, length)
-        self_mask = (rows[:, :, None] == rows[:, None, :]) & jnp.tri(length, dtype=bool)
-        asked = prompt_segment_ids.reshape(b, k * length, 1)
-        cross_mask = (asked == encoder_segment_ids[:, None, :]) & (asked != 0)
+        own = Segments(rows, rows, causal=True)
+        prompts = Segments(
+            prompt_segment_ids.reshape(b, k * length), encoder_segment_ids
+        )
         bias = self.relpos_bias(length)
 
         def body(layer, y, _):
-            y = layer(y, encoded, self_mask, cross_mask, bias, deterministic)
+            y = layer(y, encoded, own, prompts, bias, deterministic)
             return y, None
 
         y = self.dropout(embedded, deterministic)

@@ -1,0 +1,199 @@
+"""Ways to compute attention: all scores at once, some queries at a time, a TPU kernel.
+
+All give the same numbers, gradients of the position bias included; they differ in how
+many scores exist at once. ``T5Config.attention`` names one of ``PATHS``. Decoding has
+single tokens for queries and needs none of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+# Large enough that exp() of a masked score is 0; finite, so that a padding query with
+# nothing to attend to gets a uniform average instead of NaN.
+MASKED = -1e10
+
+# Queries of one pass of `chunked`, and the TPU kernel's smallest block.
+CHUNK = 128
+# The TPU kernel's blocks: the largest of these that divides a length.
+_BLOCKS = (512, 256, CHUNK)
+
+
+@flax.struct.dataclass
+class Segments:
+    """Which keys a query sees: its segment's, and if causal none after itself.
+
+    Attributes:
+      queries: int32 ``[B, Lq]``.
+      keys: int32 ``[B, Lk]``; padding is segment 0, whose queries see padding.
+      causal: whether queries and keys are one row, read from left to right.
+    """
+
+    queries: jax.Array
+    keys: jax.Array
+    causal: bool = flax.struct.field(pytree_node=False, default=False)
+
+    def mask(self) -> jax.Array:
+        """Bool ``[B, 1, Lq, Lk]``, true where a query may look.
+
+        >>> ids = jnp.array([[1, 1, 2]])
+        >>> Segments(ids, ids, causal=True).mask()[0, 0].astype(int).tolist()
+        [[1, 0, 0], [1, 1, 0], [0, 0, 1]]
+        """
+        return self._of(self.queries, 0)
+
+    def _of(self, queries: jax.Array, start: jax.Array | int) -> jax.Array:
+        """The rows of `mask` for the queries ``start ..``."""
+        seen = queries[:, :, None] == self.keys[:, None, :]
+        if self.causal:
+            own = start + jnp.arange(queries.shape[1])
+            seen &= own[:, None] >= jnp.arange(self.keys.shape[1])
+        return seen[:, None]
+
+
+def weights(scores: jax.Array, mask: jax.Array, bias: jax.Array | None) -> jax.Array:
+    """Softmax over the last axis of float32 scores where ``mask``."""
+    if bias is not None:
+        scores = scores + bias
+    return jax.nn.softmax(jnp.where(mask, scores, MASKED), axis=-1)
+
+
+def _attend(query, keys, values, mask, bias):
+    scores = jnp.einsum(
+        "bqhd,bkhd->bhqk", query, keys, preferred_element_type=jnp.float32
+    )
+    share = weights(scores, mask, bias).astype(values.dtype)
+    return jnp.einsum("bhqk,bkhd->bqhd", share, values)
+
+
+def whole(
+    query: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    segments: Segments,
+    bias: jax.Array | None,
+) -> jax.Array:
+    """Attention with all scores ``[B, H, Lq, Lk]`` at once.
+
+    Args:
+      query: ``[B, Lq, H, D]``.
+      keys: ``[B, Lk, H, D]``.
+      values: ``[B, Lk, H, D]``.
+      segments: who sees what.
+      bias: float32 ``[1, H, Lq, Lk]`` or None.
+
+    Returns:
+      ``[B, Lq, H, D]``.
+    """
+    return _attend(query, keys, values, segments.mask(), bias)
+
+
+def chunked(
+    query: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    segments: Segments,
+    bias: jax.Array | None,
+) -> jax.Array:
+    """`whole`, `CHUNK` queries at a time; the backward pass makes their scores again.
+
+    Scores of ``[B, H, CHUNK, Lk]`` exist at once (Rabe & Staats 2021, with whole rows
+    of keys). Queries beyond the last full chunk come after the loop.
+    """
+    length = query.shape[1]
+    full = length - length % CHUNK
+
+    # A loop's body keeps XLA from merging the second pass with the first.
+    @jax.checkpoint
+    def some(start, query, ids, bias):
+        return _attend(query, keys, values, segments._of(ids, start), bias)
+
+    def chunk(i):
+        start = i * CHUNK
+
+        def cut(x, axis):
+            return jax.lax.dynamic_slice_in_dim(x, start, CHUNK, axis)
+
+        part = None if bias is None else cut(bias, 2)
+        return some(start, cut(query, 1), cut(segments.queries, 1), part)
+
+    parts = []
+    if full:
+        done = jax.lax.map(chunk, jnp.arange(full // CHUNK))
+        shape = (query.shape[0], full, *query.shape[2:])
+        parts.append(jnp.moveaxis(done, 0, 1).reshape(shape))
+    if full < length:
+        part = None if bias is None else bias[:, :, full:]
+        ids = segments.queries[:, full:]
+        parts.append(some(full, query[:, full:], ids, part))
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, 1)
+
+
+def pallas(
+    query: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    segments: Segments,
+    bias: jax.Array | None,
+) -> jax.Array:
+    """`whole` by JAX's flash attention kernel for TPUs: no scores in memory at all.
+
+    Rows of the batch come one after the other, so that all share one bias and the
+    gradients of it are summed as they come.
+
+    Raises:
+      ValueError: where a length is no multiple of `CHUNK`.
+    """
+    from jax.experimental.pallas.ops.tpu import flash_attention as flash
+
+    lengths = query.shape[1], keys.shape[1]
+    if any(length % CHUNK for length in lengths):
+        raise ValueError(
+            f"T5Config.attention = 'pallas' needs rows whose lengths are multiples of "
+            f"{CHUNK}; these have {lengths[0]} queries and {lengths[1]} keys. Change "
+            "TASK_FEATURE_LENGTHS, or take 'chunked'."
+        )
+    q, k = (next(b for b in _BLOCKS if length % b == 0) for length in lengths)
+    blocks = flash.BlockSizes(
+        block_q=q, block_k_major=k, block_k=k, block_b=1,
+        block_q_major_dkv=q, block_k_major_dkv=k, block_k_dkv=k, block_q_dkv=q,
+        block_k_major_dq=k, block_k_dq=k, block_q_dq=q,
+    )  # fmt: skip
+
+    def local(query, keys, values, of_query, of_key, bias):
+        def row(arrays):
+            *qkv, of_query, of_key = (x[None] for x in arrays)
+            ids = flash.SegmentIds(of_query, of_key)
+            return flash.flash_attention(
+                *qkv, bias, ids, causal=segments.causal, block_sizes=blocks
+            )[0]
+
+        heads_first = (jnp.swapaxes(x, 1, 2) for x in (query, keys, values))
+        out = jax.lax.map(row, (*heads_first, of_query, of_key))
+        return jnp.swapaxes(out, 1, 2)
+
+    arguments = query, keys, values, segments.queries, segments.keys, bias
+    if not jax.sharding.get_abstract_mesh().shape_tuple:
+        return local(*arguments)
+    # XLA does not split a kernel: each device calls it for its own rows and heads.
+    rows = nn.logical_to_mesh_axes(("batch", None, "heads", None))
+    ids = nn.logical_to_mesh_axes(("batch", None))
+    per_head = None if bias is None else nn.logical_to_mesh_axes((None, "heads"))
+    return jax.shard_map(
+        local,
+        in_specs=(rows, rows, rows, ids, ids, per_head),
+        out_specs=rows,
+        check_vma=False,
+    )(*arguments)
+
+
+PATHS: dict[str, Callable[..., jax.Array]] = {
+    "whole": whole,
+    "chunked": chunked,
+    "pallas": pallas,
+}

@@ -1,0 +1,111 @@
+"""Every way to compute attention against float64 NumPy and against the whole matrix."""
+
+import dataclasses
+import re
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from jaxalign import models
+from jaxalign.models import attention_paths
+from jaxalign.models.attention_paths import CHUNK, PATHS, Segments
+
+B, H, D = 2, 3, 8
+
+
+def arrays(queries, keys, causal, seed=0):
+    """Random states, a bias, and two rows of segments, the second one padded."""
+    rng = np.random.default_rng(seed)
+    qkv = [
+        rng.normal(size=(B, length, H, D)).astype(np.float32)
+        for length in (queries, keys, keys)
+    ]
+    bias = rng.normal(size=(1, H, queries, keys)).astype(np.float32)
+
+    def ids(length):
+        first = np.sort(rng.integers(1, 4, length))
+        second = np.where(np.arange(length) < length * 2 // 3, 1, 0)
+        return np.stack([first, second]).astype(np.int32)
+
+    of_query = ids(queries)
+    return qkv, bias, Segments(of_query, of_query if causal else ids(keys), causal)
+
+
+def sees_something(segments):
+    """Which queries ``[B, Lq, 1, 1]`` count: those of no padding that have a key."""
+    seen = segments.queries[:, :, None] == segments.keys[:, None, :]
+    return (seen.any(-1) & (segments.queries > 0))[..., None, None]
+
+
+def reference(qkv, bias, segments):
+    """Attention in float64, one query after another."""
+    query, keys, values = (x.astype(np.float64) for x in qkv)
+    out = np.zeros(query.shape)
+    for b in range(query.shape[0]):
+        for q in range(query.shape[1]):
+            seen = segments.keys[b] == segments.queries[b, q]
+            if segments.causal:
+                seen &= np.arange(len(seen)) <= q
+            if not seen.any():
+                continue
+            for h in range(query.shape[2]):
+                scores = keys[b, seen, h] @ query[b, q, h]
+                if bias is not None:
+                    scores = scores + bias[0, h, q, seen]
+                share = np.exp(scores - scores.max())
+                out[b, q, h] = share / share.sum() @ values[b, seen, h]
+    return out
+
+
+@pytest.fixture
+def on_tpu():
+    """The TPU's kernel, interpreted on the CPU."""
+    with pltpu.force_tpu_interpret_mode():
+        yield
+
+
+LENGTHS = {
+    "short": (7, 5, False),
+    "one chunk": (CHUNK, 2 * CHUNK, False),
+    "chunks and a rest": (2 * CHUNK + 3, CHUNK, False),
+    "causal": (2 * CHUNK, 2 * CHUNK, True),
+    "causal with a rest": (CHUNK + 9, CHUNK + 9, True),
+}
+CASES = [
+    (path, name)
+    for path in PATHS
+    for name, (queries, keys, _) in LENGTHS.items()
+    if path != "pallas" or (queries % CHUNK == 0 and keys % CHUNK == 0)
+]
+
+
+@pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize(("path", "name"), CASES)
+def test_paths_equal_float64(path, name, with_bias, on_tpu):
+    qkv, bias, segments = arrays(*LENGTHS[name])
+    bias = bias if with_bias else None
+    got = jax.jit(PATHS[path])(*map(jnp.asarray, qkv), segments, bias)
+    assert np.all(np.isfinite(got))
+    real, want = sees_something(segments), reference(qkv, bias, segments)
+    np.testing.assert_allclose(got * real, want * real, atol=2e-5)
+
+
+@pytest.mark.parametrize(("path", "name"), [c for c in CASES if c[0] != "whole"])
+def test_gradients_equal_those_of_whole(path, name, on_tpu):
+    qkv, bias, segments = arrays(*LENGTHS[name])
+    factors = np.random.default_rng(1).normal(size=qkv[0].shape)
+    factors = factors * sees_something(segments)
+
+    def gradients(attend):
+        def loss(query, keys, values, bias):
+            return jnp.sum(attend(query, keys, values, segments, bias) * factors)
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))(*qkv, bias)
+
+    chex.assert_trees_all_close(
+        gradients(PATHS[path]), gradients(attention_paths.whole), rtol=1e-4, atol=1e-4
+    )

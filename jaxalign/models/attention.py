@@ -88,7 +88,9 @@ class Attention(nn.Module):
             )
             values = jnp.where(kept, values / keep, 0).astype(values.dtype)
         query = self._split(self.query(x))
-        context = PATHS[cfg.attention](query, keys, values, segments, bias)
+        # Parameters are made on rows of one token, on whatever device.
+        path = PATHS["whole" if self.is_initializing() else cfg.attention]
+        context = path(query, keys, values, segments, bias)
         return self._join(context)
 
     def attend_step(

@@ -144,20 +144,21 @@ def pallas(
     """`whole` by JAX's flash attention kernel for TPUs: no scores in memory at all.
 
     Rows of the batch come one after the other, so that all share one bias and the
-    gradients of it are summed as they come.
-
-    Raises:
-      ValueError: where a length is no multiple of `CHUNK`.
+    gradients of it are summed as they come. Rows are padded to multiples of `CHUNK`.
     """
     from jax.experimental.pallas.ops.tpu import flash_attention as flash
 
+    asked = query.shape[1]
+    more = -asked % CHUNK, -keys.shape[1] % CHUNK
+    if any(more):
+        query, of_query = (_padded(x, 1, more[0]) for x in (query, segments.queries))
+        keys, values = (_padded(x, 1, more[1]) for x in (keys, values))
+        # No query has this segment.
+        of_key = _padded(segments.keys, 1, more[1], value=-1)
+        segments = Segments(of_query, of_key, segments.causal)
+        if bias is not None:
+            bias = _padded(_padded(bias, 2, more[0]), 3, more[1])
     lengths = query.shape[1], keys.shape[1]
-    if any(length % CHUNK for length in lengths):
-        raise ValueError(
-            f"T5Config.attention = 'pallas' needs rows whose lengths are multiples of "
-            f"{CHUNK}; these have {lengths[0]} queries and {lengths[1]} keys. Change "
-            "TASK_FEATURE_LENGTHS, or take 'chunked'."
-        )
     q, k = (next(b for b in _BLOCKS if length % b == 0) for length in lengths)
     blocks = flash.BlockSizes(
         block_q=q, block_k_major=k, block_k=k, block_b=1,
@@ -179,7 +180,7 @@ def pallas(
 
     arguments = query, keys, values, segments.queries, segments.keys, bias
     if not jax.sharding.get_abstract_mesh().shape_tuple:
-        return local(*arguments)
+        return local(*arguments)[:, :asked]
     # XLA does not split a kernel: each device calls it for its own rows and heads.
     rows = nn.logical_to_mesh_axes(("batch", None, "heads", None))
     ids = nn.logical_to_mesh_axes(("batch", None))
@@ -189,7 +190,12 @@ def pallas(
         in_specs=(rows, rows, rows, ids, ids, per_head),
         out_specs=rows,
         check_vma=False,
-    )(*arguments)
+    )(*arguments)[:, :asked]
+
+
+def _padded(x: jax.Array, axis: int, more: int, value: int = 0) -> jax.Array:
+    widths = [(0, more if i == axis else 0) for i in range(x.ndim)]
+    return jnp.pad(x, widths, constant_values=value)
 
 
 PATHS: dict[str, Callable[..., jax.Array]] = {

@@ -66,8 +66,8 @@ class T5Config:
         all of them. A smaller number trades a second head product for memory.
       attention: how scores of training and scoring are computed: ``"whole"``, all at
         once; ``"chunked"``, 128 queries at a time, for rows of more than a few hundred
-        tokens; ``"pallas"``, by a kernel on TPUs, for rows whose lengths are multiples
-        of 128. See ``jaxalign.models.attention_paths``.
+        tokens; ``"pallas"``, by a kernel that only TPUs run. See
+        ``jaxalign.models.attention_paths``.
       relative_attention_num_buckets: of the position bias.
       relative_attention_max_distance: beyond which positions share a bucket.
 

@@ -68,12 +68,7 @@ def _pieces(path: Path) -> Path:
 
 
 def _request(
-    packing: int | None,
-    size: str,
-    *,
-    inputs: int = 128,
-    targets: int = 512,
-    batch: int = 2,
+    packing: int | None, size: str, *, inputs: int, targets: int, batch: int
 ) -> dict[str, Any]:
     path = data_file()
     return {
@@ -129,10 +124,10 @@ def input_pipeline(steps: int, _: int) -> Result:
     """Real tokens per second of the feed alone, against a base DPO step."""
     from jaxalign.benchmarking.suite import measure
 
-    feed = measure({"kind": "feed"} | _request(1, "base"))
+    request = _request(1, "base", inputs=128, targets=128, batch=1)
+    feed = measure({"kind": "feed"} | request)
     step = measure(
-        {"kind": "train_step", "data": True, "steps": max(2, steps // 2)}
-        | _request(1, "base")
+        {"kind": "train_step", "data": True, "steps": max(2, steps // 2)} | request
     )
     consumed = step["real_tokens"] / statistics.median(step["seconds"])
     result = Result(

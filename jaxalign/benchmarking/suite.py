@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -34,6 +35,11 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
     )
     if done.returncode:
         _log.debug("%s", done.stderr)
+        if done.returncode < 0:
+            name = signal.Signals(-done.returncode).name
+            raise RuntimeError(
+                f"its process was ended by {name}, as for want of memory"
+            )
         raise RuntimeError(done.stderr.strip().splitlines()[-1])
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -58,7 +58,10 @@ def configured_run(
 def model_flops(ready: runs.Setup, arguments: tuple[Any, ...]) -> int:
     """Matrix operations of a step without what memory savings compute again."""
     config = dataclasses.replace(
-        ready.objective.model.config, logits_chunk=0, remat_policy="none"
+        ready.objective.model.config,
+        logits_chunk=0,
+        remat_policy="none",
+        attention="whole",
     )
     model = ready.objective.model.clone(config=config)
     plain = dataclasses.replace(

@@ -47,6 +47,10 @@ def _count(jaxpr: core.Jaxpr, loop_trips: int) -> int:
             total += loop_trips * sum(inner)
         elif name == "cond":
             total += max(inner)
+        elif name == "shard_map":  # inside are one device's shapes
+            total += params["mesh"].size * sum(inner)
+        elif name == "pallas_call":  # inside is one block; skipped blocks count
+            total += math.prod(params["grid_mapping"].grid) * sum(inner)
         else:
             total += sum(inner)
     return total

@@ -10,8 +10,10 @@ import numpy as np
 from jaxalign import models
 from jaxalign.data import convert
 from jaxalign.data.plan import RowShape
+from jaxalign.models.attention_paths import PATHS, Segments
 from jaxalign.models.config import T5Config
 from jaxalign.planning import flops
+from jaxalign.training import mesh as meshes
 
 CONFIG = T5Config(
     vocab_size=96,
@@ -54,6 +56,31 @@ def test_forward_is_the_closed_form_in_both_layouts():
         bias = 2 * 32 * CONFIG.num_heads * (LE * LE + LD * LD)
         found = flops.matmul_flops(apply, *shapes)
         assert found in (closed_form(), closed_form() + bias)
+
+
+def test_kernels_count_on_every_mesh():
+    """The TPU's kernel does the products of attention, on all devices together."""
+    length = 256
+
+    def count(path, **mesh):
+        x = jax.ShapeDtypeStruct((2, length, 2, 8), np.float32)
+        ids = np.ones((2, length), np.int32)
+
+        def attend(q, k, v):
+            return PATHS[path](q, k, v, Segments(ids, ids), None)
+
+        if mesh:
+            made = meshes.make_mesh(**mesh, devices=jax.devices()[:4])
+            attend = meshes.with_activation_rules(made, attend)
+        return flops.matmul_flops(attend, x, x, x)
+
+    assert count("whole") == 2 * 2 * 2 * 2 * 8 * length**2
+    for path, mesh in (
+        ("chunked", {}),
+        ("pallas", {}),
+        ("pallas", {"data": 1, "fsdp": 2, "tensor": 2}),
+    ):
+        assert count(path, **mesh) == count("whole")
 
 
 def test_xla_counts_the_same_products_and_some_more():

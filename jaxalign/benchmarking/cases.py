@@ -63,7 +63,10 @@ _ADAMW = "OPTIMIZER_NAME = 'adamw'"  # the PyTorch peer's
 _ONLINE = "REFERENCE = 'online'"
 _BF16 = "ACTIVATION_DTYPE = 'bfloat16'"
 _REMAT = "models.T5Config.remat_policy = 'minimal'"
-_CHUNK = "models.T5Config.logits_chunk = 16"
+CHUNK = "models.T5Config.logits_chunk = 16"
+ATTENTION = "models.T5Config.attention = 'chunked'"
+SCAN = "models.T5Config.scan_layers = True"
+REMAT_FULL = "models.T5Config.remat_policy = 'full'"
 
 # The steps of the table of targets.
 MAIN = (
@@ -85,8 +88,13 @@ MORE = (
     step_case("sft-small-bf16", "sft", "small", _BF16),
     step_case("dpo-small-bf16", "dpo", "small", _BF16),
     step_case("dpo-small-remat", "dpo", "small", _REMAT),
-    step_case("dpo-small-scan", "dpo", "small", "models.T5Config.scan_layers = True"),
-    step_case("dpo-small-chunked", "dpo", "small", _ADAMW, _CHUNK),
+    step_case("dpo-small-scan", "dpo", "small", SCAN),
+    step_case("dpo-small-chunked", "dpo", "small", _ADAMW, CHUNK),
+    step_case("dpo-tiny-1024", "dpo", "tiny", batch=2, inputs=1024, targets=1024),
+    step_case(
+        "dpo-tiny-1024-chunked", "dpo", "tiny", ATTENTION, batch=2, inputs=1024,
+        targets=1024,
+    ),
     step_case("sft-base", "sft", "base"),
     step_case("dpo-base-cached", "dpo", "base"),
     step_case(
@@ -94,16 +102,16 @@ MORE = (
         devices=("gpu", "tpu"),
     ),
     step_case(
-        "dpo-xl-bf16", "dpo", "xl", _BF16, _REMAT, _CHUNK, batch=16, inputs=512,
+        "dpo-xl-bf16", "dpo", "xl", _BF16, _REMAT, CHUNK, batch=16, inputs=512,
         targets=256, mfu_target=0.5, devices=("gpu", "tpu"),
     ),
     step_case(
-        "dro-v-xl-bf16", "dro_v", "xl", _BF16, _REMAT, _CHUNK, batch=8, inputs=512,
+        "dro-v-xl-bf16", "dro_v", "xl", _BF16, _REMAT, CHUNK, batch=8, inputs=512,
         targets=256, mfu_target=0.5, devices=("gpu", "tpu"),
     ),
 )  # fmt: skip
 STEPS = (*MAIN, *MORE)
-# At most this share of the unchunked step's temporaries, for a chunk of 16 positions.
+# At most this share of the unchunked step's temporaries.
 TEMPORARIES_TARGET = 0.5
 # Packed rows carry so many times the real tokens per second of padded ones.
 PACKED_TARGET = 2.5

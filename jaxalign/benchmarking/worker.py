@@ -192,7 +192,19 @@ def _device() -> str:
     return jax.devices()[0].device_kind
 
 
-_KINDS = {"train_step": train_step, "feed": feed}
+def memory(gin_files: list[str], bindings: list[str]) -> dict[str, Any]:
+    """What the compiler says a run's training step needs; nothing is allocated."""
+    run = configured_run(gin_files, bindings, True)
+    ready = programs.abstract_setup(run, meshes.make_mesh(**(run.mesh or {})))
+    found = programs.program(ready, "train").compile().memory_analysis()
+    return {
+        "peak_temporary_bytes": found.temp_size_in_bytes,
+        "device": _device(),
+        "dtype": run.model.config.dtype,
+    }
+
+
+_KINDS = {"train_step": train_step, "feed": feed, "memory": memory}
 
 
 def main() -> None:

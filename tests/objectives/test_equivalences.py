@@ -17,6 +17,7 @@ from objectives_cases import (
     make_batch,
 )
 
+from jaxalign.models import attention_paths
 from jaxalign.training import mesh as meshes
 from jaxalign.training import step as steps
 
@@ -121,11 +122,14 @@ def test_reference_in_the_step_equals_cached_columns(case):
     jax.tree.map(np.testing.assert_array_equal, online[0], cached[0])
 
 
-def test_saving_memory_changes_nothing(case):
-    """The vocabulary in chunks, and everything between layers computed again."""
+def test_saving_memory_changes_nothing(case, monkeypatch):
+    """Vocabulary and attention in chunks, everything between layers computed again."""
     batch = case.with_reference(make_batch(case.rows, 2))
     plain = case.step(batch)
-    config = dataclasses.replace(CONFIG, logits_chunk=4, remat_policy="full")
+    monkeypatch.setattr(attention_paths, "CHUNK", 4)
+    config = dataclasses.replace(
+        CONFIG, logits_chunk=4, attention="chunked", remat_policy="full"
+    )
     frugal = copy.copy(case)
     model = case.objective.model.clone(config=config)
     frugal.objective = dataclasses.replace(case.objective, model=model)

@@ -172,10 +172,12 @@ def examples_growth(_: int, rounds: int) -> Result:
         "examples-1k-to-100k",
         found[1_000][0]["device"],
         real_tokens_per_second=rates[-1],
-        note="ratio: tokens delivered per second, the slowest size / the fastest",
+        note="ratio: tokens delivered per second, a size / the best smaller one",
         more={"examples": found},
     )
-    return result.judge(min(rates) / max(rates), 1 / cases.GROWTH_TARGET)
+    # A small set pays for more epochs in as many batches; that is not growth.
+    worst = min(rate / max(rates[:i]) for i, rate in enumerate(rates) if i)
+    return result.judge(worst, 1 / cases.GROWTH_TARGET)
 
 
 def _synthetic_pairs(count: int) -> Path:

@@ -56,6 +56,36 @@ def home() -> pathlib.Path:
     return pathlib.Path(given).expanduser().absolute()
 
 
+def below(folder: str | os.PathLike[str], name: Any) -> pathlib.Path:
+    """The path in a folder that a name from outside stands for.
+
+    A name that was read (in a bucket's listing, an index, a manifest, an answer) comes
+    from whoever wrote it. Every such name becomes a path here, so that none leads out of
+    the folder.
+
+    Args:
+      folder: where the file belongs.
+      name: what was read; ``/`` parts folders.
+
+    Raises:
+      ValueError: for what names nothing below the folder: an absolute path, ``..``,
+        ``.``, an empty part, a NUL, what is no text.
+
+    >>> below("copy", "policy/a")
+    PosixPath('copy/policy/a')
+    >>> below("copy", "policy/../../home")
+    Traceback (most recent call last):
+    ...
+    ValueError: Expected the name of a file below copy, got 'policy/../../home'.
+    """
+    parts = name.split("/") if isinstance(name, str) else [""]
+    if any(part in ("", ".", "..") or "\0" in part for part in parts):
+        shown = repr(name)
+        shown = shown if len(shown) <= 200 else f"{shown[:200]}..."
+        raise ValueError(f"Expected the name of a file below {folder}, got {shown}.")
+    return pathlib.Path(folder, *parts)
+
+
 def place(url: str, kind: str = "files") -> pathlib.Path:
     """Where the copy of an address lies; messages that name it still show the address.
 
@@ -63,10 +93,10 @@ def place(url: str, kind: str = "files") -> pathlib.Path:
     ('files', 's3', 'bucket', 'run', 'a.jsonl')
     """
     scheme, _, rest = url.partition("://")
-    parts = [part for part in rest.split("/") if part]
+    parts = [scheme, *(part for part in rest.split("/") if part)]
     if ".." in parts:
         raise ValueError(f"{url}: '..' has no meaning in a bucket; write it out.")
-    return home().joinpath(kind, scheme, *parts)
+    return below(home() / kind, "/".join(parts))
 
 
 def connect(url: str) -> tuple[Any, str]:
@@ -165,6 +195,7 @@ def copy_folder(
 
     Raises:
       FileNotFoundError: when a remote folder has none of the files.
+      ValueError: when it lists a name that leads out of it.
     """
     if not is_remote(path):
         return pathlib.Path(path)
@@ -173,6 +204,8 @@ def copy_folder(
     if not names:
         raise FileNotFoundError(f"{url}: expected a folder, found none of its files.")
     target = place(url)
+    for name in names:
+        below(target, name)
     copies = {copy(f"{url}/{name}") for name in names}
     for old in target.rglob("*"):
         mine = old.is_file() and not old.name.startswith(".")

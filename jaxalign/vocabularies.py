@@ -322,7 +322,7 @@ def from_json(spec: dict[str, Any], directory: str | pathlib.Path = ".") -> Voca
         return ByteVocabulary(extra_ids=spec["extra_ids"])
     if spec.get("kind") == "sentencepiece":
         return SentencePieceVocabulary(
-            str(pathlib.Path(directory) / spec["model"]),
+            str(remote.below(directory, spec["model"])),
             extra_ids=spec["extra_ids"],
             escape=spec["escape"],
         )

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
+import os
 import sys
 from pathlib import Path
 
 import buckets
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from jaxalign import cli, prepare, remote, report, vocabularies
 from jaxalign.data import bad_rows
+from jaxalign.data.cache import TokenizedCache
 from jaxalign.pipelines import quickstart
-from jaxalign.training import inputs
+from jaxalign.training import inputs, remote_checkpoints
 
 ROWS = [{"prompt": f"say {i}", "completion": f"it is {i}"} for i in range(20)]
 
@@ -183,3 +188,78 @@ def test_what_needs_a_local_folder_says_so(tmp_path):
         _ = dataset.cache_folder
     with pytest.raises(ValueError, match="--run_dir of several runs needs a local"):
         quickstart.run("s3://bucket/quickstart")
+
+
+# Names that others wrote.
+
+NAME_PARTS = st.sampled_from(
+    ["..", ".", "", "a", "policy", "...", "~", "c:", "\\", "\0", "\n", "..a", "é", " "]
+)
+
+
+@given(st.lists(NAME_PARTS, min_size=1, max_size=6).map("/".join))
+def test_a_name_from_outside_stays_below_its_folder_or_is_refused(name):
+    try:
+        path = remote.below("/home/copy", name)
+    except ValueError as error:
+        assert "below /home/copy, got" in str(error) and "\n" not in str(error)
+    else:
+        assert os.path.normpath(path) == str(path) == f"/home/copy/{name}"
+
+
+@pytest.mark.parametrize("name", [None, 3, ["a"], {}, "", "/etc/passwd", "a/" * 999])
+def test_what_names_no_file_below_is_refused_in_a_short_line(name):
+    with pytest.raises(ValueError, match="Expected the name of a file") as error:
+        remote.below("copy", name)
+    assert len(str(error.value)) < 400
+
+
+HOSTILE = "policy/../../../../outside"
+
+
+def test_a_checkpoints_list_of_files_cannot_lead_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.setenv(remote.FOLDER_VARIABLE, str(tmp_path / "copies"))
+    folder = tmp_path / "bucket" / "run" / "checkpoints"
+    (folder / "5" / "policy").mkdir(parents=True)
+    files = {"policy/a": folder / "5" / "policy" / "a"}
+    files[HOSTILE] = tmp_path / "bucket" / "outside"
+    for file in files.values():
+        file.write_bytes(b"x")
+    digests = {name: hashlib.sha256(b"x").hexdigest() for name in files}
+    (folder / "5.json").write_text(json.dumps({"sha256": digests}))
+    with pytest.raises(OSError, match="damaged: its list of files leads elsewhere"):
+        remote_checkpoints.copy_policy(f"file://{tmp_path}/bucket/run")
+    copied = [p.name for p in (tmp_path / "copies").rglob("*") if p.is_file()]
+    assert copied == [".5.lock"]
+
+
+def test_a_listing_cannot_lead_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.setenv(remote.FOLDER_VARIABLE, str(tmp_path / "copies"))
+    monkeypatch.setattr(remote, "listing", lambda url: ["rows", HOSTILE])
+    with pytest.raises(ValueError, match="Expected the name of a file"):
+        remote.copy_folder(f"file://{tmp_path}/bucket")
+    assert not (tmp_path / "copies").exists()
+
+
+def test_a_steps_name_is_a_number(tmp_path):
+    for name in ("5", "5.json", "²", "².json"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True, exist_ok=True)
+    assert remote_checkpoints.complete(f"file://{tmp_path}") == [5]
+
+
+def test_a_caches_index_and_vocabulary_cannot_lead_elsewhere(tmp_path):
+    (tmp_path / "rows.jsonl").write_bytes(lines(ROWS))
+    folder = prepare.prepare(
+        str(tmp_path / "rows.jsonl"),
+        schema="supervised",
+        vocabulary=vocabularies.ByteVocabulary(),
+        cache_dir=tmp_path / "cache",
+    )["train"]
+    meta = json.loads((folder / "cache.json").read_text())
+    meta["shards"][0]["name"] = f"../train/{meta['shards'][0]['name']}"
+    (folder / "cache.json").write_text(json.dumps(meta))
+    with pytest.raises(ValueError, match="Expected the name of a file below"):
+        TokenizedCache(folder)
+    spec = {"kind": "sentencepiece", "extra_ids": 0, "escape": True}
+    with pytest.raises(ValueError, match="Expected the name of a file below"):
+        vocabularies.from_json({**spec, "model": "/etc/passwd"}, tmp_path)

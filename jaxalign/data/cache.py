@@ -256,7 +256,10 @@ class TokenizedCache:
         self.path = pathlib.Path(path).expanduser()
         meta = self._meta = _read_meta(self.path)
         for shard in meta["shards"]:
-            file = self.path / shard["name"]
+            try:
+                file = remote.below(self.path, shard["name"])
+            except ValueError as error:
+                raise _damaged(self.path, str(error)) from error
             size = file.stat().st_size if file.is_file() else "no"
             if size != shard["bytes"]:
                 raise _damaged(

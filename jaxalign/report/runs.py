@@ -153,7 +153,7 @@ def _load_samples(run: Run) -> None:
     by_step = {
         int(path.stem): path
         for path in (run.path / "samples").glob("*.jsonl")
-        if path.stem.isdigit()
+        if path.stem.isdecimal()
     }
     if not by_step:
         run.missing.append("no samples")

@@ -34,7 +34,7 @@ def complete(run_dir: str) -> list[int]:
     fs, path = remote.connect(f"{run_dir.rstrip('/')}/{FOLDER}")
     with remote.reporting(run_dir):
         names = {name.rsplit("/", 1)[-1] for name in fs.glob(f"{path}/*")}
-    steps = {int(name) for name in names if name.isdigit()}
+    steps = {int(name) for name in names if name.isdecimal()}
     whole = sorted(step for step in steps if f"{step}.json" in names)
     if steps and not whole:
         _log.warning(
@@ -99,7 +99,10 @@ def take(url: str, target: Path, items: tuple[str, ...] = ()) -> str | None:
     names = [n for n in names if not items or n.split("/", 1)[0] in items]
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".taken-") as taken:
-        files = [Path(taken, "checkpoint", name) for name in names]
+        try:
+            files = [remote.below(Path(taken, "checkpoint"), name) for name in names]
+        except ValueError as error:
+            return f"its list of files leads elsewhere: {error}"
         for file in files:
             file.parent.mkdir(parents=True, exist_ok=True)
         try:

@@ -99,9 +99,10 @@ BEAM = ["apache-beam>=2.77"]
 REMOTE = ["s3fs>=2026.9", "gcsfs>=2026.10"]
 
 PLOTS = ["matplotlib>=3.9"]  # the page of `jaxalign compare`
-# `jaxalign plan` compiles for TPUs with it, on machines without one. The release that
-# jax 0.10.2 names in its own extra "tpu".
-PLAN = ["libtpu>=0.0.42"]
+# `jaxalign plan` compiles for TPUs with libtpu, on machines without one. A jaxlib reads
+# what the libtpu of its own release makes and may not read a newer one's: which one that
+# is, the installed jax says in its extra "tpu".
+PLAN = ["jax[tpu]>=0.10"]
 
 # What `make test-slow` needs beside: 100 MB of Kubernetes' schemas, for the manifest in
 # launch/.
@@ -153,7 +154,7 @@ setup(
         "remote": REMOTE,
         "docs": ["sphinx>=8", "myst-parser>=4", "sphinx-book-theme>=1.1"],
         "gpu": ["jax[cuda13]>=0.10"],
-        "tpu": ["jax[tpu]>=0.10"],
+        "tpu": PLAN,
         "wandb": ["wandb>=0.19"],
     },
     classifiers=[

@@ -60,8 +60,8 @@ def below(folder: str | os.PathLike[str], name: Any) -> pathlib.Path:
     """The path in a folder that a name from outside stands for.
 
     A name that was read (in a bucket's listing, an index, a manifest, an answer) comes
-    from whoever wrote it. Every such name becomes a path here, so that none leads out of
-    the folder.
+    from whoever wrote it. Every such name becomes a path here, so that none leads out
+    of the folder.
 
     Args:
       folder: where the file belongs.

@@ -8,6 +8,7 @@ names, so the processes meet on the coordinator's port first and say who is miss
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import glob
 import importlib.util
@@ -15,6 +16,7 @@ import json
 import logging
 import os
 import re
+import selectors
 import signal
 import socket
 import threading
@@ -30,6 +32,8 @@ _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 MODES = ("auto", "off")
+# Seconds for what is as slow as somebody's disk or network: far more than it takes.
+PATIENCE = 86_400.0
 
 
 class MissingProcessesError(TimeoutError):
@@ -153,7 +157,7 @@ def rendezvous(address: str, count: int, index: int, timeout: float) -> None:
     if index == 0:
         missing = _collect(int(port), count, deadline)
     else:
-        missing = _report(host.strip("[]"), int(port), index, deadline)
+        missing = _report(host.strip("[]"), int(port), count, index, deadline)
     if missing:
         raise MissingProcessesError(
             f"Processes {missing} of {count} did not come to {address} within "
@@ -162,41 +166,100 @@ def rendezvous(address: str, count: int, index: int, timeout: float) -> None:
         )
 
 
+def _greeting(count: int, index: int) -> bytes:
+    """What a process says on the coordinator's port; nobody else says it by chance."""
+    return f"jaxalign: process {index} of {count}\n".encode()
+
+
+# Connections that have not said who they are, beside those of the job: a port that
+# others can reach is scanned.
+_MAX_STRANGERS = 256
+
+
 def _collect(port: int, count: int, deadline: float) -> list[int]:
+    """The processes that did not come; those that did are told.
+
+    Whoever else connects is left alone: what it sends, and whether it sends, waits or
+    goes away, changes nothing.
+    """
+    indices = {_greeting(count, i): i for i in range(1, count)}
+    longest = max(map(len, indices), default=0)
+    heard: dict[socket.socket, bytes] = {}  # in the order in which they came
     present: dict[int, socket.socket] = {}
     family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
-    with socket.create_server(
-        ("", port), family=family, dualstack_ipv6=family == socket.AF_INET6
-    ) as server:
+    with (
+        socket.create_server(
+            ("", port), family=family, dualstack_ipv6=family == socket.AF_INET6
+        ) as server,
+        selectors.DefaultSelector() as selector,
+    ):
+        server.setblocking(False)
+        selector.register(server, selectors.EVENT_READ)
+
+        def drop(connection: socket.socket) -> None:
+            heard.pop(connection, None)
+            selector.unregister(connection)
+            connection.close()
+
         while len(present) < count - 1 and time.monotonic() < deadline:
-            server.settimeout(max(deadline - time.monotonic(), 0.01))
-            try:
-                connection, _ = server.accept()
-                connection.settimeout(5)
-                present[int(connection.recv(16))] = connection
-            except (TimeoutError, ValueError, ConnectionError):
-                continue
+            for key, _ in selector.select(max(deadline - time.monotonic(), 0)):
+                connection = key.fileobj
+                if connection.fileno() < 0:  # dropped a moment ago
+                    continue
+                with contextlib.suppress(OSError):
+                    if connection is server:
+                        connection, _ = server.accept()
+                        connection.setblocking(False)
+                        selector.register(connection, selectors.EVENT_READ)
+                        heard[connection] = b""
+                        if len(heard) > count + _MAX_STRANGERS:
+                            drop(next(iter(heard)))
+                        continue
+                said = b""
+                with contextlib.suppress(OSError):
+                    said = connection.recv(longest + 1)
+                whole = heard.get(connection, b"") + said
+                # One that came and speaks again, or has gone, has to come again.
+                known = connection in heard and said
+                if known and (index := indices.get(whole)):
+                    del heard[connection]
+                    if index in present:
+                        drop(present[index])
+                    present[index] = connection
+                elif known and any(g.startswith(whole) for g in indices):
+                    heard[connection] = whole
+                else:
+                    if said:
+                        _log.warning("Somebody who is none of us said %r", whole[:80])
+                    present = {i: c for i, c in present.items() if c is not connection}
+                    drop(connection)
+        for connection in list(heard):
+            drop(connection)
     missing = sorted(set(range(1, count)) - set(present))
     for connection in present.values():
-        connection.sendall(json.dumps(missing).encode())
-        # The other side closes first, so that no port is left waiting here.
-        connection.shutdown(socket.SHUT_WR)
-        connection.recv(1)
-        connection.close()
+        with connection, contextlib.suppress(OSError):  # it may have gone just now
+            connection.settimeout(5)
+            connection.sendall(json.dumps({"missing": missing}).encode())
+            # The other side closes first, so that no port is left waiting here.
+            connection.shutdown(socket.SHUT_WR)
+            connection.recv(1)
     return missing
 
 
-def _report(host: str, port: int, index: int, deadline: float) -> list[int]:
+def _report(host: str, port: int, count: int, index: int, deadline: float) -> list[int]:
     while time.monotonic() < deadline:
-        try:
-            with socket.create_connection((host, port), timeout=5) as connection:
-                connection.sendall(str(index).encode())
-                connection.settimeout(max(deadline - time.monotonic(), 0) + 10)
-                answer = b"".join(iter(lambda: connection.recv(4096), b""))
-                if answer:
-                    return json.loads(answer)
-        except OSError:
-            time.sleep(0.2)  # process 0 is not there yet
+        # Process 0 may not be there yet, and what is there may be somebody else.
+        with (
+            contextlib.suppress(OSError, ValueError, KeyError, TypeError),
+            socket.create_connection((host, port), timeout=5) as connection,
+        ):
+            connection.sendall(_greeting(count, index))
+            connection.settimeout(max(deadline - time.monotonic(), 0) + 10)
+            answer = b""
+            while len(answer) < 1 << 20 and (more := connection.recv(4096)):
+                answer += more
+            return [int(i) for i in json.loads(answer)["missing"]]
+        time.sleep(0.2)
     return [0]
 
 
@@ -221,7 +284,7 @@ def barrier(name: str, timeout: float) -> None:
         ) from error
 
 
-def main_first(function: Callable[[], _T], name: str, timeout: float = 86_400) -> _T:
+def main_first(function: Callable[[], _T], name: str, timeout: float = PATIENCE) -> _T:
     """Calls a function in process 0, then in the others.
 
     What process 0 leaves on a shared disk, such as a prepared cache, the others find;

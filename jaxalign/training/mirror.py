@@ -28,7 +28,6 @@ _log = logging.getLogger(__name__)
 SECONDS = 60.0  # between two copies of the files that change while a run steps
 # What a run that goes on reads of the run before it, beside its checkpoint.
 _RESUMED = ("manifest.json", "metrics.jsonl", "wandb_id.txt")
-_PATIENCE = 86_400.0  # seconds that processes wait for a checkpoint to be copied
 _LAST = "manifest.json"  # says what the run reached: copied after what it speaks of
 
 
@@ -117,7 +116,7 @@ class RunFolder:
             self._prune(step)
         if self._url:
             # In the next step the others would wait for this one with less patience.
-            distributed.barrier(f"checkpoint {step} copied", _PATIENCE)
+            distributed.barrier(f"checkpoint {step} copied", distributed.PATIENCE)
 
     def logged(self) -> None:
         """Metrics were written: copies the run's files if that was long ago."""

@@ -7,6 +7,7 @@ import functools
 import itertools
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -182,11 +183,12 @@ def train(run: Run, config_text: str = "") -> dict[str, float]:
     progress = Progress(first, run.train_steps, enabled=main_process)
     distributed.barrier(f"step {first}", run.timeout)
     dog = watchdog.Watchdog(run.timeout, jax.process_count() > 1)
-    with dog, stop, progress, folder, writer:
+    # The dog is the first to go: the writer and the folder may have much to copy.
+    with stop, progress, folder, writer, dog:
         batches = feed.iterate(first, rows=rows)
         for step in range(first, run.train_steps):
             done = step + 1
-            dog.beat(f"step {step}")
+            dog.beat(f"step {step}", window[-1:])
             profile.before(done, state)
             with profile.input():
                 rows_of_step = next(batches)
@@ -209,12 +211,13 @@ def train(run: Run, config_text: str = "") -> dict[str, float]:
                 writer.write(done, {f"train/{k}": v for k, v in latest.items()})
                 window.clear()
                 watched(latest)
-                folder.logged()
+                with dog.patient("copying the run's files"):
+                    folder.logged()
             # Evaluation comes before the checkpoint: a run killed in between goes
             # back to the checkpoint before it and repeats it.
             if (last or done % run.eval_period == 0) and not told_to_stop:
                 if ready.inputs.evaluation:
-                    found = evaluate(ready, eval_step, state, run.eval_steps)
+                    found = evaluate(ready, eval_step, state, run.eval_steps, dog.beat)
                     summary = steps.evaluation_loss(summarize(found))
                     writer.write(done, {f"eval/{k}": v for k, v in summary.items()})
                     pairs = sample_pairs(found, "value/correlation")
@@ -224,14 +227,15 @@ def train(run: Run, config_text: str = "") -> dict[str, float]:
             if (last or done % sample_period == 0) and not told_to_stop:
                 if run.sampler:
                     path = run_dir / "samples" / f"{done}.jsonl"
-                    found = run.sampler.write(
-                        path, ready, state.params["policy"], run.seed
-                    )
+                    with dog.patient(f"the samples after step {done}"):
+                        found = run.sampler.write(
+                            path, ready, state.params["policy"], run.seed
+                        )
                     writer.write(done, found)
                     watched(found)
-                dog.beat(f"the samples after step {done}")
             if saving:
-                save(state)
+                with dog.patient(f"the checkpoint of step {done}"):
+                    save(state)
             if told_to_stop:
                 break
 
@@ -255,20 +259,25 @@ def train(run: Run, config_text: str = "") -> dict[str, float]:
 
 
 def evaluate(
-    ready: Setup, eval_step: Any, state: steps.TrainState, eval_steps: int | None
+    ready: Setup,
+    eval_step: Any,
+    state: steps.TrainState,
+    eval_steps: int | None,
+    beat: Callable[[str, Any], None] = lambda place, begun: None,
 ) -> list[Metrics]:
-    """The metrics of each batch of the held-out feed."""
+    """The metrics of each batch of the held-out feed.
+
+    ``beat`` hears of each batch that is begun, and gets arrays that come of it.
+    """
     feed = ready.inputs.evaluation
     rows = meshes.process_rows(ready.mesh, feed.batch_size)
     batches = feed.evaluation_batches(rows)
-    return [
-        eval_step(
-            state.params,
-            meshes.put_batch(ready.mesh, batch, feed.batch_size),
-            state.carried,
-        )
-        for batch in itertools.islice(batches, eval_steps)
-    ]
+    found = []
+    for i, batch in enumerate(itertools.islice(batches, eval_steps)):
+        placed = meshes.put_batch(ready.mesh, batch, feed.batch_size)
+        found.append(eval_step(state.params, placed, state.carried))
+        beat(f"batch {i} of the evaluation", found[-1])
+    return found
 
 
 def _check_resumable(saved: dict[str, Any], feed: Any, run: Run) -> None:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import collections
+import contextlib
+import json
 import logging
 import os
 import sys
 import threading
 import time
 import traceback
-from typing import Self
+from collections.abc import Iterator
+from typing import Any, Self
 
 import jax
+from orbax.checkpoint import multihost
 
 from jaxalign.training import distributed
 
@@ -24,8 +29,12 @@ class Watchdog:
     say on a disk, sends them still, and the others wait for it in a collective. Every
     process then says where it stands, names those that do not answer, and ends.
 
+    Steps and batches of an evaluation are timed. What takes as long as a disk, a
+    network or a sampler takes is said to be so (`patient`): then neither this process
+    nor one that waits for it counts as standing still.
+
     Args:
-      timeout: seconds without a `beat` that are too many.
+      timeout: seconds without a sign of life that are too many.
       enabled: False where nobody else would wait.
 
     Example::
@@ -33,6 +42,8 @@ class Watchdog:
         with Watchdog(1800) as watchdog:
             for step in range(10):
                 watchdog.beat(f"step {step}")
+            with watchdog.patient("saving"):
+                save()
     """
 
     EXIT_STATUS = 75  # EX_TEMPFAIL: the same command may well succeed
@@ -40,10 +51,38 @@ class Watchdog:
     def __init__(self, timeout: float, enabled: bool = True):
         self._timeout, self._enabled = timeout, enabled
         self._done = threading.Event()
+        self._patient: tuple[float, str] | None = None  # until when, and in what
+        self._begun: collections.deque[tuple[str, Any]] = collections.deque()
 
-    def beat(self, place: str) -> None:
-        """Says that the loop goes on, and where it is."""
+    def beat(self, place: str, begun: Any = None) -> None:
+        """Says that the loop goes on, and where it is.
+
+        Args:
+          place: for the message.
+          begun: arrays on their way. JAX dispatches far ahead of the devices, and a
+            loop may then wait for many steps at once; each that is done is a sign of
+            life too.
+        """
         self._last = time.monotonic(), place
+        leaves = jax.tree.leaves(begun)
+        if self._enabled and leaves:
+            self._begun.append((place, leaves[0]))
+
+    @contextlib.contextmanager
+    def patient(self, place: str, seconds: float = distributed.PATIENCE) -> Iterator:
+        """While inside, only so many seconds are too many, here and in the others.
+
+        Args:
+          place: what takes its time, for messages.
+          seconds: that it may take.
+        """
+        self.beat(place)
+        self._patient = time.monotonic() + seconds, place
+        try:
+            yield
+        finally:
+            self.beat(f"the end of {place}")
+            self._patient = None
 
     def __enter__(self) -> Self:
         self.beat("the start")
@@ -55,10 +94,26 @@ class Watchdog:
         self._done.set()
 
     def _watch(self) -> None:
+        told = None
         while not self._done.wait(min(self._timeout / 10, 10)):
+            while self._begun and self._begun[0][1].is_ready():
+                self._last = time.monotonic(), self._begun.popleft()[0]
+            # Short phases are over before the others are told of them.
+            patient = self._patient
+            if patient != told:
+                _tell(patient)
+                told = patient
             when, place = self._last
-            if time.monotonic() - when > self._timeout:
-                self._end(place)
+            now = time.monotonic()
+            if patient and now < patient[0]:
+                continue
+            if now - when > self._timeout:
+                if not _others_are_patient():
+                    self._end(place)
+                # When the other is done, what waited for it has its full time again.
+                self._last = now, place
+        if told:
+            _tell(None)
 
     def _end(self, place: str) -> None:
         main = sys._current_frames()[threading.main_thread().ident]
@@ -75,3 +130,35 @@ class Watchdog:
         except (distributed.MissingProcessesError, jax.errors.JaxRuntimeError) as error:
             _log.error("%s", error)
         os._exit(self.EXIT_STATUS)
+
+
+def _key(process: int) -> str:
+    return f"jaxalign/patient/{process}"
+
+
+def _tell(patient: tuple[float, str] | None) -> None:
+    """Tells the other processes until when this one may be long."""
+    if jax.process_count() == 1:
+        return
+    client = multihost.get_jax_distributed_client()
+    try:
+        if patient is None:
+            client.key_value_delete(_key(jax.process_index()))
+        else:
+            left = patient[0] - time.monotonic()
+            until = json.dumps([time.time() + left, patient[1]])
+            client.key_value_set(_key(jax.process_index()), until, allow_overwrite=True)
+    except jax.errors.JaxRuntimeError as error:  # the job is ending
+        _log.warning("The other processes could not be told: %s", error)
+
+
+def _others_are_patient() -> bool:
+    """Whether another process is in what may take long."""
+    if jax.process_count() == 1:
+        return False
+    client = multihost.get_jax_distributed_client()
+    try:
+        found = client.key_value_dir_get(_key(0).rpartition("/")[0])
+    except jax.errors.JaxRuntimeError:  # nobody told anything, or the job is ending
+        return False
+    return any(json.loads(until)[0] > time.time() for _, until in found)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
 import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -83,6 +85,78 @@ def test_processes_meet_and_everyone_hears_who_is_missing():
     assert set(said) == {0, 2}
     assert all("Processes [1, 3] of 4 did not come" in text for text in said.values())
     assert "Processes [0] of 2" in meet(2, [1], 0.5)[1]
+
+
+STRANGERS = [
+    *(b"", b"7", b"7000", b"1", b"1\n", b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"),
+    *(b"jaxalign: process 0 of 3\n", b"jaxalign: process 1 of 2\n"),
+    *(b"jaxalign: process 9 of 3\n", b"jaxalign: process 1 of 3\nx", b"\xff" * 5000),
+]
+
+
+def test_strangers_at_the_port_change_nothing():
+    port, said, kept = free_port(), {}, []
+
+    def come(index: int) -> None:
+        try:
+            distributed.rendezvous(f"127.0.0.1:{port}", 3, index, 30)
+            said[index] = "all here"
+        except BaseException as error:
+            said[index] = repr(error)
+
+    threads = [threading.Thread(target=come, args=(i,)) for i in range(3)]
+    threads[0].start()
+    for wave in range(2):
+        for greeting in STRANGERS:
+            for reset in (False, True):
+                while True:
+                    try:
+                        client = socket.create_connection(("127.0.0.1", port))
+                        break
+                    except ConnectionRefusedError:
+                        time.sleep(0.05)
+                client.sendall(greeting)
+                if reset:  # gone without a word
+                    linger = struct.pack("ii", 1, 0)
+                    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+                    client.close()
+                else:
+                    kept.append(client)
+        if wave == 0:  # one that comes and goes has not come
+            gone = socket.create_connection(("127.0.0.1", port))
+            gone.sendall(distributed._greeting(3, 2))
+            time.sleep(0.2)
+            gone.close()
+            threads[1].start()
+    time.sleep(0.5)
+    assert not said
+    threads[2].start()
+    for thread in threads:
+        thread.join()
+    for client in kept:
+        client.close()
+    assert said == dict.fromkeys(range(3), "all here")
+
+
+@pytest.mark.parametrize(
+    "answer", [b"HTTP/1.1 400 No\r\n\r\n", b"[]", b'{"missing": 3}']
+)
+def test_somebody_else_at_the_coordinators_address_is_not_process_0(answer):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    connection, _ = server.accept()
+                    with connection:
+                        connection.recv(100)
+                        connection.sendall(answer)
+
+        threading.Thread(target=serve, daemon=True).start()
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        with pytest.raises(distributed.MissingProcessesError, match=r"\[0\] of 2"):
+            distributed.rendezvous(address, 2, 1, 1)
+        server.shutdown(socket.SHUT_RDWR)
 
 
 def launch(work: Path, name: str, n: int, devices: int, *more: str):

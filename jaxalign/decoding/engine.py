@@ -258,6 +258,11 @@ class Engine:
         """Prompts submitted and neither finished nor cancelled."""
         return len(self._waiting) + len(self._seated) - len(self._cancelled)
 
+    @property
+    def nbytes(self) -> int:
+        """Of device memory that the engine holds beside the parameters."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self._state))
+
     def submit(
         self,
         tokens: Sequence[int] | np.ndarray,

@@ -5,13 +5,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator
+import logging
+import os
+import socket
+from collections.abc import AsyncIterator, Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
-from jaxalign.serving import requests
+from jaxalign.serving import guard, refusals, requests, server
 from jaxalign.serving.answers import Answer
 from jaxalign.serving.batching import Batcher, EngineFailed, QueueFull, Samples
-from jaxalign.serving.requests import Limits, Refusal
+from jaxalign.serving.metrics import CONTENT_TYPE, Metrics
+from jaxalign.serving.refusals import Refusal, shown
+from jaxalign.serving.requests import Limits
 
 # Starlette is an extra: imported where it is used.
 if TYPE_CHECKING:
@@ -19,6 +24,9 @@ if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.responses import Response
 
+_log = logging.getLogger(__name__)
+
+KEY_VARIABLE = "JAXALIGN_API_KEY"
 _POLL = 0.1  # seconds between looks whether a client is still there
 
 
@@ -30,6 +38,8 @@ def application(
     limits: Limits | None = None,
     batch_size: int = 16,
     max_waiting: int = 512,
+    hosts: Collection[str] = (),
+    api_key: str | None = None,
 ) -> Starlette:
     """The ASGI application over a backend.
 
@@ -40,19 +50,21 @@ def application(
       limits: of a request.
       batch_size: prompts decoded at a time.
       max_waiting: requests that may wait; more get status 429.
+      hosts: names by which clients may call the server, beside IP addresses and
+        ``localhost``; see `jaxalign.serving.guard`.
+      api_key: what clients have to present, if anything.
 
     Returns:
       An application whose ``state.batcher`` tells what runs and waits.
     """
-    try:
-        from starlette.applications import Starlette
-        from starlette.responses import JSONResponse, Response, StreamingResponse
-        from starlette.routing import Route
-    except ImportError as error:
-        raise ImportError(
-            "Serving needs starlette and uvicorn: pip install 'jaxalign[serve]'."
-        ) from error
+    server.require()
+    from starlette.applications import Starlette
+    from starlette.middleware import Middleware
+    from starlette.responses import JSONResponse, Response, StreamingResponse
+    from starlette.routing import Route
+
     limits = limits or Limits()
+    metrics = Metrics()
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette):
@@ -64,6 +76,7 @@ def application(
             await asyncio.to_thread(batcher.close)
 
     async def answer(request: Request, chat: bool) -> Response:
+        guard.require_json(request.headers.getlist("content-type"))
         body = await _body(request, limits)
         asked = requests.parse(
             body, chat=chat, model=model, vocabulary=vocabulary, limits=limits
@@ -80,12 +93,14 @@ def application(
         answer = Answer(asked, vocabulary, chat=chat, model=model)
         updates = batcher.updates(asked.work)
         if asked.work.stream:
-            events = _events(updates, answer)
+            events = _events(updates, answer, metrics)
             return StreamingResponse(events, media_type="text/event-stream")
         found = await _while_connected(request, updates)
         if found is None:
             return Response(status_code=499)  # nobody reads it
-        return JSONResponse(answer.whole(found))
+        whole = answer.whole(found)
+        metrics.used(whole["usage"])
+        return JSONResponse(whole)
 
     async def completions(request: Request) -> Response:
         return await answer(request, chat=False)
@@ -101,12 +116,32 @@ def application(
         batcher = request.app.state.batcher
         return JSONResponse({"running": batcher.running, "waiting": batcher.waiting})
 
+    async def prometheus(request: Request) -> Response:
+        batcher = request.app.state.batcher
+        text = metrics.text(
+            running_requests=batcher.running,
+            waiting_requests=batcher.waiting,
+            engines=getattr(backend, "engines", 0),
+            engine_bytes=getattr(backend, "engine_bytes", 0),
+        )
+        return Response(text, media_type=CONTENT_TYPE)
+
     return Starlette(
+        middleware=[
+            Middleware(
+                guard.Guard,
+                hosts=hosts,
+                api_key=api_key,
+                metrics=metrics,
+                refuse=_refusal_response,
+            )
+        ],
         routes=[
             Route("/v1/completions", completions, methods=["POST"]),
             Route("/v1/chat/completions", chat_completions, methods=["POST"]),
             Route("/v1/models", models),
             Route("/health", health),
+            Route("/metrics", prometheus),
         ],
         exception_handlers={
             Refusal: _refused,
@@ -141,10 +176,7 @@ async def _body(request: Request, limits: Limits) -> Any:
         ) from None
     except ClientDisconnect:
         raise Refusal(400, "The client left before its request had arrived.") from None
-    try:
-        return json.loads(b"".join(chunks))
-    except (ValueError, RecursionError) as error:
-        raise Refusal(400, f"The body is no JSON: {error}.") from None
+    return refusals.from_json(b"".join(chunks))
 
 
 async def _while_connected(
@@ -169,7 +201,9 @@ async def _while_connected(
 
 
 async def _events(
-    updates: AsyncIterator[tuple[bool, list[Samples]]], answer: Answer
+    updates: AsyncIterator[tuple[bool, list[Samples]]],
+    answer: Answer,
+    metrics: Metrics,
 ) -> AsyncIterator[str]:
     """Server-sent events: pieces of text as they come, an end for each choice."""
 
@@ -192,8 +226,10 @@ async def _events(
                 if reason:
                     yield event([answer.piece(i, "", reason=reason)])
                     ended.add(i)
-            if complete and answer.asked.include_usage:
-                yield event([], usage=answer.usage(found))
+            if complete:
+                metrics.used(answer.usage(found))
+                if answer.asked.include_usage:
+                    yield event([], usage=answer.usage(found))
     except EngineFailed as error:
         yield f"data: {json.dumps(Refusal(500, str(error)).body())}\n\n"
     finally:
@@ -201,11 +237,17 @@ async def _events(
     yield "data: [DONE]\n\n"
 
 
-async def _refused(request: Request, refusal: Refusal) -> Response:
+_HEADERS = {429: {"Retry-After": "1"}, 401: {"WWW-Authenticate": "Bearer"}}
+
+
+def _refusal_response(refusal: Refusal) -> Response:
     from starlette.responses import JSONResponse
 
-    headers = {"Retry-After": "1"} if refusal.status == 429 else None
-    return JSONResponse(refusal.body(), refusal.status, headers)
+    return JSONResponse(refusal.body(), refusal.status, _HEADERS.get(refusal.status))
+
+
+async def _refused(request: Request, refusal: Refusal) -> Response:
+    return _refusal_response(refusal)
 
 
 async def _unknown_path(request: Request, error: Exception) -> Response:
@@ -213,14 +255,14 @@ async def _unknown_path(request: Request, error: Exception) -> Response:
         request,
         Refusal(
             404,
-            f"No {request.url.path} here; there are /v1/completions, "
-            "/v1/chat/completions, /v1/models and /health.",
+            f"No {shown(request.url.path)} here; there are {', '.join(guard.PATHS)}.",
         ),
     )
 
 
 async def _wrong_method(request: Request, error: Exception) -> Response:
-    refusal = Refusal(405, f"{request.url.path} does not take {request.method}.")
+    where, method = shown(request.url.path), shown(request.method)
+    refusal = Refusal(405, f"{where} does not take {method}.")
     return await _refused(request, refusal)
 
 
@@ -240,13 +282,19 @@ def serve(
     max_new_tokens: int = 256,
     max_samples: int = 64,
     max_body_bytes: int = 1 << 20,
+    max_connections: int = 1000,
+    header_seconds: float = 10.0,
+    max_engines: int = 4,
+    max_engine_bytes: int | None = None,
+    allowed_hosts: Sequence[str] = (),
+    api_key: str | None = None,
 ) -> None:
     """Serves a checkpoint until interrupted.
 
     Args:
       checkpoint: a run directory or one of its checkpoints.
-      host: address to listen on; the default is reachable from this machine only. There
-        is no authentication: put a proxy in front before opening it.
+      host: address to listen on; the default is reachable from this machine only.
+        Before opening it, set an API key, and put a proxy with TLS in front.
       port: to listen on.
       model: the name that clients ask for; default: the run directory's name.
       batch_size: prompts decoded at a time.
@@ -255,31 +303,65 @@ def serve(
       max_new_tokens: of a response, and the default.
       max_samples: responses to one request.
       max_body_bytes: of a request.
+      max_connections: at a time.
+      header_seconds: for a request's headers to arrive.
+      max_engines: classes of prompt lengths that keep device memory at a time.
+      max_engine_bytes: of them together; see `EngineBackend`.
+      allowed_hosts: names by which clients may call the server, beside IP addresses,
+        ``localhost``, this machine's name and ``host``; ``"*"`` is any.
+      api_key: what clients have to present; default: the environment's
+        ``JAXALIGN_API_KEY``, else nothing.
+
+    Raises:
+      ImportError: when the extra is not installed.
+      OSError: when the port is taken, or there is no such checkpoint.
+      ValueError: for settings that cannot be.
     """
-    import uvicorn
+    # What can go wrong at once comes before the model is read.
+    server.require()
+    key = _checked_key(os.environ.get(KEY_VARIABLE) if api_key is None else api_key)
 
     from jaxalign.serving.backend import EngineBackend
     from jaxalign.training import checkpoints
 
-    policy = checkpoints.load_policy(checkpoint)
-    backend = EngineBackend(
-        policy,
-        max_prompt_tokens=max_prompt_tokens,
-        max_new_tokens=max_new_tokens,
-        max_samples=max_samples,
-        batch_size=batch_size,
-    )
-    app = application(
-        backend,
-        policy.vocabulary,
-        model=model or policy.path.parents[1].name,
-        limits=Limits(
-            body_bytes=max_body_bytes,
-            prompt_tokens=max_prompt_tokens,
-            new_tokens=max_new_tokens,
-            samples=max_samples,
-        ),
-        batch_size=batch_size,
-        max_waiting=max_waiting,
-    )
-    uvicorn.run(app, host=host, port=port, ws="none")
+    with server.listen(host, port) as sock:
+        policy = checkpoints.load_policy(checkpoint)
+        backend = EngineBackend(
+            policy,
+            max_prompt_tokens=max_prompt_tokens,
+            max_new_tokens=max_new_tokens,
+            max_samples=max_samples,
+            batch_size=batch_size,
+            max_engines=max_engines,
+            max_engine_bytes=max_engine_bytes,
+        )
+        app = application(
+            backend,
+            policy.vocabulary,
+            model=model or policy.path.parents[1].name,
+            limits=Limits(
+                body_bytes=max_body_bytes,
+                prompt_tokens=max_prompt_tokens,
+                new_tokens=max_new_tokens,
+                samples=max_samples,
+            ),
+            batch_size=batch_size,
+            max_waiting=max_waiting,
+            hosts=(host, socket.gethostname(), *allowed_hosts),
+            api_key=key,
+        )
+        config = server.configuration(
+            app, header_seconds=header_seconds, max_connections=max_connections
+        )
+        where = f"[{host}]" if ":" in host else host
+        _log.info("Serving on http://%s:%d/v1", where, sock.getsockname()[1])
+        server.run(config, sock)
+
+
+def _checked_key(key: str | None) -> str | None:
+    if key is not None and not (key.isascii() and key.isprintable() and key.strip()):
+        raise ValueError(
+            f"The API key (--api_key or {KEY_VARIABLE}) must be printable ASCII and "
+            "not empty."
+        )
+    return key if key is None else key.strip()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import itertools
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,11 +16,24 @@ _TOKENS_PER_STEP = 8  # between two looks at who came and who left
 _SLOTS = 8  # samples of a prompt decoded at a time, where several are asked for
 
 
+class _Waiting(NamedTuple):
+    """A prompt that has no engine yet."""
+
+    ticket: int
+    kind: tuple[int, int]
+    tokens: np.ndarray
+    settings: dict[str, Any]
+
+
 class EngineBackend:
     """One engine per class of prompt lengths, made when first needed.
 
     Temperature, top-p, lengths and numbers of samples are data to an engine, so that
     nothing is compiled for them; a first prompt of a new length class compiles.
+
+    An engine holds device memory, for its caches of keys and values. Where there is no
+    room for one more, that which has been idle longest goes; what was compiled for it
+    stays. Where none is idle, prompts wait in the order in which they came.
 
     Args:
       policy: a loaded checkpoint: ``model``, ``params``, ``vocabulary``.
@@ -27,6 +41,13 @@ class EngineBackend:
       max_new_tokens: of a response.
       max_samples: of a prompt.
       batch_size: prompts decoded at a time, in each engine.
+      max_engines: at a time.
+      max_engine_bytes: of device memory that engines hold together; no bound if None.
+        One engine is kept whatever it holds.
+
+    Attributes:
+      engines: how many there are.
+      engine_bytes: of device memory that they hold.
     """
 
     def __init__(
@@ -37,24 +58,46 @@ class EngineBackend:
         max_new_tokens: int,
         max_samples: int = 64,
         batch_size: int = 16,
+        max_engines: int = 4,
+        max_engine_bytes: int | None = None,
     ):
+        if max_engines < 1:
+            raise ValueError(f"max_engines must be at least 1, got {max_engines}.")
         self._policy = policy
         self._max_prompt_tokens = max_prompt_tokens
         self._max_new_tokens = max_new_tokens
         self._max_samples = max_samples
         self._batch_size = batch_size
+        self._max_engines = max_engines
+        self._max_bytes = max_engine_bytes
+        self._bytes: dict[tuple[int, int], int] = {}  # of each kind seen so far
         self.reset()
 
+    @property
+    def engines(self) -> int:
+        return len(self._engines)
+
+    @property
+    def engine_bytes(self) -> int:
+        return sum(self._bytes[kind] for kind in list(self._engines))
+
     def reset(self) -> None:
+        # The one that was used last is the last.
         self._engines: dict[tuple[int, int], Engine] = {}
+        self._queue: collections.deque[_Waiting] = collections.deque()
         self._tickets = itertools.count()
         self._inner: dict[int, tuple[tuple[int, int], int]] = {}
         self._outer: dict[tuple[tuple[int, int], int], int] = {}
 
-    def _engine(self, kind: tuple[int, int]) -> Engine:
-        if kind not in self._engines:
+    def _engine(self, kind: tuple[int, int]) -> Engine | None:
+        """The engine of a kind; None while there is no room for it."""
+        engine = self._engines.pop(kind, None)
+        while engine is None and self._engines and self._full(kind):
+            if not self._evict():
+                return None
+        if engine is None:
             length, samples = kind
-            self._engines[kind] = Engine(
+            engine = Engine(
                 self._policy.model,
                 self._policy.params,
                 prompt_length=length,
@@ -65,7 +108,29 @@ class EngineBackend:
                 admit=1,
                 per_prompt=True,
             )
-        return self._engines[kind]
+            self._bytes[kind] = engine.nbytes
+        self._engines[kind] = engine
+        # How much one holds is known when it is there.
+        while len(self._engines) > 1 and self._too_many_bytes(0):
+            if not self._evict(but=kind):
+                break
+        return engine
+
+    def _full(self, kind: tuple[int, int]) -> bool:
+        one_more = len(self._engines) + 1 > self._max_engines
+        return one_more or self._too_many_bytes(self._bytes.get(kind, 0))
+
+    def _too_many_bytes(self, more: int) -> bool:
+        limit = self._max_bytes
+        return limit is not None and self.engine_bytes + more > limit
+
+    def _evict(self, but: tuple[int, int] | None = None) -> bool:
+        """Drops the engine that has been idle longest; False if none is idle."""
+        for kind, engine in self._engines.items():
+            if kind != but and not engine.pending:
+                del self._engines[kind]
+                return True
+        return False
 
     def submit(
         self,
@@ -79,21 +144,34 @@ class EngineBackend:
         length = prompt_bucket(len(prompt), self._max_prompt_tokens)
         # Slots for several samples would idle where one is asked for.
         kind = (length, 1 if num_samples == 1 else self._max_samples)
-        inner = self._engine(kind).submit(
-            np.asarray(prompt, np.int32),
-            prompt_id=0,
-            seed=seed,
-            num_samples=num_samples,
-            max_new_tokens=max_new_tokens,
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-        )
+        settings_of_it = {
+            "prompt_id": 0,
+            "seed": seed,
+            "num_samples": num_samples,
+            "max_new_tokens": max_new_tokens,
+            "temperature": settings.temperature,
+            "top_p": settings.top_p,
+        }
         ticket = next(self._tickets)
-        self._inner[ticket] = (kind, inner)
-        self._outer[kind, inner] = ticket
+        tokens = np.asarray(prompt, np.int32)
+        self._queue.append(_Waiting(ticket, kind, tokens, settings_of_it))
+        self._seat()
         return ticket
 
+    def _seat(self) -> None:
+        """Hands prompts to their engines, none before one that came earlier."""
+        while self._queue:
+            ticket, kind, tokens, settings = self._queue[0]
+            engine = self._engine(kind)
+            if engine is None:
+                return
+            self._queue.popleft()
+            inner = engine.submit(tokens, **settings)
+            self._inner[ticket] = (kind, inner)
+            self._outer[kind, inner] = ticket
+
     def step(self) -> dict[int, Samples]:
+        self._seat()
         found = {}
         for kind, engine in self._engines.items():
             if not engine.pending:
@@ -113,6 +191,7 @@ class EngineBackend:
         }
 
     def cancel(self, ticket: int) -> None:
+        self._queue = collections.deque(w for w in self._queue if w.ticket != ticket)
         if ticket in self._inner:
             kind, inner = self._inner.pop(ticket)
             del self._outer[kind, inner]

@@ -3,53 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import secrets
 from collections.abc import Mapping
 from typing import Any
 
 from jaxalign.serving.batching import EOS_ID, Settings, Work
-
-# Accepted and without effect on the responses.
-_IGNORED = {"user", "metadata", "store", "stream_options", "parallel_tool_calls"}
-# The API's parameters that change responses in ways not offered, and their neutral
-# values.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "best_of": (1,),
-    "echo": (False,),
-    "suffix": ("",),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "logit_bias": ({},),
-    "response_format": ({"type": "text"},),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-}
-_COMMON = ("model", "n", "temperature", "top_p", "seed", "stop", "stream")
-_COMPLETION = (*_COMMON, "prompt", "max_tokens")
-_CHAT = (*_COMMON, "messages", "max_tokens", "max_completion_tokens")
-
-
-class Refusal(Exception):
-    """An error for the client.
-
-    Attributes:
-      status: of the HTTP response.
-      param: the field at fault.
-      code: a word for programs.
-    """
-
-    def __init__(self, status, message, *, param=None, code=None):
-        super().__init__(message)
-        self.status, self.param, self.code = status, param, code
-
-    def body(self) -> dict[str, Any]:
-        """The error in the API's format."""
-        kind = "server_error" if self.status >= 500 else "invalid_request_error"
-        error = {"message": str(self), "type": kind}
-        return {"error": {**error, "param": self.param, "code": self.code}}
+from jaxalign.serving.fields import check_fields, typed
+from jaxalign.serving.refusals import Refusal, name_of, shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,17 +49,27 @@ def parse(
       Refusal: naming the field, what it must be and what came.
     """
     if not isinstance(body, dict):
-        raise Refusal(400, f"The body must be a JSON object, got {_name(body)}.")
-    _check_fields(body, _CHAT if chat else _COMPLETION)
-    if _typed(body, "model", str) != model:
+        raise Refusal(400, f"The body must be a JSON object, got {name_of(body)}.")
+    check_fields(body, chat)
+    if typed(body, "model", str) != model:
         raise Refusal(
             404,
-            f"No model {body['model']!r} here; expected {model!r}.",
+            f"No model {shown(body['model'])} here; expected {model!r}.",
             param="model",
             code="model_not_found",
         )
     texts = [_chat_prompt(body)] if chat else _prompts(body)
-    prompts = [_tokens(i, text, vocabulary, limits) for i, text in enumerate(texts)]
+    field = "messages" if chat else "prompt"
+    if len(texts) > limits.samples:
+        raise Refusal(
+            400,
+            f"{len(texts)} prompts are more than {limits.samples} responses; send "
+            "fewer at once.",
+            param=field,
+        )
+    prompts = [
+        _tokens(i, text, field, vocabulary, limits) for i, text in enumerate(texts)
+    ]
     n = _number(body, "n", 1, 1, limits.samples, int)
     if n * len(prompts) > limits.samples:
         raise Refusal(
@@ -108,8 +78,6 @@ def parse(
             "responses; ask for fewer at once.",
             param="n",
         )
-    name = "max_completion_tokens" if "max_completion_tokens" in body else "max_tokens"
-    new_tokens = _number(body, name, limits.new_tokens, 1, limits.new_tokens, int)
     seed = _number(body, "seed", None, -(2**63), 2**63 - 1, int)
     seed = secrets.randbits(32) if seed is None else seed
     temperature = _number(body, "temperature", 1.0, 0.0, 2.0, float)
@@ -117,47 +85,20 @@ def parse(
     # Below these, float32 logits overflow: the most probable token is what is meant.
     temperature = 0.0 if temperature < 1e-4 else float(temperature)
     top_p = max(float(top_p), 1e-4)
-    options = body.get("stream_options") or {}
+    stream = typed(body, "stream", bool, False)
     return Asked(
         Work(
             prompts,
             # An odd constant: no two prompts of a request share a seed.
             [(seed + 0x9E3779B1 * i) % 2**32 for i in range(len(prompts))],
             Settings(temperature, top_p),
-            new_tokens,
+            _new_tokens(body, limits),
             n,
-            stream=bool(_typed(body, "stream", bool, False)),
+            stream=stream,
         ),
         stop=_stops(body),
-        include_usage=isinstance(options, dict) and bool(options.get("include_usage")),
+        include_usage=_include_usage(body, stream),
     )
-
-
-def _name(value: Any) -> str:
-    return "null" if value is None else type(value).__name__
-
-
-def _check_fields(body: Mapping[str, Any], known: tuple[str, ...]) -> None:
-    for name, value in body.items():
-        if name in known or name in _IGNORED:
-            continue
-        if name in _NEUTRAL:
-            if value is None or value in _NEUTRAL[name]:
-                continue
-            raise Refusal(400, f"{name} is not supported; leave it out.", param=name)
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise Refusal(400, f"Unknown field {name!r}.{hint}", param=name)
-
-
-def _typed(body: Mapping[str, Any], name: str, kind: type, *default: Any) -> Any:
-    value = body.get(name)
-    if value is None and default:
-        return default[0]
-    if not isinstance(value, kind):
-        came = "nothing" if name not in body else _name(value)
-        raise Refusal(400, f"{name} must be a {kind.__name__}, got {came}.", param=name)
-    return value
 
 
 def _number(body, name, default, low, high, kind):
@@ -169,18 +110,62 @@ def _number(body, name, default, low, high, kind):
     if not fits or isinstance(value, bool) or not low <= value <= high:
         what = "an integer" if kind is int else "a number"
         raise Refusal(
-            400, f"{name} must be {what} in [{low}, {high}], got {value!r}.", param=name
+            400,
+            f"{name} must be {what} in [{low}, {high}], got {shown(value)}.",
+            param=name,
         )
     return value
 
 
+def _new_tokens(body: Mapping[str, Any], limits: Limits) -> int:
+    """``max_completion_tokens`` took the place of ``max_tokens`` and goes before it."""
+    found = limits.new_tokens
+    for name in ("max_tokens", "max_completion_tokens"):
+        found = _number(body, name, found, 1, limits.new_tokens, int)
+    return found
+
+
+def _include_usage(body: Mapping[str, Any], stream: bool) -> bool:
+    options = typed(body, "stream_options", dict, None)
+    if options is None:
+        return False
+    if not stream:
+        raise Refusal(
+            400,
+            "stream_options need stream = true; leave them out.",
+            param="stream_options",
+        )
+    # Padding against observers of the line, which this server does not send.
+    neutral = {"include_obfuscation": False}
+    for name, value in options.items():
+        if name == "include_usage" or value is None or neutral.get(name) is value:
+            continue
+        raise Refusal(
+            400,
+            f"stream_options.{shown(name)[1:-1]} is not supported; leave it out.",
+            param="stream_options",
+        )
+    usage = options.get("include_usage")
+    if usage is not None and not isinstance(usage, bool):
+        raise Refusal(
+            400,
+            f"stream_options.include_usage must be a bool, got {name_of(usage)}.",
+            param="stream_options",
+        )
+    return bool(usage)
+
+
 def _stops(body: Mapping[str, Any]) -> tuple[str, ...]:
-    value = body.get("stop") or []
+    value = body.get("stop")
+    value = [] if value is None else value
     value = [value] if isinstance(value, str) else value
     fits = isinstance(value, list) and len(value) <= 4
     if not fits or not all(isinstance(s, str) and s for s in value):
         raise Refusal(
-            400, "stop must be a string or up to 4 of them, none empty.", param="stop"
+            400,
+            "stop must be a string or up to 4 of them, none empty; got "
+            f"{shown(body['stop'])}.",
+            param="stop",
         )
     return tuple(value)
 
@@ -200,7 +185,7 @@ def _prompts(body: Mapping[str, Any]) -> list[str | list[int]]:
     raise Refusal(
         400,
         "prompt must be a string, a list of strings, token ids, or a list of lists of "
-        f"those, not empty; got {_name(value) if value else repr(value)}.",
+        f"those, not empty; got {name_of(value) if value else repr(value)}.",
         param="prompt",
     )
 
@@ -216,31 +201,66 @@ def _chat_prompt(body: Mapping[str, Any]) -> str:
     for i, message in enumerate(messages):
         where = f"messages[{i}]"
         if not isinstance(message, dict):
-            raise Refusal(400, f"{where} must be an object.", param=where)
-        role, content = message.get("role"), message.get("content")
-        if role not in ("system", "developer", "user", "assistant"):
+            raise Refusal(
+                400, f"{where} must be an object, got {name_of(message)}.", param=where
+            )
+        role = message.get("role")
+        if role not in _ROLES or not isinstance(role, str):
             raise Refusal(
                 400,
-                f"{where}.role must be system, developer, user or assistant, got "
-                f"{role!r}.",
+                f"{where}.role must be {', '.join(_ROLES[:-1])} or {_ROLES[-1]}, got "
+                f"{shown(role)}.",
                 param=f"{where}.role",
             )
-        if isinstance(content, list):
-            parts = [p.get("text") if isinstance(p, dict) else None for p in content]
-            content = "".join(parts) if all(isinstance(p, str) for p in parts) else None
-        if not isinstance(content, str):
+        for name, value in message.items():
+            # A name tells participants of one role apart; no prompt of ours does.
+            if name in ("role", "content") or value is None and name in _MESSAGE:
+                continue
+            if name == "name" and isinstance(value, str):
+                continue
             raise Refusal(
                 400,
-                f"{where}.content must be text; images and tools are not supported.",
-                param=f"{where}.content",
+                f"{where}.{shown(name)[1:-1]} is not supported; leave it out.",
+                param=where,
             )
-        turns.append((role, content))
+        content = message.get("content")
+        turns.append((role, _content(content, f"{where}.content")))
     if len(turns) == 1:
         return turns[0][1]
     return "\n".join([f"{role}: {content}" for role, content in turns] + ["assistant:"])
 
 
-def _tokens(i: int, prompt: Any, vocabulary: Any, limits: Limits) -> list[int]:
+_ROLES = ("system", "developer", "user", "assistant")
+# What the API's own answers hold beside role and content, sent back as null.
+_MESSAGE = ("name", "refusal", "audio", "annotations", "tool_calls", "function_call")
+
+
+def _content(content: Any, where: str) -> str:
+    """A text, or the texts of a list of parts."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list) or not content:
+        raise Refusal(
+            400,
+            f"{where} must be text; images and tools are not supported. Got "
+            f"{'an empty list' if content == [] else name_of(content)}.",
+            param=where,
+        )
+    for i, part in enumerate(content):
+        fits = isinstance(part, dict) and part.get("type") == "text"
+        if not fits or set(part) != {"type", "text"} or type(part["text"]) is not str:
+            raise Refusal(
+                400,
+                f'{where}[{i}] must be {{"type": "text", "text": TEXT}}: content must '
+                "be text; images and tools are not supported.",
+                param=f"{where}[{i}]",
+            )
+    return "".join(part["text"] for part in content)
+
+
+def _tokens(
+    i: int, prompt: Any, field: str, vocabulary: Any, limits: Limits
+) -> list[int]:
     # Far too long texts are not worth encoding: no token spells that many characters.
     if isinstance(prompt, str) and len(prompt) <= 64 * limits.prompt_tokens:
         tokens = [*vocabulary.encode(prompt), EOS_ID]
@@ -251,7 +271,7 @@ def _tokens(i: int, prompt: Any, vocabulary: Any, limits: Limits) -> list[int]:
         if bad:
             raise Refusal(
                 400,
-                f"prompt holds the id {bad[0]}; expected ids in [1, "
+                f"prompt holds the id {shown(bad[0])}; expected ids in [1, "
                 f"{vocabulary.vocab_size}).",
                 param="prompt",
             )
@@ -261,7 +281,7 @@ def _tokens(i: int, prompt: Any, vocabulary: Any, limits: Limits) -> list[int]:
             400,
             f"Prompt {i} is longer than the {limits.prompt_tokens} tokens that this "
             "server takes; shorten it.",
-            param="prompt",
+            param=field,
             code="context_length_exceeded",
         )
     return tokens

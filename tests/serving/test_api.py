@@ -17,24 +17,31 @@ import jax
 import openai
 import pytest
 import uvicorn
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from jaxalign.models import T5, T5Config, init_params
-from jaxalign.serving import api
+from jaxalign.serving import api, refusals
 from jaxalign.serving import backend as backends
+from jaxalign.serving import server as serving
 from jaxalign.serving.answers import Answer
 from jaxalign.serving.backend import EngineBackend
 from jaxalign.serving.requests import Limits, parse
 from jaxalign.vocabularies import ByteVocabulary
 
+HEAD = (
+    b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
+    b"Content-Type: application/json\r\n"
+)
 LIMITS = Limits(body_bytes=20_000, prompt_tokens=40, new_tokens=8, samples=8)
 
 
 @contextlib.contextmanager
-def running(backend, **settings):
-    settings = {"limits": LIMITS, "batch_size": 4, **settings}
-    app = api.application(backend, ByteVocabulary(), model="tiny", **settings)
-    config = uvicorn.Config(app, port=0, log_level="error", ws="none")
-    server = uvicorn.Server(config)
+def running(backend, config=None, **options):
+    options = {"limits": LIMITS, "batch_size": 4, **options}
+    app = api.application(backend, ByteVocabulary(), model="tiny", **options)
+    config = {"port": 0, "log_level": "error", **(config or {})}
+    server = uvicorn.Server(serving.configuration(app, **config))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
@@ -121,7 +128,8 @@ def client(server, kind=openai.OpenAI):
 
 def post(server, body, path="/v1/completions"):
     """Status and JSON of a raw request."""
-    request = urllib.request.Request(f"http://127.0.0.1:{server.port}{path}", body)
+    url = f"http://127.0.0.1:{server.port}{path}"
+    request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
     try:
         with urllib.request.urlopen(request) as response:
             return response.status, json.load(response)
@@ -331,8 +339,8 @@ def test_clients_that_leave_are_forgotten(recorder, stream):
     def leave(prompt):
         raw = body.replace("PROMPT", prompt).encode()
         sock = socket.create_connection(("127.0.0.1", recorder.port))
-        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(raw)}"
-        sock.sendall(head.encode() + b"\r\n\r\n" + raw)
+        head = HEAD + f"Content-Length: {len(raw)}\r\n\r\n".encode()
+        sock.sendall(head + raw)
         return sock
 
     running_one = leave("running")
@@ -383,6 +391,36 @@ def test_a_failing_engine_fails_what_runs_alone(recorder, caplog):
         ({"logprobs": 5}, 400, "logprobs is not supported"),
         ({"model": "gpt"}, 404, "No model 'gpt' here; expected 'tiny'"),
         ({"model": None}, 400, "model must be a str, got null"),
+        ({"stop": 0}, 400, "none empty; got 0"),
+        ({"stop": {}}, 400, "none empty; got dict"),
+        ({"stop": ""}, 400, "none empty; got ''"),
+        ({"stop": False}, 400, "none empty; got False"),
+        ({"logprobs": 0}, 400, "logprobs is not supported; leave it out. Got 0"),
+        ({"echo": 0}, 400, "echo is not supported"),
+        ({"frequency_penalty": False}, 400, "frequency_penalty is not supported"),
+        ({"best_of": 2}, 400, "best_of is not supported"),
+        ({"stream_options": "x"}, 400, "stream_options must be a dict, got str"),
+        ({"stream_options": {}}, 400, "stream_options need stream = true"),
+        (
+            {"stream": True, "stream_options": {"include_usage": 1}},
+            400,
+            "stream_options.include_usage must be a bool, got int",
+        ),
+        (
+            {"stream": True, "stream_options": {"usage": True}},
+            400,
+            "stream_options.usage is not supported",
+        ),
+        ({"user": 5}, 400, "user must be a str, got int"),
+        ({"metadata": {"a": 1}}, 400, "metadata must hold strings, got int in 'a'"),
+        ({"max_completion_tokens": 3}, 400, "Did you mean 'max_tokens'?"),
+        ({"x" * 9999: 1}, 400, "Unknown field 'xxx"),
+        ({"prompt": [10**4000]}, 400, "prompt holds the id 1000"),
+        ({"prompt": "a\ud83d b"}, 400, "prompt holds half a character, '\\ud83d' at"),
+        ({"prompt": ["a", "\udc00"]}, 400, "prompt[1] holds half a character"),
+        ({"stop": "\ud800"}, 400, "stop holds half a character"),
+        ({"\ud800": 1}, 400, "the name of a field holds half a character"),
+        ({"metadata": {"a": [{"\udfff": 1}]}}, 400, "of a field metadata.a[0] holds"),
     ],
 )
 def test_wrong_requests_are_refused_with_the_reason(tiny, change, status, message):
@@ -390,6 +428,7 @@ def test_wrong_requests_are_refused_with_the_reason(tiny, change, status, messag
     got, answer = post(tiny, json.dumps(body).encode())
     assert got == status and message in answer["error"]["message"]
     assert answer["error"]["type"] == "invalid_request_error"
+    assert len(answer["error"]["message"]) < 300
 
 
 @pytest.mark.parametrize(
@@ -399,12 +438,126 @@ def test_wrong_requests_are_refused_with_the_reason(tiny, change, status, messag
         ([{"role": "robot", "content": "x"}], "messages[0].role must be"),
         ([{"role": "user", "content": [{"type": "image_url"}]}], "must be text"),
         (["x"], "messages[0] must be an object"),
+        (None, "at least one message"),
+        ([{"role": "user"}], "messages[0].content must be text"),
+        ([{"role": "user", "content": []}], "Got an empty list"),
+        ([{"role": "user", "content": 5}], "must be text; images and tools are not"),
+        ([{"role": ["user"], "content": "x"}], "messages[0].role must be"),
+        ([{"role": "user", "content": "x", "name": 5}], "messages[0].name is not"),
+        ([{"role": "user", "content": "x", "nmae": "a"}], "messages[0].nmae is not"),
+        (
+            [{"role": "assistant", "content": "x", "tool_calls": [{"id": "a"}]}],
+            "messages[0].tool_calls is not supported",
+        ),
+        (
+            [{"role": "user", "content": [{"type": "image_url", "text": "b"}]}],
+            "messages[0].content[0] must be",
+        ),
+        ([{"role": "user", "content": "\ud800"}], "messages[0].content holds half"),
     ],
 )
 def test_wrong_messages_are_refused(tiny, messages, message):
     body = json.dumps({"model": "tiny", "messages": messages}).encode()
     status, answer = post(tiny, body, "/v1/chat/completions")
     assert status == 400 and message in answer["error"]["message"]
+
+
+def test_what_is_understood_means_what_it_says():
+    def read(chat, **body):
+        body |= (
+            {"messages": [{"role": "user", "content": "x"}]}
+            if chat
+            else {"prompt": "x"}
+        )
+        return parse(
+            {"model": "tiny", **body},
+            chat=chat,
+            model="tiny",
+            vocabulary=ByteVocabulary(),
+            limits=LIMITS,
+        )
+
+    assert read(False, max_tokens=3).work.max_new_tokens == 3
+    assert read(True, max_tokens=3, max_completion_tokens=None).work.max_new_tokens == 3
+    assert read(True, max_tokens=None, max_completion_tokens=4).work.max_new_tokens == 4
+    assert read(True, max_tokens=3, max_completion_tokens=5).work.max_new_tokens == 5
+    assert read(True, max_tokens=None).work.max_new_tokens == LIMITS.new_tokens
+    assert read(False, n=2, best_of=2).work.num_samples == 2
+    assert read(
+        False, stream=True, stream_options={"include_usage": True}
+    ).include_usage
+    assert not read(
+        True, stream=True, stream_options={"include_usage": None}
+    ).include_usage
+    # All that the API's own clients send where they ask for nothing of it.
+    nothing = {"logprobs": False, "top_logprobs": None, "tools": [], "user": "me"}
+    nothing |= {"tool_choice": "auto", "logit_bias": {}, "presence_penalty": 0.0}
+    nothing |= {
+        "response_format": {"type": "text"},
+        "stop": None,
+        "metadata": {"a": "b"},
+    }
+    assert read(True, **nothing).work.prompts == read(True).work.prompts
+    assert read(False, logprobs=None, suffix="", echo=False, stop=["a"]).stop == ("a",)
+
+
+FIELDS = [
+    *("model", "prompt", "messages", "n", "temperature", "top_p", "seed", "stop"),
+    *("stream", "stream_options", "max_tokens", "max_completion_tokens", "logprobs"),
+    *("best_of", "echo", "suffix", "user", "metadata", "tools", "tool_choice", "store"),
+    *("response_format", "logit_bias", "top_logprobs", "frequency_penalty", "name"),
+]
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**70), 2**70)
+    | st.integers(0, 9)
+    | st.floats()
+    | st.text(max_size=5)
+    | st.sampled_from(["tiny", "user", "text", "\ud83d", "a\x00", "auto", "\r\n"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(
+                ["role", "content", "type", "text", "include_usage", "\ud800"]
+            ),
+            inner,
+            max_size=3,
+        )
+    ),
+    max_leaves=6,
+)
+
+
+@given(st.dictionaries(st.sampled_from(FIELDS), VALUES, max_size=4), st.booleans())
+@settings(max_examples=300, deadline=None)
+def test_any_body_is_understood_or_refused(fields, chat):
+    """Neither an error of ours, nor words that an answer could not hold."""
+    right = (
+        {"messages": [{"role": "user", "content": "x"}]} if chat else {"prompt": "x"}
+    )
+    raw = json.dumps({"model": "tiny", **right, **fields}).encode()
+    try:
+        asked = parse(
+            refusals.from_json(raw),
+            chat=chat,
+            model="tiny",
+            vocabulary=ByteVocabulary(),
+            limits=LIMITS,
+        )
+    except refusals.Refusal as refusal:
+        assert 400 <= refusal.status < 500
+        told = json.dumps(refusal.body(), ensure_ascii=False).encode()
+        assert len(told) < 700 and b" at 0x" not in told
+    else:
+        assert 1 <= asked.work.max_new_tokens <= LIMITS.new_tokens
+        assert all(type(i) is int for prompt in asked.work.prompts for i in prompt)
+        assert isinstance(asked.work.stream, bool)
+
+
+def test_a_field_that_is_given_twice_is_refused(tiny):
+    status, answer = post(tiny, b'{"model": "tiny", "prompt": "x", "prompt": "y"}')
+    assert status == 400 and "'prompt' is given twice" in answer["error"]["message"]
 
 
 def test_malformed_and_oversized_bodies_are_refused(tiny):
@@ -428,7 +581,7 @@ def test_a_body_that_never_ends_is_given_up():
         running(Recorder(), limits=limits) as server,
         socket.create_connection(("127.0.0.1", server.port)) as sock,
     ):
-        sock.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n")
+        sock.sendall(HEAD)
         sock.sendall(b"Content-Length: 100\r\n\r\n{")
         sock.settimeout(30.0)
         assert b"408" in sock.recv(1000)

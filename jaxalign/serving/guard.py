@@ -1,0 +1,160 @@
+"""Who may ask: the checks that come before a request is read.
+
+A server on loopback is reachable by every web page that its user looks at, directly or
+by a name that its owner lets point here. So the names under which a client may call
+this server are known ones, a page has to come from one of them too, and what is not
+safe takes JSON alone, which no page can send to another origin unasked.
+"""
+
+from __future__ import annotations
+
+import hmac
+import ipaddress
+import time
+from collections.abc import Collection, Iterable
+from typing import Any
+from urllib.parse import urlsplit
+
+from jaxalign.serving.metrics import Metrics
+from jaxalign.serving.refusals import Refusal, shown
+
+PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/models", "/health", "/metrics")
+_OPEN = ("/health",)  # asked by what watches the server, which has no key
+
+
+class Guard:
+    """ASGI middleware: refuses whom it should, counts every answer.
+
+    Args:
+      app: answers the others.
+      hosts: names by which this server may be called, beside IP addresses and
+        ``localhost``; ``"*"`` is any.
+      api_key: what clients have to present, if anything.
+      metrics: where answers are counted.
+      refuse: makes the response of a `Refusal`.
+    """
+
+    def __init__(
+        self,
+        app: Any,
+        *,
+        hosts: Collection[str],
+        api_key: str | None,
+        metrics: Metrics,
+        refuse: Any,
+    ):
+        self._app = app
+        self._hosts = {"localhost", *(host.lower() for host in hosts)}
+        self._key = None if api_key is None else api_key.encode()
+        self._metrics = metrics
+        self._refuse = refuse
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        began = time.monotonic()
+        status = 499  # unless something is answered
+
+        async def counted(message: Any) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            self._check(scope)
+        except Refusal as refusal:
+            app = self._refuse(refusal)
+        else:
+            app = self._app
+        try:
+            await app(scope, receive, counted)
+        finally:
+            path = scope["path"] if scope["path"] in PATHS else "other"
+            self._metrics.answered(path, status, time.monotonic() - began)
+
+    def _check(self, scope: Any) -> None:
+        for host in _values(scope, b"host"):
+            if not self._known(host):
+                raise Refusal(
+                    403,
+                    f"This server is not called {shown(host)}; if it should be, start "
+                    "it with --allowed_hosts=NAME.",
+                    code="host_not_allowed",
+                )
+        for origin in _values(scope, b"origin"):
+            parts = _split(origin)
+            if parts is None or not self._known(parts.netloc):
+                raise Refusal(
+                    403,
+                    f"Pages of {shown(origin)} may not ask this server; to allow "
+                    "those of a host, start it with --allowed_hosts=NAME.",
+                    code="origin_not_allowed",
+                )
+        if self._key is None or scope["path"] in _OPEN:
+            return
+        given = [
+            value[7:].strip()
+            for value in _values(scope, b"authorization")
+            if value[:7].lower() == "bearer "
+        ]
+        # All of the key is compared, whatever is wrong.
+        if len(given) != 1 or not hmac.compare_digest(
+            given[0].encode("latin-1"), self._key
+        ):
+            raise Refusal(
+                401,
+                "This server wants its API key: Authorization: Bearer KEY.",
+                code="invalid_api_key",
+            )
+
+    def _known(self, netloc: str) -> bool:
+        """Whether ``HOST`` or ``HOST:PORT`` is a name of this server, or an address.
+
+        An address was typed or listed by somebody; no other's name server gave it.
+        """
+        if "*" in self._hosts:
+            return True
+        parts = _split(f"//{netloc}")
+        if parts is None or parts.username is not None or not parts.hostname:
+            return False
+        name = parts.hostname.removesuffix(".")
+        if name in self._hosts or name.endswith(".localhost"):
+            return True
+        try:
+            ipaddress.ip_address(name)
+        except ValueError:
+            return False
+        return True
+
+
+def require_json(content_types: Iterable[str]) -> None:
+    """Refuses what does not say that it is JSON in UTF-8.
+
+    >>> require_json(["application/json; charset=utf-8"])
+    """
+    given = list(content_types)
+    kind, _, rest = (given[0] if len(given) == 1 else "").partition(";")
+    parameters = rest.lower().replace(" ", "").replace('"', "").strip(";")
+    fits = parameters in ("", "charset=utf-8", "charset=utf8")
+    if kind.strip().lower() != "application/json" or not fits:
+        came = ", ".join(map(shown, given)) or "none"
+        raise Refusal(
+            415,
+            f"Content-Type must be application/json, got {came}.",
+            code="unsupported_media_type",
+        )
+
+
+def _values(scope: Any, name: bytes) -> list[str]:
+    return [v.decode("latin-1") for n, v in scope["headers"] if n.lower() == name]
+
+
+def _split(url: str) -> Any:
+    try:
+        parts = urlsplit(url)
+        _ = parts.port  # parsed when asked for
+    except ValueError:
+        return None
+    return parts

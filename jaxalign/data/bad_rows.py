@@ -137,6 +137,7 @@ class BadRows:
         self.kept = 0
         self.listing = listing
         self._missing: dict[str, BadRow] = {}
+        self._others: list[BadRow] = []
         self._file: TextIO | None = None
 
     def add(self, bad: BadRow) -> None:
@@ -145,6 +146,8 @@ class BadRows:
         self.by_problem[problem] += 1
         if bad.problem == "missing":
             self._missing.setdefault(problem, bad)
+        elif len(self._others) < SHOWN_BAD_ROWS:
+            self._others.append(bad)
         if len(self.first) < SHOWN_BAD_ROWS:
             self.first.append(bad)
         if self.listing is not None:
@@ -182,11 +185,9 @@ class BadRows:
             f"got {bad.got} (line {bad.line}; {self.by_problem[problem]:,} rows)"
             for problem, bad in everywhere.items()
         ]
-        told = sum(self.by_problem[problem] for problem in everywhere)
-        for bad in self.first:
-            if f"{bad.field}: {bad.problem}" not in everywhere:
-                lines.append(str(bad))
-                told += 1
+        singly = self._others if everywhere else self.first
+        lines += map(str, singly)
+        told = len(singly) + sum(self.by_problem[problem] for problem in everywhere)
         if self.total > told:
             lines.append(f"... and {self.total - told} more")
         if self.listing is not None and self.total > len(lines):

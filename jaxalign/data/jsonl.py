@@ -9,7 +9,6 @@ from __future__ import annotations
 import collections
 import gzip
 import json
-import math
 import pathlib
 import zlib
 from collections.abc import Iterable, Iterator
@@ -203,13 +202,9 @@ def nulled(value: Any) -> Any:
     >>> nulled({"a": [float("inf"), 1.5]})
     {'a': [None, 1.5]}
     """
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {k: nulled(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [nulled(v) for v in value]
-    return value
+    # By way of JSON text, whose reader asks what such a number is to be; a function
+    # that calls itself would give up sooner on nested values.
+    return json.loads(json.dumps(value), parse_constant=lambda _: None)
 
 
 def read_json(path: str | pathlib.Path) -> Any:

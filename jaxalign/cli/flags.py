@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Callable
 from typing import Any
 
 from jaxalign import configs
+
+_log = logging.getLogger(__name__)
 
 
 def verb_parser(verb: str, doc: str) -> argparse.ArgumentParser:
@@ -65,13 +68,31 @@ def read_gin(flags: configs.GinFlags, needs: str) -> None:
     configs.parse(flags.gin_files, flags.gin_bindings, flags.search_paths)
 
 
+def configured_run() -> Any:
+    """The run that the parsed gin files describe; says which network it took."""
+    from jaxalign import models
+    from jaxalign.training import train
+
+    make = configs.configured(train.Run)
+    if make is train.Run:
+        raise configs.ConfigError(
+            "No --gin_file describes a run; add one, such as --gin_file=runs/sft.gin: "
+            "`jaxalign tasks` lists all."
+        )
+    run = make()
+    _log.info("Network: %s, %s", configs.network(), models.describe(run.model))
+    return run
+
+
 def arguments(
     parser: argparse.ArgumentParser, argv: list[str], gin_file: str
 ) -> argparse.Namespace:
-    """Parses a verb's flags and, by default from `gin_file`, its gin configuration."""
+    """Parses a verb's flags and its gin configuration, with `gin_file`'s defaults."""
     flags = configs.parse_flags(argv)
     args = parser.parse_args(flags.rest)
-    configs.parse(flags.gin_files or [gin_file], flags.gin_bindings, flags.search_paths)
+    # A packaged file is weaker than the user's: theirs may change a number or two.
+    files = [gin_file, *(f for f in flags.gin_files if f != gin_file)]
+    configs.parse(files, flags.gin_bindings, flags.search_paths)
     return args
 
 

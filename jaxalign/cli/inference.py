@@ -111,6 +111,7 @@ def score(argv: list[str]) -> int:
 def evaluate(argv: list[str]) -> int:
     import jax
 
+    from jaxalign.data import jsonl
     from jaxalign.pipelines import inference
 
     parser = verb_parser("eval", "Generate for a file of prompts and judge the result.")
@@ -131,5 +132,5 @@ def evaluate(argv: list[str]) -> int:
     join(args)
     result = call(inference.evaluate, args, ("checkpoint", "data"))
     if jax.process_index() == 0:
-        print(json.dumps(result, indent=2))
+        print(json.dumps(jsonl.nulled(result), indent=2))
     return 0

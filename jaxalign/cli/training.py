@@ -8,7 +8,13 @@ import os
 from pathlib import Path
 
 from jaxalign import configs
-from jaxalign.cli.flags import distributed_flags, join, read_gin, verb_parser
+from jaxalign.cli.flags import (
+    configured_run,
+    distributed_flags,
+    join,
+    read_gin,
+    verb_parser,
+)
 
 
 def train(argv: list[str]) -> int:
@@ -36,7 +42,7 @@ def train(argv: list[str]) -> int:
     from jaxalign.training import dry_run, train
 
     config = configs.config_str()
-    run = configs.configured(train.Run)()
+    run = configured_run()
     if args.dry_run:
         print(config)
         print(dry_run.describe(run))
@@ -63,9 +69,9 @@ def data(argv: list[str]) -> int:
     flags = configs.parse_flags(argv)
     args = parser.parse_args(flags.rest)
     read_gin(flags, "data needs the run it is for")
-    from jaxalign.training import dry_run, train
+    from jaxalign.training import dry_run
 
-    run = configs.configured(train.Run)()
+    run = configured_run()
     if args.beam_options is not None:
         dataset = dataclasses.replace(run.dataset, beam_options=args.beam_options)
         run = dataclasses.replace(run, dataset=dataset)
@@ -109,10 +115,9 @@ def plan(argv: list[str]) -> int:
     )
     from jaxalign import planning
     from jaxalign.planning import hardware
-    from jaxalign.training import train
 
     found = planning.plan(
-        configs.configured(train.Run)(),
+        configured_run(),
         args.topology,
         meshes=[hardware.parse_mesh(text) for text in args.mesh],
         steps=args.steps.split(","),

@@ -1,8 +1,9 @@
 """Gin glue: finds gin files, parses them and refuses what would have no effect.
 
 The command line follows T5X: ``--gin_file=runs/dpo.gin`` (repeatable) and
-``--gin.NAME=VALUE``; later files and bindings override earlier ones. Three things
-differ from calling gin directly:
+``--gin.NAME=VALUE``. The packaged files are defaults: a user's own files override them
+in any order, later ones earlier ones, and ``--gin.NAME=VALUE`` overrides them all
+(`jaxalign.configs.strength`). Three things differ from calling gin directly:
 
 * a gin file, also one that is included, is looked up in the working folder, the
   search paths, beside the including file, then among the packaged configs;
@@ -25,10 +26,11 @@ from typing import Any
 
 import gin
 
+from jaxalign.configs import strength
 from jaxalign.configs.explain import explain, explain_missing
 from jaxalign.configs.flags import GinFlags, check_binding, check_flags, parse_flags
 from jaxalign.configs.names import ConfigError, nearest
-from jaxalign.configs.scan import NamedText, Scanned, available, find, scan
+from jaxalign.configs.scan import NamedText, Scanned, available, find, scan, short
 
 __all__ = [
     "ConfigError",
@@ -38,10 +40,15 @@ __all__ = [
     "configured",
     "macro",
     "nearest",
+    "network",
     "operative_config_str",
     "parse",
     "parse_flags",
 ]
+
+
+# What `network` tells of the last `parse`; gin's configuration is global too.
+_network: strength.Network | None = None
 
 
 def parse(
@@ -52,7 +59,8 @@ def parse(
     """Replaces gin's configuration by these files and bindings, and locks it.
 
     Args:
-      gin_files: names as in ``--gin_file``; later ones override earlier ones.
+      gin_files: names as in ``--gin_file``; a user's own override the packaged ones,
+        later ones earlier ones.
       bindings: ``"NAME = VALUE"`` strings; they override the files.
       search_paths: folders to look in after the working folder.
 
@@ -61,17 +69,21 @@ def parse(
 
     Raises:
       ConfigError: for a file that is not found, a syntax error, an unknown macro,
-        configurable or parameter, or a macro left without a value.
+        configurable or parameter, a macro left without a value, two networks or two
+        objectives.
     """
+    global _network
     paths = tuple(Path(path) for path in search_paths)
     files = [scan(find(str(name), paths), paths) for name in gin_files]
+    _network = strength.settle(files)
     flags = [check_binding(binding) for binding in bindings]
     check_flags(files, flags)
 
     gin.clear_config()
     scanned = [file for root in files for file in root.walk()]
-    for file in files:
-        _apply(file, scanned)
+    for packaged in (True, False):
+        for file in files:
+            _apply(file, scanned, packaged)
     for binding in flags:
         _apply_binding(binding, scanned)
     try:
@@ -104,6 +116,20 @@ def macro(name: str, default: Any = dataclasses.MISSING) -> Any:
     return copy.deepcopy(value)  # gin resolves references when they are copied
 
 
+def network() -> str:
+    """Which gin file the parsed configuration has its network from, for people.
+
+    >>> _ = parse(["runs/dpo.gin"], ["DATA = 'x'"])
+    >>> network()
+    'models/t5_1_1_tiny.gin (the default, as no --gin_file names another)'
+    """
+    if _network is None:
+        return "no gin file"
+    name = short(_network.file.path)
+    default = " (the default, as no --gin_file names another)"
+    return name + default * _network.is_default
+
+
 def configured(function: Callable[..., Any]) -> Callable[..., Any]:
     """``function`` (or class) with the parsed files' bindings; itself if none."""
     try:
@@ -125,32 +151,36 @@ def operative_config_str() -> str:
     return gin.operative_config_str()
 
 
-def _apply(file: Scanned, scanned: Sequence[Scanned]) -> None:
+def _apply(file: Scanned, scanned: Sequence[Scanned], packaged: bool) -> None:
     """Hands a file to gin in pieces, with the included files between them.
 
     Included files are found by this module rather than by gin, whose search paths are
     global and whose reader for Python packages imports what is named like a folder.
+    Of the packaged files, or of all others, only.
     """
     lines = file.text.splitlines(keepends=True)
     import_lines = {statement.location.line_num for statement in file.imports}
+    own = strength.packaged(file) == packaged
     start = 0
     for line, included in [*file.includes, (len(lines) + 1, None)]:
         # Other lines become blank, which keeps the line numbers of gin's messages;
         # import lines stay, because names imported above are used below.
         piece = "".join(
             text
-            if start < number < line or number in import_lines and number < line
+            if number not in file.left_out
+            and (start < number < line or number in import_lines and number < line)
             else "\n"
             for number, text in enumerate(lines, start=1)
         )
         try:
-            gin.parse_config(NamedText(piece, str(file.path)))
+            if own:
+                gin.parse_config(NamedText(piece, str(file.path)))
         except (ValueError, LookupError, ImportError, NameError, AttributeError) as e:
             raise ConfigError(explain(e, scanned, file)) from e
         except SyntaxError as e:
             raise ConfigError(f"{file.path}:{e.lineno}: {e.msg}") from e
         if included is not None:
-            _apply(included, scanned)
+            _apply(included, scanned, packaged)
         start = line
 
 

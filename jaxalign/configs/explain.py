@@ -13,6 +13,7 @@ import gin
 
 from jaxalign.configs.names import did_you_mean
 from jaxalign.configs.scan import Macro, Scanned, short
+from jaxalign.configs.strength import in_order
 
 _REQUIRED = "gin.REQUIRED"
 
@@ -68,8 +69,7 @@ def explain_missing(
     """
     values: dict[str, Any] = {}
     readers: dict[str, Scanned] = {}
-    # Included files are overridden by the files that include them.
-    for file in [f for root in (*files, *flags) for f in reversed([*root.walk()])]:
+    for file in [*in_order(files), *flags]:
         values.update(file.macros)
         readers |= {name: file for name in file.reads}
     required = Macro(_REQUIRED)

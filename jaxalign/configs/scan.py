@@ -92,6 +92,7 @@ class Scanned:
         default_factory=list
     )
     includes: list[tuple[int, Scanned]] = dataclasses.field(default_factory=list)
+    left_out: list[int] = dataclasses.field(default_factory=list)  # includes' lines
 
     def walk(self) -> Iterator[Scanned]:
         """Itself, then what it includes."""

@@ -6,10 +6,49 @@ import collections
 import dataclasses
 import difflib
 import json
+import pathlib
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TextIO
 
 SHOWN_BAD_ROWS = 20
+_NAME_LENGTH, _TEXT_LENGTH, _SHOWN_NAMES = 60, 400, 20
+
+
+def quoted(text: str, length: int = _TEXT_LENGTH) -> str:
+    """Text of the data, fit for a terminal: on one line, cut, nothing unprintable.
+
+    Escape sequences, line breaks, surrogates and marks that change the direction of
+    writing are shown as Python escapes. Quoting twice changes nothing.
+
+    >>> print(quoted("a\\x1b[31m\\nb"))
+    a\\x1b[31m\\nb
+    """
+    if len(text) > length + len(_CUT):
+        text = text[:length] + _CUT
+    if text.isprintable():
+        return text
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode() for c in text
+    )
+
+
+_CUT = "... (cut)"
+
+
+def listed(names: Iterable[Any]) -> str:
+    """Field names for a message: sorted, quoted, each cut, the first of many.
+
+    >>> listed(["b", "a"])
+    "['a', 'b']"
+    """
+    found = sorted(map(str, names))
+    shown = ", ".join(quoted(repr(_cut_name(n))) for n in found[:_SHOWN_NAMES])
+    more = len(found) - _SHOWN_NAMES
+    return f"[{shown}]" + (f" and {more} more" if more > 0 else "")
+
+
+def _cut_name(name: str) -> str:
+    return name if len(name) <= _NAME_LENGTH else name[:_NAME_LENGTH] + "..."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,10 +71,16 @@ class BadRow:
     expected: str
     got: str
 
+    def __post_init__(self) -> None:
+        # Whoever wrote the data chose these texts, not whoever reads the message.
+        object.__setattr__(self, "field", quoted(self.field, _NAME_LENGTH))
+        for name in ("problem", "expected", "got"):
+            object.__setattr__(self, name, quoted(getattr(self, name)))
+
     def __str__(self) -> str:
         return (
-            f"{self.file}:{self.line}: {self.field}: expected {self.expected}, "
-            f"got {self.got}"
+            f"{quoted(self.file)}:{self.line}: {self.field}: expected "
+            f"{self.expected}, got {self.got}"
         )
 
 
@@ -43,7 +88,10 @@ class FieldError(ValueError):
     """What is wrong with one field of one row; readers add file and line."""
 
     def __init__(self, field: str, problem: str, expected: str, got: str):
-        super().__init__(f"{field}: expected {expected}, got {got}")
+        super().__init__(
+            f"{quoted(field, _NAME_LENGTH)}: expected {quoted(expected)}, got "
+            f"{quoted(got)}"
+        )
         self.field, self.problem, self.expected, self.got = (
             field,
             problem,
@@ -73,17 +121,47 @@ class DataError(ValueError):
 
 
 class BadRows:
-    """The rejected rows of a source: the first 20 in full, all of them counted."""
+    """The rejected rows of a source: the first 20 in full, all of them counted.
 
-    def __init__(self) -> None:
+    Args:
+      listing: a JSON Lines file that gets all of them, one object of :class:`BadRow`'s
+        attributes a line; made at the first one. None lists them nowhere.
+
+    Attributes:
+      kept: how many rows were good; whoever reads the rows counts them.
+    """
+
+    def __init__(self, listing: pathlib.Path | None = None) -> None:
         self.first: list[BadRow] = []
         self.by_problem: collections.Counter[str] = collections.Counter()
+        self.kept = 0
+        self.listing = listing
+        self._missing: dict[str, BadRow] = {}
+        self._others: list[BadRow] = []
+        self._file: TextIO | None = None
 
     def add(self, bad: BadRow) -> None:
         """Counts one bad row."""
+        problem = f"{bad.field}: {bad.problem}"
+        self.by_problem[problem] += 1
+        if bad.problem == "missing":
+            self._missing.setdefault(problem, bad)
+        elif len(self._others) < SHOWN_BAD_ROWS:
+            self._others.append(bad)
         if len(self.first) < SHOWN_BAD_ROWS:
             self.first.append(bad)
-        self.by_problem[f"{bad.field}: {bad.problem}"] += 1
+        if self.listing is not None:
+            if self._file is None:
+                self.listing.parent.mkdir(parents=True, exist_ok=True)
+                self._file = self.listing.open("w", encoding="ascii")
+            # In ASCII: a file's name may hold what UTF-8 cannot.
+            self._file.write(json.dumps(dataclasses.asdict(bad)) + "\n")
+
+    def close(self) -> None:
+        """Completes the listing."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
     @property
     def total(self) -> int:
@@ -91,15 +169,37 @@ class BadRows:
         return sum(self.by_problem.values())
 
     def __str__(self) -> str:
-        lines = [str(bad) for bad in self.first]
-        if self.total > len(lines):
-            lines.append(f"... and {self.total - len(lines)} more")
+        self.close()
+        everywhere = {}
+        if not self.kept:
+            # A field that no row has: one line says as much as a line for every row.
+            of_rows = sum(n for p, n in self.by_problem.items() if p.startswith("row:"))
+            rows = self.total - of_rows
+            everywhere = {
+                problem: bad
+                for problem, bad in self._missing.items()
+                if self.by_problem[problem] == rows > 1
+            }
+        lines = [
+            f"{quoted(bad.file)}: no row has it: {bad.field}: expected {bad.expected}, "
+            f"got {bad.got} (line {bad.line}; {self.by_problem[problem]:,} rows)"
+            for problem, bad in everywhere.items()
+        ]
+        singly = self._others if everywhere else self.first
+        lines += map(str, singly)
+        told = len(singly) + sum(self.by_problem[problem] for problem in everywhere)
+        if self.total > told:
+            lines.append(f"... and {self.total - told} more")
+        if self.listing is not None and self.total > len(lines):
+            lines.append(f"All of them are listed in {self.listing}")
         return "\n".join(lines)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """`` (did you mean 'x'?)`` for the nearest known name, or nothing."""
-    close = difflib.get_close_matches(name, [str(k) for k in known], n=1)
+    # Long names are text of the data, and no typing mistake of this one.
+    short = [str(k) for k in known if len(str(k)) <= 2 * _NAME_LENGTH]
+    close = difflib.get_close_matches(name, short, n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
@@ -112,7 +212,14 @@ def show(value: Any) -> str:
     if isinstance(value, str):
         cut = value if len(value) <= 40 else value[:40] + "..."
         return f"the text {cut!r}" if value else "an empty text"
-    return f"the {type(value).__name__} {value!r}"
+    return f"the {type(value).__name__} {_number(value)}"
+
+
+def _number(value: Any) -> str:
+    try:
+        return quoted(repr(value), _NAME_LENGTH)
+    except ValueError:  # Python writes no integer of more than 4300 digits
+        return f"of {value.bit_length()} bits"
 
 
 def missing(field: str, name: str, path: str, raw: Mapping[str, Any]) -> FieldError:
@@ -121,5 +228,5 @@ def missing(field: str, name: str, path: str, raw: Mapping[str, Any]) -> FieldEr
         field,
         "missing",
         f"a field {name!r}{where}",
-        f"fields {sorted(raw)}{nearest(name, raw)}",
+        f"fields {listed(raw)}{nearest(name, raw)}",
     )

@@ -14,17 +14,20 @@ The index alone is enough to plan packing: nothing else is read before training.
 from __future__ import annotations
 
 import bisect
+import contextlib
+import errno
 import functools
 import hashlib
 import itertools
 import json
 import os
 import pathlib
+import re
 import shutil
 import socket
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -34,10 +37,11 @@ from array_record.python.array_record_module import (
 )
 
 from jaxalign import remote
+from jaxalign.data.bad_rows import quoted
 from jaxalign.data.rows import DTYPES, Columns, Index, Row, build_index, check_row
 
 FORMAT, VERSION = "jaxalign-tokenised-cache", 1
-_META, _INDEX = "cache.json", "index.npz"
+_META, _INDEX, _SELF = "cache.json", "index.npz", "meta_sha256"
 _SHARD_BYTES = 256 * 2**20
 _STALE_SECONDS = 24 * 3600
 
@@ -128,13 +132,15 @@ class CacheWriter:
                 f"Row {row.key!r}: key and metadata must be JSON values ({error})."
             ) from error
         if self._writer is None or self._shard_bytes > _SHARD_BYTES:
-            self._close_shard()
-            self._writer = ArrayRecordWriter(
-                str(self._temporary / f"{len(self._shard_rows)}"), "group_size:1"
-            )
+            with self._telling_disk_errors():
+                self._close_shard()
+                self._writer = ArrayRecordWriter(
+                    str(self._temporary / f"{len(self._shard_rows)}"), "group_size:1"
+                )
             self._shard_rows.append(0)
             self._shard_bytes = 0
-        self._writer.write(record)
+        with self._telling_disk_errors():
+            self._writer.write(record)
         self._keys.add(row.key)
         self._columns.add(row)
         self._digest.update(len(record).to_bytes(8, "little") + record)
@@ -143,16 +149,35 @@ class CacheWriter:
 
     def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
         try:
-            self._close_shard()
             if kind is None:
-                self._finish()
+                with self._telling_disk_errors():
+                    self._close_shard()
+                    self._finish()
+            else:
+                with contextlib.suppress(RuntimeError):  # the first error is told
+                    self._close_shard()
         finally:
             shutil.rmtree(self._temporary, ignore_errors=True)
 
     def _close_shard(self) -> None:
         if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+            writer, self._writer = self._writer, None
+            writer.close()
+
+    @contextlib.contextmanager
+    def _telling_disk_errors(self) -> Iterator[None]:
+        """ArrayRecord's RuntimeError, and errors without a path, as what they are."""
+        try:
+            yield
+        except (RuntimeError, OSError) as error:
+            free = shutil.disk_usage(self.directory.parent).free
+            full = getattr(error, "errno", None) == errno.ENOSPC or free < 2**20
+            advice = "The disk is full: make room, or give another CACHE_DIR."
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise OSError(
+                f"Writing the tokenised cache {self.directory} failed, and nothing is "
+                f"left of it: {reason}. {advice if full else ''}".rstrip()
+            ) from error
 
     def _finish(self) -> None:
         if not self._shard_rows:
@@ -183,6 +208,7 @@ class CacheWriter:
             "summary": self.summary,
             "source": self._source,
         }
+        meta[_SELF] = _own_sha256(meta)
         (self._temporary / _META).write_text(json.dumps(meta, indent=1))
         for path in (*self._temporary.iterdir(), self._temporary):
             _sync(path)
@@ -200,8 +226,17 @@ class CacheWriter:
 
 
 def temporary_folder(directory: pathlib.Path) -> pathlib.Path:
-    """Where this process prepares a cache; `remove_stale` finds it after a kill."""
+    """Where this process writes a cache; `remove_stale` finds it after a kill.
+
+    What other processes load from such a folder lies in one of `private_folder`.
+    """
     return directory.with_name(f"{_mark(directory)}{os.getpid()}")
+
+
+def private_folder(directory: pathlib.Path) -> pathlib.Path:
+    """Makes such a folder that nobody else can enter, under a name nobody can guess."""
+    prefix = f"{temporary_folder(directory).name}-"
+    return pathlib.Path(tempfile.mkdtemp(prefix=prefix, dir=directory.parent))
 
 
 def _mark(directory: pathlib.Path) -> str:
@@ -220,9 +255,9 @@ def remove_stale(directory: str | os.PathLike[str]) -> None:
     with tempfile.TemporaryFile(dir=directory.parent) as probe:
         now = os.fstat(probe.fileno()).st_mtime
     for path in directory.parent.glob(f".{directory.name}.tmp-*"):
-        pid = path.name.removeprefix(here).removesuffix("-old")
-        if path.name.startswith(here) and pid.isdigit():
-            dead = int(pid) != os.getpid() and not _alive(int(pid))
+        pid = re.match(r"\d+", path.name.removeprefix(here))
+        if path.name.startswith(here) and pid:
+            dead = int(pid[0]) != os.getpid() and not _alive(int(pid[0]))
         else:
             files = list(path.iterdir()) or [path]
             newest = max(p.stat().st_mtime for p in files)
@@ -278,7 +313,7 @@ class TokenizedCache:
         self.content_fingerprint: str = meta["content_fingerprint"]
         self.vocabulary_fingerprint: str = meta["vocabulary_fingerprint"]
         self.summary: dict[str, Any] = meta["summary"]
-        self.source: Any = meta["source"]
+        self.source: Any = meta.get("source")
         rows = [shard["rows"] for shard in meta["shards"]]
         self._starts = [0, *itertools.accumulate(rows)][:-1]
         self._readers: dict[int, ArrayRecordReader] = {}
@@ -320,7 +355,10 @@ class TokenizedCache:
         """The vocabulary that made the ids (:mod:`jaxalign.vocabularies`)."""
         from jaxalign import vocabularies
 
-        return vocabularies.from_json(self._meta["vocabulary"], self.path)
+        try:
+            return vocabularies.from_json(self._meta["vocabulary"], self.path)
+        except (KeyError, TypeError) as error:
+            raise _damaged(self.path, f"{_META} has no vocabulary ({error})") from error
 
     def reward_stats(self) -> tuple[float, float]:
         """Mean and population standard deviation of all rewards, in float64.
@@ -350,18 +388,51 @@ def _read_meta(path: pathlib.Path) -> dict[str, Any]:
             f"No tokenised cache at {path}: expected {_META} there; the folder {holds}."
         )
     try:
-        meta = json.loads(file.read_text())
-    except ValueError as error:
+        meta = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise _damaged(path, f"{_META} is no JSON ({error})") from error
     found = meta.get("format") if isinstance(meta, dict) else type(meta).__name__
     if found != FORMAT:
-        raise ValueError(f"{file} has format {found!r}, expected {FORMAT!r}.")
-    if meta["version"] != VERSION:
         raise ValueError(
-            f"{path} has cache version {meta['version']}, this release reads "
-            f"{VERSION}: prepare the data again."
+            f"{file} has format {quoted(repr(found))}, expected {FORMAT!r}."
         )
+    if meta.get("version") != VERSION:
+        raise ValueError(
+            f"{path} has cache version {quoted(repr(meta.get('version')))}, this "
+            f"release reads {VERSION}: prepare the data again."
+        )
+    for name, kind in _ENTRIES.items():
+        if not isinstance(meta.get(name), kind):
+            raise _damaged(path, f"{_META} has no {name!r} of the right kind")
+    for shard in meta["shards"]:
+        if not isinstance(shard, dict) or not (
+            isinstance(shard.get("rows"), int)
+            and isinstance(shard.get("bytes"), int)
+            and isinstance(shard.get("name"), str)
+            and re.fullmatch(r"rows-\d+-of-\d+\.array_record", shard["name"])
+        ):
+            raise _damaged(path, f"{_META} names shards that no writer makes")
+    # Caches of earlier releases have no digest of their own.
+    if _SELF in meta and meta[_SELF] != _own_sha256(meta):
+        raise _damaged(path, f"{_META} was changed")
     return meta
+
+
+_ENTRIES = {
+    "schema": str,
+    "fingerprint": str,
+    "content_fingerprint": str,
+    "shards": list,
+    "index_sha256": str,
+    "vocabulary": dict,
+    "vocabulary_fingerprint": str,
+    "summary": dict,
+}
+
+
+def _own_sha256(meta: Mapping[str, Any]) -> str:
+    rest = {name: value for name, value in meta.items() if name != _SELF}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def _damaged(path: pathlib.Path, what: str) -> ValueError:

@@ -24,6 +24,7 @@ what was expected and what came; none is dropped without a trace.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -37,10 +38,13 @@ from jaxalign.data.bad_rows import (
     OptionError,
     missing,
     nearest,
+    quoted,
     show,
 )
 from jaxalign.data.field_map import FieldMap, Record
-from jaxalign.data.jsonl import read_jsonl
+from jaxalign.data.jsonl import json_line, read_jsonl
+
+_log = logging.getLogger(__name__)
 
 SCHEMAS: dict[str, tuple[str, ...]] = {
     "supervised": ("prompt", "completion"),
@@ -302,6 +306,7 @@ def load(
     field_map: Mapping[str, str] | None = None,
     on_bad_row: str = "error",
     require: Sequence[str] = (),
+    listing: pathlib.Path | None = None,
 ) -> tuple[list[Example], BadRows]:
     """Reads a whole JSON Lines file: prompts to generate from, rows to score.
 
@@ -309,26 +314,50 @@ def load(
       path: a ``.jsonl`` or ``.jsonl.gz`` file, here or in a bucket.
       schema: a key of ``SCHEMAS``.
       field_map: see :class:`FieldMap`.
-      on_bad_row: ``error`` or ``skip``.
+      on_bad_row: ``error`` or ``skip``, which says how many.
       require: see :func:`convert`.
+      listing: a JSON Lines file for all bad rows, if there are any.
 
     Returns:
-      The examples, and the bad rows that were skipped.
+      The examples, each of which can be written as JSON again, and the bad rows that
+      were skipped.
 
     Raises:
       DataError: listing the bad rows, unless they are skipped.
     """
     check_on_bad_row(on_bad_row)
-    good, bad = [], BadRows()
-    rows = ((str(path), n, row) for n, row in read_jsonl(path))
+    good, bad = [], BadRows(listing)
+    rows = ((str(path), n, _writable(row)) for n, row in read_jsonl(path))
+    rows = (
+        (file, n, row.at(file, n) if isinstance(row, FieldError) else row)
+        for file, n, row in rows
+    )
     for item in examples(rows, schema, field_map=field_map, require=require):
         if isinstance(item, BadRow):
             bad.add(item)
         else:
             good.append(item)
+    bad.kept = len(good)
     if bad.total and on_bad_row == "error":
         raise DataError(bad)
+    bad.close()
+    if bad.total:
+        _log.warning(
+            "%s: %d bad rows are left out:\n%s", quoted(str(path)), bad.total, bad
+        )
     return good, bad
+
+
+def _writable(row: Any) -> Any:
+    """A row, or what is wrong with one that could not be written next to its result."""
+    try:
+        if not isinstance(row, BadRow):
+            json_line([[[[row]]]])  # whoever writes it is a few calls deeper
+    except RecursionError:
+        return FieldError(
+            "row", "too deep", "objects nested less deeply", "too many levels"
+        )
+    return row
 
 
 def check_on_bad_row(value: str) -> None:

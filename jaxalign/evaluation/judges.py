@@ -9,66 +9,15 @@ The number of required arguments tells them apart.
 
 from __future__ import annotations
 
-import difflib
-import importlib
-import importlib.util
 import inspect
 import math
 import pathlib
-import pkgutil
-import sys
-from collections.abc import Callable, Iterable
-from types import ModuleType
+from collections.abc import Callable
 from typing import Any
 
+from jaxalign import user_code
+
 Judge = Callable[..., float]
-
-
-def _hint(name: str, names: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(names), n=3)
-    return f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
-
-
-def _import_module(spec: str, module: str) -> ModuleType:
-    """Imports a dotted module, and says which of its parts is missing."""
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        missing = error.name or ""
-        if not f"{module}.".startswith(f"{missing}."):
-            raise  # the module is there; something that it imports is not
-        parent, _, name = missing.rpartition(".")
-        path = None  # the top level
-        names: list[str] = []
-        if parent:
-            package = importlib.import_module(parent)
-            if not hasattr(package, "__path__"):
-                raise ValueError(
-                    f"Cannot resolve {spec!r}: {parent!r} is a module, not a package; "
-                    f"use '{parent}:function'."
-                ) from error
-            path = package.__path__
-        else:
-            names += sys.stdlib_module_names
-        names += [found.name for found in pkgutil.iter_modules(path)]
-        raise ValueError(
-            f"Cannot resolve {spec!r}: no module named {missing!r}."
-            f"{_hint(name, names)} Modules are looked up on the Python path; a file is "
-            "named 'path/to/file.py:function'."
-        ) from error
-
-
-def _import_file(spec: str, path: pathlib.Path) -> ModuleType:
-    if not path.is_file():
-        folder = path.parent
-        files = [p.name for p in folder.glob("*.py")] if folder.is_dir() else []
-        raise ValueError(
-            f"Cannot resolve {spec!r}: no file {path}.{_hint(path.name, files)}"
-        )
-    module_spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
-    return module
 
 
 def resolve_callable(spec: str) -> Callable[..., Any]:
@@ -93,19 +42,18 @@ def resolve_callable(spec: str) -> Callable[..., Any]:
         raise ValueError(
             f"Expected 'package.module:function' or 'file.py:function', got {spec!r}."
         )
-    if module_name.endswith(".py"):
-        found: Any = _import_file(spec, pathlib.Path(module_name).expanduser())
-    else:
-        found = _import_module(spec, module_name)
+    found: Any = user_code.load_module(module_name, asked_as=spec)
+    is_file = module_name.endswith(".py")
+    where = pathlib.Path(module_name).stem if is_file else module_name
     for name in qualified_name.split("."):
         if not hasattr(found, name):
             public = [n for n in dir(found) if not n.startswith("__")]
-            where = getattr(found, "__name__", module_name)
             raise ValueError(
                 f"Cannot resolve {spec!r}: {where!r} has no {name!r}."
-                f"{_hint(name, public)}"
+                f"{user_code.hint(name, public)}"
             )
         found = getattr(found, name)
+        where = getattr(found, "__name__", name)
     if not callable(found):
         raise TypeError(
             f"{spec!r} is a {type(found).__name__}, not a function or other callable."

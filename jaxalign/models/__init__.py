@@ -14,7 +14,7 @@ from jaxalign.models.scoring import (
     target_logps,
     token_logps,
 )
-from jaxalign.models.t5 import T5, init_params, logical_axes
+from jaxalign.models.t5 import T5, describe, init_params, logical_axes
 from jaxalign.models.vocabulary import HeadOutputs, head_outputs, mean_logits
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "TokenValueModel",
     "ValueHead",
     "ValueModel",
+    "describe",
     "final_states",
     "head_outputs",
     "init_params",

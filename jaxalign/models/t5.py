@@ -272,6 +272,22 @@ def init_params(model: nn.Module, key: jax.Array) -> Params:
     return _init(model, key)
 
 
+def describe(model: nn.Module) -> str:
+    """A network in one line: layers, width and parameters.
+
+    >>> describe(T5(T5Config(vocab_size=384, emb_dim=64, num_heads=4, head_dim=16,
+    ...                      mlp_dim=128, num_encoder_layers=2, num_decoder_layers=2)))
+    '2 + 2 layers of width 64, 262,976 parameters'
+    """
+    config = model.config
+    shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    total = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+    return (
+        f"{config.num_encoder_layers} + {config.num_decoder_layers} layers of width "
+        f"{config.emb_dim}, {total:,} parameters"
+    )
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def _init(model: nn.Module, key: jax.Array) -> Params:
     # Always through the scanned layout: one layer to compile instead of all of them.

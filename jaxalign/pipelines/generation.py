@@ -22,7 +22,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxalign import models, remote
-from jaxalign.data import records
+from jaxalign.data import jsonl, records
 from jaxalign.decoding import (
     BeamSearch,
     Constraint,
@@ -143,7 +143,11 @@ def generate(
         min_new_tokens=min_new_tokens,
     )
     examples, _ = records.load(
-        prompts, "prompts", field_map=field_map, on_bad_row=on_bad_row
+        prompts,
+        "prompts",
+        field_map=field_map,
+        on_bad_row=on_bad_row,
+        listing=bad_rows_beside(output),
     )
     rows = [(e.raw, record["prompt"]) for e in examples for record in e.records]
     asked = {
@@ -259,6 +263,14 @@ def sample(
         )
 
 
+def bad_rows_beside(output: str | None) -> Path | None:
+    """Where the bad rows of an input are listed: beside the output, if it is here."""
+    if output is None or remote.is_remote(output) or jax.process_index() > 0:
+        return None
+    path = Path(output).expanduser()
+    return path.with_name(f"{path.name}.bad_rows.jsonl")
+
+
 def _lines(
     raw: Mapping[str, Any], generation: Generation | searching.Found
 ) -> Iterator[str]:
@@ -272,7 +284,7 @@ def _lines(
             "num_tokens": len(generation.tokens[i]),
             **more[i],
         }
-        yield json.dumps(line, ensure_ascii=False) + "\n"
+        yield jsonl.json_line(line)
 
 
 class _Writer:
@@ -299,7 +311,7 @@ class _Writer:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         whole = b""
         if self._partial.exists() and self._about.exists():
-            before = json.loads(self._about.read_text(encoding="utf-8"))
+            before = jsonl.read_json(self._about)
             other = sorted(k for k in asked if asked[k] != before.get(k))
             if other:
                 raise ValueError(

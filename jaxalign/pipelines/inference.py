@@ -21,6 +21,7 @@ from jaxalign import batch as batches
 from jaxalign import data as data_lib
 from jaxalign import models, remote
 from jaxalign.data import records
+from jaxalign.data.jsonl import json_line, nulled
 from jaxalign.decoding import Sampling
 from jaxalign.evaluation import compare, judges, metrics
 from jaxalign.pipelines import generation
@@ -57,7 +58,11 @@ def score(
     """
     policy, sharding = generation.load(checkpoint, mesh)
     examples, _ = records.load(
-        data, "supervised", field_map=field_map, on_bad_row=on_bad_row
+        data,
+        "supervised",
+        field_map=field_map,
+        on_bad_row=on_bad_row,
+        listing=generation.bad_rows_beside(output),
     )
     pairs = [(e.raw, record) for e in examples for record in e.records]
     logps, lengths = score_pairs(
@@ -200,7 +205,13 @@ def evaluate(
         for name in metric_fns
     ]
     schema = "supervised" if functions else "prompts"
-    examples, _ = records.load(data, schema, field_map=field_map, on_bad_row=on_bad_row)
+    examples, _ = records.load(
+        data,
+        schema,
+        field_map=field_map,
+        on_bad_row=on_bad_row,
+        listing=generation.bad_rows_beside(output),
+    )
     rows = [record for e in examples for record in e.records]
     prompts = [record["prompt"] for record in rows]
 
@@ -235,7 +246,8 @@ def evaluate(
         result["comparison"] = compared.to_json()
     if output and jax.process_index() == 0:
         with remote.writing(output) as file:
-            file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+            text = json.dumps(nulled(result), indent=2, allow_nan=False)
+            file.write_text(text + "\n", encoding="utf-8")
     return result
 
 
@@ -252,7 +264,7 @@ def write_jsonl(path: str | Path, lines: Iterable[Mapping[str, Any]]) -> int:
         partial = local.with_name(local.name + ".partial")
         with open(partial, "w", encoding="utf-8") as file:
             for line in lines:
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                file.write(json_line(line))
                 count += 1
         os.replace(partial, local)
     return count

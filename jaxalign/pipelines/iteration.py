@@ -22,6 +22,7 @@ import numpy as np
 
 from jaxalign import configs, remote
 from jaxalign.data import records
+from jaxalign.data.jsonl import json_line
 from jaxalign.evaluation import judges
 from jaxalign.pipelines import generation
 from jaxalign.pipelines.inference import write_jsonl
@@ -147,7 +148,7 @@ def iterate(
         _log.info("Round %d: samples score %.4g on average", number, reward)
         loop.train(run, config)
         policy = own["MODEL_DIR"]
-        text = "".join(json.dumps(row) + "\n" for row in table)
+        text = "".join(map(json_line, table))
         run_directory.write_atomically(folder / "rounds.jsonl", text)
     return table
 
@@ -161,7 +162,7 @@ def _slice(texts: Sequence[str], number: int, size: int | None) -> list[str]:
 
 
 def _write_prompts(path: Path, texts: Sequence[str]) -> None:
-    lines = "".join(json.dumps({"prompt": t}, ensure_ascii=False) + "\n" for t in texts)
+    lines = "".join(json_line({"prompt": text}) for text in texts)
     run_directory.write_atomically(path, lines)
 
 

@@ -16,6 +16,7 @@ from jaxalign.data import records
 from jaxalign.decoding import constraints, programs
 from jaxalign.decoding.smc import smc
 from jaxalign.evaluation import judges
+from jaxalign.pipelines import generation
 from jaxalign.pipelines.inference import write_jsonl
 from jaxalign.training import checkpoints
 
@@ -95,7 +96,11 @@ def steer(
     """
     policy = checkpoints.load_policy(checkpoint)
     examples, _ = records.load(
-        prompts, "prompts", field_map=field_map, on_bad_row=on_bad_row
+        prompts,
+        "prompts",
+        field_map=field_map,
+        on_bad_row=on_bad_row,
+        listing=generation.bad_rows_beside(output),
     )
     rows = [(e.raw, record["prompt"]) for e in examples for record in e.records]
     default = {"regex": regex, "include": tuple(include), "template": template}

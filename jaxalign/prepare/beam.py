@@ -22,7 +22,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from jaxalign.data.bad_rows import BadRow
-from jaxalign.data.cache import remove_stale, temporary_folder
+from jaxalign.data.cache import private_folder, remove_stale
 from jaxalign.data.records import Example
 from jaxalign.prepare import heavy, pieces
 from jaxalign.prepare.rows import Encoded, Recipe
@@ -57,7 +57,7 @@ def encoded(
       recipe: turns raw rows into token rows.
       files: JSON Lines and Parquet, under these paths on every worker.
       beside: the cache's folder. The parts lie in a hidden folder beside it, on a
-        disk that every worker sees.
+        disk that every worker sees, as the same user: nobody else may enter it.
       beam_options: Beam's pipeline options as on a command line; empty for Beam's
         defaults, which is one worker in this process.
 
@@ -77,11 +77,10 @@ def encoded(
     """
     job = _Job(recipe, pieces.cut(files))
     beside = beside.absolute()
-    folder = temporary_folder(beside)
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    beside.parent.mkdir(parents=True, exist_ok=True)
     remove_stale(beside)
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
+    # What lies there is unpickled: nobody else may put anything into it.
+    folder = private_folder(beside)
     try:
         _run(_store(job, folder), len(job.pieces), beam_options)
         missing = [i for i in range(len(job.pieces)) if not _part(folder, i).is_file()]

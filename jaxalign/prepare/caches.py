@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib
 import json
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxalign import remote
+from jaxalign import remote, user_code
 from jaxalign.data import records as records_lib
 from jaxalign.data.cache import TokenizedCache
 from jaxalign.data.field_map import FieldMap
@@ -25,7 +24,7 @@ from jaxalign.prepare import rows as rows_lib
 from jaxalign.vocabularies import Vocabulary
 
 # Part of every fingerprint: raise it when the same source must give other rows.
-VERSION = 1
+VERSION = 2
 SPLITS = ("train", "validation")
 
 
@@ -64,10 +63,11 @@ def prepare(
       split: of a builder or task; files have none.
       task: the data set that the file ``data`` is an export of, as in ``name:file``.
       task_options: options of that data set's record functions.
-      module: a Python module to import first, which registers seqio tasks.
+      module: a Python module, or a file ``path/to/tasks.py``, to import first; it
+        registers seqio tasks.
       field_map: our field names to the file's, see ``data.field_map.FieldMap``.
-      on_bad_row: ``error`` (nothing is written) or ``skip`` (counted and listed in the
-        summary).
+      on_bad_row: ``error`` (no cache is written) or ``skip`` (counted in the summary).
+        Both list every bad row in ``bad_rows.jsonl`` in the folder of the splits.
       require: of ``reward`` and ``label``, what trajectories must have.
       desirable_above: rewards above it make a missing label desirable.
       eval_fraction: share of *prompts* set aside as ``validation``; all rows with one
@@ -95,12 +95,20 @@ def prepare(
     records_lib.check_on_bad_row(on_bad_row)
     if not 0.0 <= eval_fraction < 1.0:
         raise ValueError(f"EVAL_FRACTION must be in [0, 1), got {eval_fraction}.")
+    if not isinstance(data, str):
+        raise ValueError(
+            f"DATA must be one text, got a {type(data).__name__}: name several files "
+            "with a glob, 'part-*.jsonl', or as a mixture, {'a.jsonl': 1.0, 'b.jsonl': "
+            "1.0}."
+        )
     prepared = _already_prepared(data, schema, vocabulary)
     if prepared:
         return prepared
-    if module:
-        importlib.import_module(module)
+    code = user_code.fingerprint(user_code.load_module(module)) if module else None
     source = sources.find_source(data, split=split, task=task)
+    if code and source.seqio_name:
+        # A task is its code: an edited module is not served from an old cache.
+        source.identity["code"] = code
     if field_map and (source.task or source.seqio_name):
         raise ValueError(
             f"FIELD_MAP is for plain files, but {source.name!r} is a data set whose "
@@ -152,6 +160,7 @@ def prepare(
         eval_fraction=eval_fraction,
         seed=seed,
         max_rows=max_rows,
+        listing=folder / "bad_rows.jsonl",
     )
     recipe = rows_lib.Recipe(
         schema,

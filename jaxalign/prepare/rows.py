@@ -12,11 +12,12 @@ import pathlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import msgpack
 import numpy as np
 
 from jaxalign import batch
 from jaxalign.data import records as records_lib
-from jaxalign.data.bad_rows import BadRow
+from jaxalign.data.bad_rows import BadRow, FieldError
 from jaxalign.data.records import Example, Record
 from jaxalign.data.rows import Row
 from jaxalign.prepare.rationales import (
@@ -69,14 +70,21 @@ class Recipe:
         self, rows: Iterable[tuple[str, int, Mapping[str, Any] | BadRow]]
     ) -> Iterator[Example | BadRow]:
         """Checks raw rows, ``(file, line, row or BadRow)``."""
-        return records_lib.examples(
+        for item in records_lib.examples(
             rows,
             self.schema,
             field_map=self.field_map,
             transform=self.transform,
             require=self.require,
             desirable_above=self.desirable_above,
-        )
+        ):
+            try:
+                for record in getattr(item, "records", ()):
+                    check_metadata(record.get("metadata"))
+            except FieldError as error:
+                yield error.at(item.file, item.line)
+            else:
+                yield item
 
     def build(self, example: Example) -> list[Row]:
         """Tokenises an example."""
@@ -95,6 +103,22 @@ class Recipe:
                 yield item
             else:
                 yield Encoded(self.build(item), item.left_out)
+
+
+def check_metadata(metadata: Any) -> None:
+    """Raises FieldError for metadata that a cache cannot hold."""
+    if not metadata:
+        return
+    try:
+        msgpack.packb([metadata])
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise FieldError(
+            "metadata",
+            "not storable",
+            "JSON values: texts that UTF-8 can hold, integers of at most 64 bits, "
+            "numbers, true, false, null, lists and objects",
+            str(error),
+        ) from None
 
 
 def build_rows(
@@ -117,7 +141,8 @@ def build_rows(
 
     Returns:
       One row for each distinct prompt. ``metadata["prompt"]`` holds the prompt's text
-      where the ids do not give it back.
+      where the ids do not give it back, or where the row's own metadata has a
+      ``prompt``, which is then kept as ``metadata["metadata.prompt"]``.
     """
     groups: dict[str, list[Record]] = {}
     for record in records:
@@ -139,7 +164,7 @@ def _build_row(
 ) -> Row:
     builder = _RowBuilder(prompt, vocabulary)
     for i, record in enumerate(group):
-        builder.metadata |= record.get("metadata", {})
+        builder.add_metadata(record.get("metadata", {}))
         if schema in ("supervised", "trajectory"):
             builder.add_response(
                 record["completion"],
@@ -168,6 +193,7 @@ class _RowBuilder:
 
     def __init__(self, prompt: str, vocabulary: Vocabulary):
         self.vocabulary = vocabulary
+        self.prompt = prompt
         self.prompts = [self.encode(prompt)]
         self.responses: list[dict[str, Any]] = []
         self.pairs: list[tuple[int, int, float]] = []
@@ -175,6 +201,14 @@ class _RowBuilder:
         self._known: dict[str, int] = {}
         if vocabulary.decode(self.prompts[0]) != prompt:
             self.metadata["prompt"] = prompt
+
+    def add_metadata(self, metadata: Mapping[str, Any]) -> None:
+        """Takes in a record's metadata; ``prompt`` goes on being the prompt."""
+        metadata = dict(metadata)
+        if "prompt" in metadata:
+            self.metadata["metadata.prompt"] = metadata.pop("prompt")
+            self.metadata["prompt"] = self.prompt
+        self.metadata |= metadata
 
     def encode(self, text: str) -> np.ndarray:
         return np.array(

@@ -9,13 +9,14 @@ from __future__ import annotations
 import dataclasses
 import glob
 import pathlib
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from jaxalign import remote
 from jaxalign.data.bad_rows import BadRow, FieldError, nearest
 from jaxalign.data.cache import file_sha256
-from jaxalign.data.jsonl import read_jsonl
+from jaxalign.data.jsonl import TABLES, check_format, read_jsonl
 from jaxalign.prepare import heavy
 from jaxalign.prepare import tasks as tasks_lib
 
@@ -85,7 +86,8 @@ def find_source(data: str, *, split: str = "train", task: str | None = None) -> 
         if files := _expand(rest):
             return _files(files, tasks_lib.get_task(name))
         raise FileNotFoundError(_no_file(rest))
-    looks_like_file = "/" in data or pathlib.Path(data).suffix in _READERS
+    suffix = pathlib.Path(data.removesuffix(".gz")).suffix
+    looks_like_file = "/" in data or suffix in _READERS or suffix.lower() in TABLES
     if looks_like_file:
         raise FileNotFoundError(_no_file(data))
     known = tasks_lib.known_tasks()
@@ -96,7 +98,7 @@ def find_source(data: str, *, split: str = "train", task: str | None = None) -> 
     raise FileNotFoundError(
         f"No file, task or seqio task is called {data!r}"
         f"{nearest(data, [*known, *_seqio_names()])}. Tasks: {list(known)}. A seqio "
-        "task of your own needs its module in MIXTURE_OR_TASK_MODULE."
+        "task of your own needs its module or file in MIXTURE_OR_TASK_MODULE."
     )
 
 
@@ -121,7 +123,8 @@ def _files(files: list[str], task: tasks_lib.Task | None) -> Source:
     if not files:
         raise FileNotFoundError("No file matches DATA.")
     for file in files:
-        _reader(file)
+        if _reader(file) is read_jsonl:
+            check_format(file)
     # Row keys carry the short name where it tells the files apart.
     names = [pathlib.PurePath(file).name for file in files]
     short = len(set(names)) == len(names)
@@ -164,6 +167,8 @@ def _no_file(data: str) -> str:
 def _reader(file: str) -> Callable[[str], Iterator[Any]]:
     path = pathlib.PurePath(file)
     suffix = path.suffix if path.suffix != ".gz" else pathlib.PurePath(path.stem).suffix
+    if suffix.lower() in TABLES:
+        check_format(file)  # says what to do with a table
     if suffix not in _READERS or (path.suffix == ".gz" and suffix in _PACKED):
         raise ValueError(
             f"{file} is of no known kind; expected one of {sorted(_READERS)}"
@@ -279,10 +284,10 @@ def _is_seqio(name: str) -> bool:
 
 
 def _seqio_names() -> list[str]:
-    # Only looked up when nothing else has the name: the import takes seconds.
-    try:
-        from jaxalign.prepare import seqio_tasks
-
-        return seqio_tasks.registered_names()
-    except ImportError:
+    # Whoever registered a task has imported seqio to do so. Importing it here would
+    # take half a minute, TensorFlow with it, to find nothing.
+    if "seqio" not in sys.modules:
         return []
+    from jaxalign.prepare import seqio_tasks
+
+    return seqio_tasks.registered_names()

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from jaxalign.data.bad_rows import BadRows
+from jaxalign.data.bad_rows import BadRows, quoted
 from jaxalign.data.cache import TokenizedCache
 from jaxalign.data.rows import Index, Row
 from jaxalign.vocabularies import UNK_ID
 
 _PERCENTILES = (50, 90, 99)
+_SHOWN_PROBLEMS = 20
 
 
 @dataclasses.dataclass
@@ -76,6 +78,7 @@ def source_counts(
         "responses_left_out": responses_left_out,
         "rejected_by_problem": dict(bad.by_problem),
         "first_rejected": [str(row) for row in bad.first],
+        "rejected_rows": bad.listing.name if bad.listing and bad.total else None,
     }
 
 
@@ -131,8 +134,11 @@ def describe(
         if source["responses_left_out"]:
             count = f"{source['responses_left_out']:,} of rows kept"
             lines.append(("  responses left out", count))
-        for problem, count in source["rejected_by_problem"].items():
-            lines.append(("  rejected", f"{count:,} x {problem}"))
+        problems = sorted(source["rejected_by_problem"].items(), key=lambda p: -p[1])
+        for problem, count in problems[:_SHOWN_PROBLEMS]:
+            lines.append(("  rejected", f"{count:,} x {quoted(problem)}"))
+        if len(problems) > _SHOWN_PROBLEMS:
+            lines.append(("  rejected", f"for {len(problems):,} reasons in all"))
     index = cache.index
     pairs = int(index.num_pairs.sum())
     lines.append(("rows in this split", f"{len(cache):,}"))
@@ -161,7 +167,12 @@ def describe(
     if rejected:
         more = source["rows_rejected"] - len(rejected)
         tail = [f"... and {more} more"] if more else []
-        table += "\n" + "\n".join([*rejected, *tail])
+        table += "\n" + "\n".join([*map(quoted, rejected), *tail])
+    if name := source.get("rejected_rows"):
+        # Beside the folders of the splits, if this cache is where it was made.
+        listing = cache.path.parent / pathlib.PurePath(name).name
+        if listing.is_file():
+            table += f"\nAll rejected rows are listed in {listing}"
     return table
 
 

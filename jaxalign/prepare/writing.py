@@ -43,6 +43,7 @@ def write_splits(
     eval_fraction: float = 0.0,
     seed: int = 0,
     max_rows: int | None = None,
+    listing: pathlib.Path | None = None,
 ) -> None:
     """Writes a cache for each split, all or none.
 
@@ -60,6 +61,7 @@ def write_splits(
         chance gives one side nothing, that side gets one prompt.
       seed: of the split.
       max_rows: reads only the first so many rows.
+      listing: a JSON Lines file for all bad rows, if there are any.
 
     Raises:
       DataError: when there are bad rows and they are not to be skipped.
@@ -67,11 +69,12 @@ def write_splits(
     """
 
     def attempt(cut: float) -> None:
-        bad = BadRows()
+        bad = BadRows(listing)
         tallies = {name: Tally() for name in targets}
         read = kept = left_out = responses_left_out = 0
         lowest, highest = 1.0, 0.0
         with contextlib.ExitStack() as stack:
+            stack.callback(bad.close)
             writers = {
                 name: stack.enter_context(
                     CacheWriter(
@@ -93,6 +96,7 @@ def write_splits(
                 if isinstance(item, BadRow):
                     bad.add(item)
                     continue
+                bad.kept += 1
                 if bad.total and on_bad_row == "error":
                     continue  # nothing will be written: only the report goes on
                 if isinstance(item, Encoded):

@@ -229,6 +229,7 @@ def load_policy(path: str | Path, shardings: Any = None) -> Policy:
     folder = resolve(path)
     meta = read_meta(folder)
     model = models.T5(models.T5Config(**meta["model"]))
+    _log.info("Network of %s: %s", path, models.describe(model))
     shapes = jax.eval_shape(lambda: models.init_params(model, jax.random.key(0)))
     if shardings is None:
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])

@@ -32,7 +32,8 @@ class Dataset:
       field_map: our field names to the file's.
       desirable_above: rewards above it are thumbs up where a row has no label.
       task_options: options of a registered data set, such as UltraFeedback's aspect.
-      module: a Python module to import first, which registers seqio tasks.
+      module: a Python module, or a file ``path/to/tasks.py``, to import first; it
+        registers seqio tasks.
       on_bad_row: ``"error"`` stops with a list of the bad rows; ``"skip"`` counts them.
       packing: an encoder row holds ``packing * inputs`` tokens, and each of its
         decoder rows ``packing * targets``; None puts one example in each row.
@@ -78,6 +79,13 @@ class Dataset:
                 "--gin.DATA=\"'my.jsonl'\") and MIXTURE_OR_TASK_NAME (a registered "
                 f"task); got {self.data!r} and {self.mixture_or_task_name!r}."
             )
+        for name, value in (("DATA", self.data), ("EVAL_DATA", self.eval_data)):
+            if isinstance(value, list | tuple | set):
+                raise ValueError(
+                    f"{name} must be one text, got a {type(value).__name__}: name "
+                    "several files with a glob, 'part-*.jsonl', or DATA as a mixture, "
+                    "{'a.jsonl': 1.0, 'b.jsonl': 1.0}."
+                )
         lengths = dict(self.feature_lengths)
         if set(lengths) != {"inputs", "targets"} or min(lengths.values()) < 2:
             raise ValueError(

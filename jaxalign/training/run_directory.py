@@ -10,6 +10,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from jaxalign.data.jsonl import read_json
+
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 _NAME = "manifest.json"
 
@@ -29,7 +31,7 @@ def write_atomically(path: str | Path, text: str) -> None:
 def read_manifest(run_dir: str | Path) -> dict[str, Any]:
     """The manifest of a run, empty if it has none yet."""
     path = Path(run_dir) / _NAME
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return read_json(path) if path.exists() else {}
 
 
 def update_manifest(run_dir: str | Path, **entries: Any) -> None:

@@ -1,0 +1,110 @@
+"""A user's own Python, named on the command line or in gin: a module or a file.
+
+``package.module`` is looked up on the Python path, then in the working folder, where a
+console script would not look. ``path/to/file.py`` is run as a module of its own.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib
+import importlib.util
+import os
+import pathlib
+import pkgutil
+import sys
+from collections.abc import Iterable
+from types import ModuleType
+
+
+def load_module(name: str, *, asked_as: str | None = None) -> ModuleType:
+    """The module that a user named.
+
+    Args:
+      name: ``package.module`` or ``path/to/file.py``. A file is run once as long as its
+        content stays the same.
+      asked_as: what the user wrote, for messages; `name` if None.
+
+    Raises:
+      ValueError: when there is no such module or file, with the nearest names. What
+        the module itself raises comes through.
+
+    >>> load_module("math").sqrt(9.0)
+    3.0
+    """
+    asked_as = asked_as or name
+    if name.endswith(".py"):
+        return _run_file(asked_as, pathlib.Path(name).expanduser())
+    here = os.getcwd()
+    if here not in sys.path and "" not in sys.path:
+        sys.path.append(here)  # last: nothing there stands in for an installed package
+        importlib.invalidate_caches()
+    return _import(asked_as, name)
+
+
+def fingerprint(module: ModuleType) -> str:
+    """SHA-256 of a module's own file: it changes when its code does."""
+    file = getattr(module, "__file__", None)
+    content = pathlib.Path(file).read_bytes() if file else b""
+    return hashlib.sha256(content).hexdigest()
+
+
+def hint(name: str, names: Iterable[str]) -> str:
+    """`` Did you mean 'x'?`` for the nearest names, or nothing."""
+    near = difflib.get_close_matches(name, list(names), n=3)
+    return f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+
+
+def _import(asked_as: str, module: str) -> ModuleType:
+    """Imports a dotted module, and says which of its parts is missing."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        missing = error.name or ""
+        if not f"{module}.".startswith(f"{missing}."):
+            raise  # the module is there; something that it imports is not
+        parent, _, name = missing.rpartition(".")
+        path = None  # the top level
+        names: list[str] = []
+        if parent:
+            package = importlib.import_module(parent)
+            if not hasattr(package, "__path__"):
+                raise ValueError(
+                    f"Cannot resolve {asked_as!r}: {parent!r} is a module, not a "
+                    f"package; use '{parent}:function'."
+                ) from error
+            path = package.__path__
+        else:
+            names += sys.stdlib_module_names
+        names += [found.name for found in pkgutil.iter_modules(path)]
+        raise ValueError(
+            f"Cannot resolve {asked_as!r}: no module named {missing!r}."
+            f"{hint(name, names)} Modules are looked up on the Python path and in the "
+            "working folder; a file is named with its '.py': 'path/to/file.py'."
+        ) from error
+
+
+def _run_file(asked_as: str, path: pathlib.Path) -> ModuleType:
+    if not path.is_file():
+        folder = path.parent
+        files = [p.name for p in folder.glob("*.py")] if folder.is_dir() else []
+        raise ValueError(
+            f"Cannot resolve {asked_as!r}: no file {path}.{hint(path.name, files)}"
+        )
+    path = path.resolve()
+    digest = hashlib.sha256(bytes(path) + b"\0" + path.read_bytes()).hexdigest()
+    # A name of its own: a file called json.py stands in for nothing. It is among the
+    # modules while it runs, as dataclasses look their annotations up there.
+    name = f"{path.stem}_{digest[:12]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module

@@ -1,0 +1,73 @@
+"""A user's own Python: found where it is, run once, named when it is missing."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from jaxalign import user_code
+from jaxalign.evaluation import judges
+
+JUDGE = """
+from __future__ import annotations
+import dataclasses
+
+@dataclasses.dataclass
+class Rubric:
+    words: int = 6
+
+RUNS = []
+
+def score(prompt, response):
+    return -abs(len(response.split()) - Rubric().words)
+"""
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p])
+    return tmp_path
+
+
+def test_a_file_may_hold_dataclasses_under_postponed_annotations(folder):
+    (folder / "json.py").write_text(JUDGE)  # a name that stands in for nothing
+    assert judges.resolve_callable("json.py:score")("p", "a b") == -4
+    import json
+
+    assert json.loads("1") == 1
+
+
+def test_a_file_is_run_once_until_it_changes(folder):
+    (folder / "mine.py").write_text(JUDGE)
+    module = user_code.load_module("mine.py")
+    assert user_code.load_module(str(folder / "mine.py")) is module
+    first = user_code.fingerprint(module)
+    (folder / "mine.py").write_text(JUDGE + "\nCHANGED = True\n")
+    assert user_code.load_module("mine.py").CHANGED
+    assert user_code.fingerprint(module) != first
+
+
+def test_what_a_file_raises_comes_through_every_time(folder):
+    (folder / "broken.py").write_text("raise RuntimeError('mine')")
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="mine"):
+            user_code.load_module("broken.py")
+
+
+def test_modules_of_the_working_folder_are_found_last(folder):
+    (folder / "own_tasks_of_mine.py").write_text("HERE = 1\n")
+    (folder / "textwrap.py").write_text("raise RuntimeError\n")
+    assert user_code.load_module("own_tasks_of_mine").HERE == 1
+    assert judges.resolve_callable("textwrap:dedent")(" a") == "a"
+
+
+def test_missing_modules_and_files_name_the_nearest(folder):
+    (folder / "judge.py").write_text(JUDGE)
+    with pytest.raises(ValueError, match=r"no file jugde\.py\. Did you mean 'judge\.py"):
+        user_code.load_module("jugde.py")
+    with pytest.raises(ValueError, match="no module named 'jugde'. Did you mean"):
+        user_code.load_module("jugde")
+    with pytest.raises(ValueError, match="'judge' has no 'scor'. Did you mean 'score'"):
+        judges.resolve_callable("judge.py:scor")

@@ -1,8 +1,8 @@
 """A study: stages that know what they depend on, in one folder.
 
-A stage is a function that writes a file, or a training run. Its *key* is everything its
+A stage is a function that writes a file, or a training run. Its *key* is all that its
 output depends on: the function's name and source, the content of its input files and
-runs, its numbers. ``manifest.json`` keeps the key of every stage beside a digest of what
+runs, its numbers. ``manifest.json`` keeps every stage's key beside a digest of what
 it made, so the same program started again
 
 * keeps a finished stage whose key is the same, whatever randomness made its output;

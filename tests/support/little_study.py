@@ -15,7 +15,6 @@ from pathlib import Path
 
 from jaxalign.pipelines.study import Study
 
-
 MOMENTS = (
     "numbers.txt:half",
     "numbers.txt:end",

@@ -33,7 +33,7 @@ compare: install
 	$(BIN)/jaxalign compare
 
 bench: $(VENV)/.installed-test
-	$(BIN)/jaxalign bench $(BENCH_ARGS)
+	$(BIN)/python -m benchmarks.steps $(BENCH_ARGS)
 
 install: $(VENV)/.installed
 

@@ -89,6 +89,9 @@ CONSTRAINTS = ["outlines-core>=0.2.14"]
 # The HTTP API.
 SERVE = ["starlette>=1.0", "uvicorn>=0.40"]
 
+# Teachers behind HTTP: the official client.
+TEACHERS = ["openai>=2"]
+
 # `prepare` on Apache Beam. Not among TEST: it refuses pillow 13, protobuf 7 and pyarrow
 # 26, with which the tests run; `make test-beam` has its own environment, of
 # constraints-beam.txt.
@@ -149,6 +152,7 @@ setup(
         "plots": PLOTS,
         "constraints": CONSTRAINTS,
         "serve": SERVE,
+        "teachers": TEACHERS,
         "beam": BEAM,
         "plan": PLAN,
         "remote": REMOTE,

@@ -27,6 +27,7 @@ FLOORS = [
     {"decoding."},
     {"objectives.", "data."},
     {"training.", "evaluation.", "prepare."},
+    {"teachers."},
     {"pipelines."},
     {"cli."},
 ]

@@ -25,7 +25,6 @@ jaxalign VERB [--gin_file=FILE ...] [--gin.NAME=VALUE ...] [flags]
   data         check and prepare: --gin_file=runs/dpo.gin --gin.DATA="'my.jsonl'"
   tasks        list the registered data sets and the gin files
   plan         what a run needs of a pod, without the pod: --topology=v5e:4x4
-  bench        how fast steps are on this machine, beside peers and its limit
   report       one HTML page about runs: RUN_DIR...
   iterate      rounds of sampling, judging and training: --prompts=FILE --judge=...
   compare      every objective on embedded data at equal compute
@@ -91,7 +90,6 @@ _VERBS: dict[str, Callable[[list[str]], int]] = {
     "data": training.data,
     "plan": training.plan,
     "tasks": overview.tasks,
-    "bench": overview.bench,
     "report": overview.report,
     "iterate": training.iterate,
     "compare": overview.compare,

@@ -1,8 +1,6 @@
-"""Verbs that list, measure, compare and report."""
+"""Verbs that list, compare and report."""
 
 from __future__ import annotations
-
-import sys
 
 from jaxalign import configs
 from jaxalign.cli.flags import verb_parser
@@ -22,41 +20,6 @@ def tasks(argv: list[str]) -> int:
     for name in configs.available():
         print(f"  {name}")
     return 0
-
-
-def bench(argv: list[str]) -> int:
-    from jaxalign.benchmarking import suite
-
-    parser = verb_parser(
-        "bench", "Time steps on this machine; see docs/performance.md."
-    )
-    parser.add_argument(
-        "--cases",
-        type=lambda text: tuple(text.split(",")),
-        default=(),
-        help="comma-separated; default: those with targets",
-    )
-    parser.add_argument("--all", action="store_true", help="cases without targets too")
-    parser.add_argument("--steps", type=int, default=6, help="timed in each round")
-    parser.add_argument("--rounds", type=int, default=2, help="of case and peer")
-    parser.add_argument("--output", default="benchmarks/results.json")
-    parser.add_argument(
-        "--check",
-        action="store_true",
-        help="compare with --output instead of writing it; status 1 if slower",
-    )
-    args = parser.parse_args(argv)
-    found = suite.run(
-        args.cases,
-        everything=args.all,
-        steps=args.steps,
-        rounds=args.rounds,
-        output=args.output,
-        check=args.check,
-    )
-    for line in found:
-        print(f"slower: {line}", file=sys.stderr)
-    return 1 if found else 0
 
 
 def report(argv: list[str]) -> int:

@@ -115,16 +115,11 @@ def html(plan: dict[str, Any], title: str = "Plan") -> str:
         f"<li>{escaping.escape(line)}</li>"
         for line in plan["candidates"][0]["assumptions"]
     )
-    title = escaping.escape(title)
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
-        "style-src 'unsafe-inline'\">"
-        f"<title>{title} · jaxalign</title><style>{style.CSS}</style></head><body>"
-        f"<main><h1>{title}</h1><p class='sub'>Memory and bytes sent are per device; "
-        "a star marks the cheapest mesh that fits.</p>"
+    return style.page(
+        title,
+        f"<h1>{escaping.escape(title)}</h1><p class='sub'>Memory and bytes sent are "
+        "per device; a star marks the cheapest mesh that fits.</p>"
         f"<div class='scroll'><table><thead><tr>{head}</tr></thead>"
         f"<tbody>{body}</tbody></table></div>{notes}"
-        f"<h2>Assumed</h2><ul>{assumed}</ul></main></body></html>\n"
+        f"<h2>Assumed</h2><ul>{assumed}</ul>",
     )

@@ -92,16 +92,7 @@ def _page(title: str, runs: list[run_files.Run], tables: list) -> str:
         parts += ["<h2>Where a step's time goes</h2>", where]
     parts += ["<h2>Samples</h2>", sections.samples(runs)]
     parts += ["<h2>Settings</h2>", sections.runs_table(runs), sections.configs(runs)]
-    # The policy forbids every request, so that the page cannot depend on a network.
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
-        "style-src 'unsafe-inline'; script-src 'unsafe-inline'\">"
-        f"<title>{html.escape(title)} · jaxalign</title><style>{style.CSS}</style>"
-        f"</head><body><main>{''.join(parts)}</main>"
-        f"<script>{style.SCRIPT}</script></body></html>\n"
-    )
+    return style.page(title, "".join(parts))
 
 
 def _missing(runs: list[run_files.Run]) -> str:

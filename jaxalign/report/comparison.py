@@ -46,14 +46,8 @@ def write(path: Path, results: Mapping[str, Any], *, steps: int, split: str) -> 
         "percent, ties counted half. Rows are sorted by reward.</p>",
         _matrix(table, wins),
     ]
-    write_atomically(
-        path,
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>Objectives compared · jaxalign</title><style>{style.CSS}"
-        "figure img{max-width:100%;height:auto;background:#fff}</style></head>"
-        f"<body><main>{''.join(parts)}</main></body></html>\n",
-    )
+    css = "figure img{max-width:100%;height:auto;background:#fff}"
+    write_atomically(path, style.page("Objectives compared", "".join(parts), css))
 
 
 def pyplot() -> Any:

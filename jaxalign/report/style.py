@@ -1,4 +1,6 @@
-"""The report's style sheet and its one script; both are written into the page."""
+"""The shell of every page: its style sheet and its one script, written into it."""
+
+import html
 
 _LIGHT = (
     "#2563eb", "#e06c0a", "#15803d", "#be27a0", "#d32f3f",
@@ -159,3 +161,15 @@ for (const svg of document.querySelectorAll("svg.curves")) {
   });
 }
 """
+
+
+def page(title: str, body: str, css: str = "") -> str:
+    """A whole page that needs no network, and is forbidden to ask for any."""
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">'
+        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
+        "img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'\">"
+        f"<title>{html.escape(title)} · jaxalign</title><style>{CSS}{css}</style>"
+        f"</head><body><main>{body}</main><script>{SCRIPT}</script></body></html>\n"
+    )

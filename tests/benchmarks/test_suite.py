@@ -7,9 +7,9 @@ import json
 import numpy as np
 import pytest
 
-from jaxalign import cli
-from jaxalign.benchmarking import cases, peers, suite, synthetic, worker
-from jaxalign.benchmarking.results import Result, read, slower, write
+from benchmarks.steps import cases, peers, suite, synthetic, worker
+from benchmarks.steps.__main__ import main
+from benchmarks.steps.results import Result, read, slower, write
 
 TINY = cases.step_case(
     "tiny", "dpo", "tiny", batch=8, inputs=16, targets=8, peer="peer.py", target=2.0
@@ -93,17 +93,17 @@ def test_the_verb_measures_writes_and_checks(peer, tmp_path, monkeypatch, capsys
     monkeypatch.setattr(cases, "STEPS", (TINY,))
     output = tmp_path / "results.json"
     flags = ["--cases=tiny", "--steps=1", "--rounds=1", f"--output={output}"]
-    assert cli.main(["bench", *flags]) == 0
+    assert main([*flags]) == 0
     assert "tiny" in capsys.readouterr().out
     recorded = json.loads(output.read_text())
     recorded[0]["ratio"] *= 100
     output.write_text(json.dumps(recorded))
-    assert cli.main(["bench", "--check", *flags]) == 1
+    assert main(["--check", *flags]) == 1
     assert "slower: tiny" in capsys.readouterr().err
 
 
 def test_an_unknown_case_names_the_nearest(capsys):
-    assert cli.main(["bench", "--cases=dpo-smal-cached"]) == 2
+    assert main(["--cases=dpo-smal-cached"]) == 2
     assert "dpo-small-cached" in capsys.readouterr().err
 
 

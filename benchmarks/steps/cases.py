@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-# Peers' scripts print "median 1.234s"; see `jaxalign.benchmarking.peers`.
+# Peers' scripts print "median 1.234s"; see `benchmarks.steps.peers`.
 TORCH_DPO = "peer_torch_dpo.py"
 T5X_SFT = "peer_t5x_sft.py"
 
@@ -33,7 +33,7 @@ class Case:
     devices: tuple[str, ...] = ("cpu", "gpu", "tpu")
 
     def request(self, steps: int) -> dict[str, Any]:
-        """What `jaxalign.benchmarking.worker` is asked."""
+        """What `benchmarks.steps.worker` is asked."""
         return {
             "kind": "train_step",
             "gin_files": list(self.gin_files),

@@ -1,4 +1,4 @@
-"""One measurement in a process of its own: ``python -m jaxalign.benchmarking.worker``.
+"""One measurement in a process of its own: ``python -m benchmarks.steps.worker``.
 
 Reads a JSON object from standard input and prints one as its last line. A process per
 measurement, so that memory is that measurement's alone and nothing compiled before it
@@ -20,9 +20,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.steps import synthetic
 from jaxalign import configs
 from jaxalign.batch import REFERENCE_FIELDS
-from jaxalign.benchmarking import synthetic
 from jaxalign.planning import flops, programs
 from jaxalign.training import inputs
 from jaxalign.training import mesh as meshes
@@ -87,7 +87,7 @@ def train_step(
         device; else one batch of random tokens without padding, on the device already.
 
     Returns:
-      Seconds of each step, and what `jaxalign.benchmarking.cases` makes of them.
+      Seconds of each step, and what `benchmarks.steps.cases` makes of them.
     """
     run = configured_run(gin_files, bindings, not data)
     mesh = meshes.make_mesh(**(run.mesh or {}))

@@ -10,8 +10,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from jaxalign.benchmarking import cases
-from jaxalign.benchmarking.results import Result
+from benchmarks.steps import cases
+from benchmarks.steps.results import Result
 
 _PIECES = 4000
 
@@ -91,7 +91,7 @@ def _request(
 
 def packed(steps: int, _: int) -> Result:
     """Real tokens per second of a DPO step, rows packed against rows padded."""
-    from jaxalign.benchmarking.suite import measure
+    from benchmarks.steps.suite import measure
 
     rates, found = {}, {}
     for name, packing in (("padded", None), ("packed", 1)):
@@ -122,7 +122,7 @@ def packed(steps: int, _: int) -> Result:
 
 def input_pipeline(steps: int, _: int) -> Result:
     """Real tokens per second of the feed alone, against a base DPO step."""
-    from jaxalign.benchmarking.suite import measure
+    from benchmarks.steps.suite import measure
 
     request = _request(1, "base", inputs=128, targets=128, batch=1)
     feed = measure({"kind": "feed"} | request)
@@ -143,7 +143,7 @@ def input_pipeline(steps: int, _: int) -> Result:
 
 def examples_growth(_: int, rounds: int) -> Result:
     """Seconds per real token of the feed with 100,000 examples, against 1,000."""
-    from jaxalign.benchmarking.suite import measure
+    from benchmarks.steps.suite import measure
 
     counts = (1_000, 10_000, 100_000)
     found: dict[int, list[dict[str, Any]]] = {count: [] for count in counts}

@@ -13,21 +13,21 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxalign.benchmarking import cases, peers, ragged
-from jaxalign.benchmarking.results import Result, read, slower, table, write
+from benchmarks.steps import cases, peers, ragged
+from benchmarks.steps.results import Result, read, slower, table, write
 from jaxalign.data.bad_rows import nearest
 
 _log = logging.getLogger(__name__)
 
 
 def measure(request: dict[str, Any]) -> dict[str, Any]:
-    """What a worker process finds; see `jaxalign.benchmarking.worker`.
+    """What a worker process finds; see `benchmarks.steps.worker`.
 
     Raises:
       RuntimeError: with its last message, where it fails.
     """
     done = subprocess.run(
-        [sys.executable, "-m", "jaxalign.benchmarking.worker"],
+        [sys.executable, "-m", "benchmarks.steps.worker"],
         input=json.dumps(request),
         capture_output=True,
         text=True,

@@ -1,0 +1,360 @@
+"""A study: stages that know what they depend on, in one folder.
+
+A stage is a function that writes a file, or a training run. Its *key* is all that its
+output depends on: the function's name and source, the content of its input files and
+runs, its numbers. ``manifest.json`` keeps every stage's key beside a digest of what
+it made, so the same program started again
+
+* keeps a finished stage whose key is the same, whatever randomness made its output;
+* goes on with one that was killed;
+* refuses another key, naming what differs, unless the stage is to be made again
+  (``redo``), and with it each later one whose inputs come out different.
+
+    study = Study("runs/mine", redo=("judged",))
+    samples = study.file("samples.jsonl", sample, checkpoint=Path("runs/sft"), n=4)
+    judged = study.lines("judged.jsonl", judge, rows(samples), after=samples)
+    policy = study.train("dpo", ["runs/dpo.gin"], DATA=judged, TRAIN_STEPS=100)
+    study.page("Mine")
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import hashlib
+import inspect
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from jaxalign import remote
+from jaxalign.data.cache import file_sha256
+from jaxalign.training import run_directory
+
+_ABSENT = "(absent)"
+
+
+class Study:
+    """Stages in a folder, each made once.
+
+    Args:
+      run_dir: the folder; made if it is missing.
+      redo: stages to make again, by name. Later ones are made again too where their
+        inputs come out different; after a kill, without being asked a second time.
+      say: told one line a stage; `print` by default, None for silence.
+
+    Raises:
+      ValueError: when `redo` names a stage that the folder does not have, with the
+        nearest.
+
+    >>> import tempfile
+    >>> folder = tempfile.mkdtemp()
+    >>> def write(output, text):
+    ...     output.write_text(text)
+    >>> study = Study(folder, say=None)
+    >>> study.file("hello.txt", write, text="hello").read_text()
+    'hello'
+    >>> Study(folder, say=None).file("hello.txt", write, text="hello").name
+    'hello.txt'
+    """
+
+    def __init__(
+        self,
+        run_dir: str | Path,
+        *,
+        redo: Sequence[str] = (),
+        say: Callable[[str], None] | None = print,
+    ):
+        self.folder = remote.local_only(run_dir, "The folder of a study").absolute()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        saved = run_directory.read_manifest(self.folder)
+        self.stages: dict[str, dict[str, Any]] = saved.get("stages", {})
+        for name in redo:
+            if name not in self.stages:
+                near = difflib.get_close_matches(name, self.stages, 1, 0.0)
+                hint = f" Did you mean {near[0]!r}?" if near else " It has none yet."
+                raise ValueError(f"{self.folder} has no stage {name!r} to redo.{hint}")
+        self._redo = set(redo)
+        self._say = say or (lambda line: None)
+        self._seen: list[str] = []
+
+    # ---- The three kinds of stages --------------------------------------------------
+
+    def file(self, name: str, function: Callable[..., Any], **inputs: Any) -> Path:
+        """A file written by ``function(output=path, **inputs)``.
+
+        Args:
+          name: of the file in the study's folder; it may hold slashes.
+          function: writes the file whole, or resumes what a killed call of its own
+            left. Its source is part of the key, that of what it calls is not.
+          **inputs: a `Path` counts by the content of its file or run, anything else
+            by its ``repr`` as JSON.
+
+        Returns:
+          The file's path.
+
+        Raises:
+          ValueError: when the stage was made with other inputs, or when its output is
+            no longer what was made.
+        """
+        path = self.folder / name
+        with self._stage(name, path, _function_key(function), inputs) as needed:
+            if needed:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                function(output=path, **inputs)
+                if not path.is_file():
+                    raise ValueError(
+                        f"The stage {name!r} ended without writing {path}: its "
+                        "function must write the path it is given as `output`."
+                    )
+        return path
+
+    def lines(
+        self,
+        name: str,
+        function: Callable[..., Sequence[Any]],
+        items: Sequence[Any],
+        *,
+        batch: int = 64,
+        **inputs: Any,
+    ) -> Path:
+        """A JSON Lines file that grows by batches, and goes on after a kill.
+
+        What is written stays: a judge that never says the same twice resumes without
+        being asked again.
+
+        Args:
+          name: of the file.
+          function: ``function(items, **inputs)`` returns one JSON value an item.
+          items: JSON values; they are part of the key.
+          batch: items a call.
+          **inputs: as in `file`.
+        """
+
+        def grow(output: Path, **own: Any) -> None:
+            partial = output.with_name(f"{output.name}.partial")
+            written = _whole_lines(partial)
+            done = written - written % batch  # a batch is written whole or made again
+            _keep_lines(partial, done)
+            with open(partial, "a", encoding="utf-8") as file:
+                starts = range(done, len(items), batch)
+                for start in tqdm(starts, name, disable=None, leave=False):
+                    asked = items[start : start + batch]
+                    found = function(asked, **own)
+                    if len(found) != len(asked):
+                        raise ValueError(
+                            f"The stage {name!r} gave {len(found)} values for "
+                            f"{len(asked)} items: expected one an item."
+                        )
+                    file.writelines(
+                        json.dumps(v, allow_nan=False) + "\n" for v in found
+                    )
+                    file.flush()
+                    os.fsync(file.fileno())
+            os.replace(partial, output)
+
+        path = self.folder / name
+        counted = {**inputs, "items": _digest(list(items)), "batch": batch}
+        with self._stage(name, path, _function_key(function), counted) as needed:
+            if needed:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                grow(path, **inputs)
+        return path
+
+    def train(
+        self,
+        name: str,
+        gin_files: Sequence[str],
+        *,
+        bindings: Sequence[str] = (),
+        search_paths: Sequence[str | Path] = (),
+        **macros: Any,
+    ) -> Path:
+        """A training run in ``folder / name``: ``jaxalign train`` with these settings.
+
+        Args:
+          name: of the run directory.
+          gin_files: as in ``--gin_file``.
+          bindings: ``"NAME = VALUE"`` as gin spells it, before `macros`.
+          search_paths: folders to look for gin files in.
+          **macros: values of gin macros; a `Path` counts by content.
+
+        Returns:
+          The run directory.
+        """
+        from jaxalign import configs
+        from jaxalign.training import train as loop
+
+        path = self.folder / name
+        values = {
+            k: str(v) if isinstance(v, Path) else v
+            for k, v in {**macros, "MODEL_DIR": path}.items()
+        }
+        spelt = [*bindings, *(f"{k} = {v!r}" for k, v in values.items())]
+        read = configs.parse(gin_files, spelt, search_paths)
+        text = configs.config_str()
+        own = {f"file {p.name}": file_sha256(p) for p in read}
+        own |= {"bindings": list(bindings)} if bindings else {}
+        with self._stage(name, path, own, macros) as needed:
+            if needed:
+                loop.train(configs.configured(loop.Run)(), text)
+        return path
+
+    # ---- What a stage is ------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _stage(
+        self, name: str, path: Path, own: dict[str, Any], inputs: dict[str, Any]
+    ) -> Iterator[bool]:
+        """Yields whether the stage has to be made; then records what it made."""
+        if name in self._seen:
+            raise ValueError(f"Two stages of this study are called {name!r}.")
+        self._seen.append(name)
+        key = own | {k: self._identity(v) for k, v in inputs.items()}
+        key = json.loads(json.dumps(key))  # as it comes back from the manifest
+        saved = self.stages.get(name, {})
+        follows = saved.get("stale", False) and saved["key"] != key
+        if name in self._redo:
+            self._outdate(after=name)
+        if name in self._redo or follows or not _begun(path):
+            _remove(path)
+            saved = {}
+        elif saved.get("key") != key:
+            raise ValueError(self._differing(name, saved.get("key", {}), key))
+        if saved.get("status") == "finished":
+            if saved["output"] != content(path):
+                raise ValueError(
+                    f"{path} is no longer what the stage {name!r} made. Put it back, "
+                    f"or give --redo={name} to make it again."
+                )
+            self._say(f"[{len(self._seen)}] {name}: kept")
+            yield False
+            return
+        self._record(name, key=key, status="running")
+        verb = "goes on" if saved else "begins"
+        self._say(f"[{len(self._seen)}] {name}: {verb}")
+        started = time.monotonic()
+        yield True
+        seconds = round(time.monotonic() - started, 3)
+        self._record(
+            name, key=key, status="finished", output=content(path), seconds=seconds
+        )
+        self._say(f"[{len(self._seen)}] {name}: made in {seconds:.1f} s")
+
+    def _identity(self, value: Any) -> Any:
+        if isinstance(value, Path):
+            return content(value)
+        if isinstance(value, list | tuple):
+            return [self._identity(v) for v in value]
+        if isinstance(value, dict):
+            return {str(k): self._identity(v) for k, v in value.items()}
+        if callable(value):
+            return _function_key(value)
+        return value
+
+    def _differing(self, name: str, then: dict[str, Any], now: dict[str, Any]) -> str:
+        lines = [
+            f"{k}: then {then.get(k, _ABSENT)!r}, now {now.get(k, _ABSENT)!r}"
+            for k in sorted({*then, *now})
+            if then.get(k, _ABSENT) != now.get(k, _ABSENT)
+        ]
+        return (
+            f"The stage {name!r} in {self.folder} was made with other inputs: "
+            f"{'; '.join(lines)}. Give another folder, the inputs of then, or "
+            f"--redo={name} to make it again, and what follows from it."
+        )
+
+    def _record(self, name: str, **entry: Any) -> None:
+        self.stages[name] = {**entry, "number": len(self._seen)}
+        run_directory.update_manifest(self.folder, stages=self.stages)
+
+    def _outdate(self, after: str) -> None:
+        """Lets later stages be made again where their inputs come out different."""
+        number = self.stages[after]["number"]
+        for entry in self.stages.values():
+            entry["stale"] = entry["number"] > number
+        run_directory.update_manifest(self.folder, stages=self.stages)
+
+    # ---- One page -------------------------------------------------------------------
+
+    def page(self, title: str, body: str = "") -> Path:
+        """Writes ``study.html``: `body`, every stage, and the curves of its runs."""
+        from jaxalign.report import study as pages
+
+        stages = {name: self.stages[name] for name in self._seen}
+        return pages.write(self.folder, title, stages, body)
+
+
+def content(path: Path) -> str:
+    """What a path holds: SHA-256 of a file, the parameters' of a run directory.
+
+    Raises:
+      ValueError: when there is nothing, or a run without parameters.
+    """
+    if path.is_file():
+        return file_sha256(path)
+    if (path / "meta").is_dir():  # one checkpoint of a run
+        from jaxalign.training import checkpoints
+
+        return str(checkpoints.read_meta(path)["policy_fingerprint"])
+    fingerprint = run_directory.read_manifest(path).get("params_fingerprint")
+    if fingerprint is None:
+        raise ValueError(
+            f"{path} is neither a file nor the directory of a run that has saved its "
+            "parameters."
+        )
+    return str(fingerprint)
+
+
+def _function_key(function: Callable[..., Any]) -> dict[str, str]:
+    """A function's name and the digest of its source.
+
+    What knows better what it depends on says so by an attribute ``fingerprint``.
+    """
+    kind = function if hasattr(function, "__qualname__") else type(function)
+    key = {"function": f"{kind.__module__}:{kind.__qualname__}"}
+    if hasattr(function, "fingerprint"):
+        return key | {"fingerprint": function.fingerprint}
+    with contextlib.suppress(OSError, TypeError):  # typed at a prompt, or built in
+        key["source"] = _digest(inspect.getsource(kind))
+    return key
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _begun(path: Path) -> bool:
+    """Whether anything of a stage is on disk; if not, any key is a new one."""
+    return path.exists() or any(path.parent.glob(f"{path.name}.partial*"))
+
+
+def _remove(path: Path) -> None:
+    for found in [path, *path.parent.glob(f"{path.name}.partial*")]:
+        if found.is_dir():
+            shutil.rmtree(found)
+        else:
+            found.unlink(missing_ok=True)
+
+
+def _whole_lines(path: Path) -> int:
+    if not path.exists():
+        return 0
+    with open(path, "rb") as file:
+        return sum(line.endswith(b"\n") for line in file)
+
+
+def _keep_lines(path: Path, count: int) -> None:
+    """Cuts a file after so many lines."""
+    if not path.exists():
+        return
+    with open(path, "r+b") as file:
+        for _ in range(count):
+            file.readline()
+        file.truncate(file.tell())

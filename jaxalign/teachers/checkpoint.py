@@ -1,0 +1,60 @@
+"""A checkpoint of this library as a teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from jaxalign.decoding import Generator, Sampling
+from jaxalign.training import checkpoints
+
+
+class CheckpointTeacher:
+    """Samples from a run directory's policy, loaded when it is first asked.
+
+    Args:
+      path: a run directory or one of its checkpoints.
+      batch_size: prompts decoded at a time; changes no text.
+    """
+
+    def __init__(self, path: str, batch_size: int = 16):
+        self.path = path
+        self.batch_size = batch_size
+        meta = checkpoints.read_meta(checkpoints.resolve(path))
+        self.fingerprint = f"policy:{meta['policy_fingerprint']}"
+        self._policy: Any = None
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        *,
+        n: int = 1,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        max_tokens: int = 128,
+        stop: Sequence[str] = (),
+        seed: int = 0,
+    ) -> list[list[str | None]]:
+        """``n`` samples of each prompt, cut before the first stop."""
+        self._policy = self._policy or checkpoints.load_policy(self.path)
+        vocabulary = self._policy.vocabulary
+        tokens = [[*vocabulary.encode(p), vocabulary.eos_id] for p in prompts]
+        generator = Generator(
+            self._policy.model,
+            vocabulary,
+            max_prompt_length=max(map(len, tokens), default=1),
+            max_new_tokens=max_tokens,
+            num_samples=n,
+            sampling=Sampling(temperature, top_p=top_p),
+            batch_size=self.batch_size,
+            seed=seed,
+        )
+        return [
+            [_until(text, stop) for text in generation.texts]
+            for generation in generator(self._policy.params, tokens)
+        ]
+
+
+def _until(text: str, stop: Sequence[str]) -> str:
+    ends = [text.find(s) for s in stop if s in text]
+    return text[: min(ends)] if ends else text

@@ -1,0 +1,205 @@
+"""A teacher behind HTTP: any OpenAI-compatible server, and every paid answer kept."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import hashlib
+import logging
+import os
+import threading
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from jaxalign.teachers.recorded import Recording
+
+_log = logging.getLogger(__name__)
+
+# Where answers are kept, unless told otherwise.
+FOLDER = "~/.cache/jaxalign/answers"
+
+
+class HTTPTeacher:
+    """Chat completions of a server, asked for concurrently.
+
+    Retries with growing pauses, and a server's ``Retry-After``, are the official
+    client's. An answer is on disk before it is returned, and a request that was
+    answered is never sent again: what is generated twice is equal, and a job that was
+    killed goes on at no cost.
+
+    Args:
+      url: of the server's API, such as ``http://127.0.0.1:8000/v1``.
+      model: as the server calls it.
+      answers: the file where answers are kept; by default one for each address and
+        model in ``~/.cache/jaxalign/answers``.
+      api_key: by default ``OPENAI_API_KEY``; local servers need none.
+      system: a system message before every prompt.
+      concurrency: requests on the way at a time.
+      max_retries: of a request that failed in a way that may pass.
+      timeout: seconds for one request.
+
+    Attributes:
+      usage: how many requests, prompt tokens and completion tokens were paid for.
+
+    Raises:
+      ImportError: without the `openai` package, saying how to get it.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        *,
+        answers: str | Path | None = None,
+        api_key: str | None = None,
+        system: str | None = None,
+        concurrency: int = 8,
+        max_retries: int = 6,
+        timeout: float = 600.0,
+    ):
+        self.url, self.model, self.system = url.rstrip("/"), model, system
+        self.concurrency = concurrency
+        self.fingerprint = f"http:{self.url}#{model}#{system or ''}"
+        if answers is None:
+            digest = hashlib.sha256(self.fingerprint.encode()).hexdigest()[:16]
+            answers = Path(FOLDER).expanduser() / f"{digest}.jsonl"
+        self.answers = Recording(answers)
+        self.usage: Counter[str] = Counter()
+        self._usage_lock = threading.Lock()
+        self._client = _client(
+            base_url=self.url,
+            api_key=api_key or os.environ.get("OPENAI_API_KEY") or "none",
+            max_retries=max_retries,
+            timeout=timeout,
+        )
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        *,
+        n: int = 1,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        max_tokens: int = 128,
+        stop: Sequence[str] = (),
+        seed: int = 0,
+    ) -> list[list[str | None]]:
+        """``n`` texts for each prompt; None for each that the server refused.
+
+        Raises:
+          ConnectionError: when no request was answered, or the server does not know
+            the key or the model.
+        """
+        settings = {
+            "temperature": temperature,
+            "top_p": top_p,
+            "max_tokens": max_tokens,
+            "stop": list(stop),
+            "seed": seed,
+        }
+        found: dict[str, list[str]] = {}
+        missing: list[str] = []
+        for prompt in dict.fromkeys(prompts):
+            found[prompt] = self.answers.get(prompt, settings)[:n]
+            if len(found[prompt]) < n:
+                missing.append(prompt)
+        if missing:
+            self._ask(missing, settings, n, found)
+        return [
+            [*found[prompt], *[None] * (n - len(found[prompt]))] for prompt in prompts
+        ]
+
+    def _ask(
+        self,
+        prompts: list[str],
+        settings: Mapping[str, Any],
+        n: int,
+        found: dict[str, list[str]],
+    ) -> None:
+        """Sends requests and puts answers into `found`."""
+        refused: dict[str, str] = {}
+        answered = 0
+        pool = concurrent.futures.ThreadPoolExecutor(self.concurrency)
+        try:
+            jobs = {
+                pool.submit(self._one, prompt, settings, n, len(found[prompt])): prompt
+                for prompt in prompts
+            }
+            done = concurrent.futures.as_completed(jobs)
+            for job in tqdm(done, self.model, len(jobs), disable=None, leave=False):
+                prompt = jobs[job]
+                try:
+                    found[prompt] += job.result()
+                    answered += 1
+                except _Refused as error:
+                    refused[prompt] = str(error)
+        finally:
+            pool.shutdown(cancel_futures=True)
+        if refused:
+            prompt, why = next(iter(refused.items()))
+            text = (
+                f"{self.url} did not answer {len(refused)} of {len(prompts)} requests; "
+                f"the first, {prompt[:60]!r}: {why}"
+            )
+            if not answered:
+                raise ConnectionError(f"{text}. What was answered before is kept.")
+            _log.warning("%s", text)
+
+    def _one(
+        self, prompt: str, settings: Mapping[str, Any], n: int, have: int
+    ) -> list[str]:
+        import openai
+
+        messages = [{"role": "user", "content": prompt}]
+        if self.system:
+            messages.insert(0, {"role": "system", "content": self.system})
+        asked = dict(settings)
+        # The first samples are there: more of the same seed would repeat them.
+        asked["seed"] = settings["seed"] + have
+        asked["stop"] = settings["stop"] or None
+        try:
+            reply = self._client.chat.completions.create(
+                model=self.model, messages=messages, n=n - have, **asked
+            )
+        except (
+            openai.AuthenticationError,
+            openai.PermissionDeniedError,
+            openai.NotFoundError,
+        ) as error:
+            raise ConnectionError(
+                f"{self.url} refuses the model {self.model!r} or the key: "
+                f"{_first_line(error)}"
+            ) from error
+        except openai.OpenAIError as error:
+            raise _Refused(_first_line(error)) from error
+        texts = [c.message.content for c in reply.choices if c.message.content]
+        with self._usage_lock:
+            self.usage["requests"] += 1
+            if reply.usage:
+                self.usage["prompt_tokens"] += reply.usage.prompt_tokens
+                self.usage["completion_tokens"] += reply.usage.completion_tokens
+        if not texts:
+            raise _Refused("the server answered without a text")
+        self.answers.add(prompt, settings, texts)
+        return texts
+
+
+class _Refused(Exception):
+    """One request that got no text."""
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0][:200]
+
+
+def _client(**settings: Any) -> Any:
+    try:
+        import openai
+    except ImportError as error:
+        raise ImportError(
+            "A teacher behind HTTP needs the client: pip install 'jaxalign[teachers]'."
+        ) from error
+    return openai.OpenAI(**settings)

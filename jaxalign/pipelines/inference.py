@@ -23,11 +23,12 @@ from jaxalign import models, remote
 from jaxalign.data import records
 from jaxalign.decoding import Sampling
 from jaxalign.evaluation import compare, judges, metrics
-from jaxalign.pipelines import generation
-from jaxalign.training import checkpoints
+from jaxalign.pipelines import generation, outputs
+from jaxalign.training import checkpoints, exclusive, run_directory
 from jaxalign.training import mesh as meshes
 
 
+@exclusive.one_output_at_a_time
 def score(
     *,
     checkpoint: str,
@@ -141,6 +142,7 @@ def _row(i: int, prompt: str, completion: str, vocabulary: Any) -> data_lib.Row:
     )
 
 
+@exclusive.one_output_at_a_time
 def evaluate(
     *,
     checkpoint: str,
@@ -235,7 +237,8 @@ def evaluate(
         result["comparison"] = compared.to_json()
     if output and jax.process_index() == 0:
         with remote.writing(output) as file:
-            file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+            text = json.dumps(result, indent=2) + "\n"
+            run_directory.write_atomically(file, text)
     return result
 
 
@@ -249,10 +252,10 @@ def write_jsonl(path: str | Path, lines: Iterable[Mapping[str, Any]]) -> int:
     count = 0
     with remote.writing(path) as local:
         local.parent.mkdir(parents=True, exist_ok=True)
-        partial = local.with_name(local.name + ".partial")
-        with open(partial, "w", encoding="utf-8") as file:
+        with outputs.open_partial(local, os.O_TRUNC) as file:
             for line in lines:
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                text = json.dumps(line, ensure_ascii=False) + "\n"
+                file.write(text.encode("utf-8"))
                 count += 1
-        os.replace(partial, local)
+        os.replace(outputs.partial_path(local), local)
     return count

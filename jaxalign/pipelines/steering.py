@@ -17,7 +17,7 @@ from jaxalign.decoding import constraints, programs
 from jaxalign.decoding.smc import smc
 from jaxalign.evaluation import judges
 from jaxalign.pipelines.inference import write_jsonl
-from jaxalign.training import checkpoints
+from jaxalign.training import checkpoints, exclusive
 
 _log = logging.getLogger(__name__)
 
@@ -34,6 +34,7 @@ class _Wish(NamedTuple):
     contexts: int
 
 
+@exclusive.one_output_at_a_time
 def steer(
     *,
     checkpoint: str,

@@ -17,6 +17,7 @@ from jaxalign.objectives.metrics import Metrics, sample_pairs, summarize
 from jaxalign.training import checkpoints as ckpt
 from jaxalign.training import (
     distributed,
+    exclusive,
     mirror,
     optimizers,
     profiling,
@@ -41,6 +42,7 @@ class NonFiniteLossError(RuntimeError):
     """The loss or a gradient became NaN or infinite."""
 
 
+@exclusive.one_run_at_a_time
 def train(run: Run, config_text: str = "") -> dict[str, float]:
     """Trains until ``run.train_steps``, or goes on where a killed run stopped.
 

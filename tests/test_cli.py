@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 
 import pytest
 import tiny_run
@@ -52,10 +53,14 @@ def trained(work):
 
     before = os.getcwd()
     os.chdir(work)
+    told = logging.FileHandler(work / "told.txt")
+    logging.getLogger("jaxalign").addHandler(told)
     try:
         assert cli.main(["train", *flags(), "--run_dir=sft"]) == 0
     finally:
         os.chdir(before)
+        logging.getLogger("jaxalign").removeHandler(told)
+        told.close()
     return work / "sft"
 
 
@@ -74,6 +79,24 @@ def test_unknown_verb_names_the_nearest(capsys):
 def test_train_writes_a_whole_run_directory(trained):
     names = {p.name for p in trained.iterdir()}
     assert names >= {"config.gin", "metrics.jsonl", "manifest.json", "samples"}
+
+
+def test_train_tells_what_it_is_how_it_goes_and_what_is_next(trained, work):
+    told = (work / "told.txt").read_text().splitlines()
+    said = [
+        "SFT of a T5: ",
+        "Data: ",
+        "Start: random weights",
+        "Steps 0 to 3, 8 rows each",
+        "Compiling the training step",
+        "Compiled the training step in ",
+        "Evaluation after step 3: loss ",
+        f"Finished at step 3: {trained}/checkpoints/3",
+        f"Next: jaxalign generate --checkpoint={trained} ",
+    ]
+    at = [next(i for i, x in enumerate(told) if x.startswith(part)) for part in said]
+    assert at == sorted(at)
+    assert not (trained / ".lock").exists()
 
 
 def test_config_of_a_run_reproduces_it(trained, work):
@@ -161,11 +184,13 @@ def test_score_equals_what_generation_reports(trained, work):
             assert json.loads(line)["logp"] == pytest.approx(row["logp"], abs=1e-3)
 
 
-def test_dry_run_prints_the_plan_and_writes_nothing(work, capsys):
+def test_dry_run_prints_the_plan_and_writes_nothing(work, capsys, caplog):
     assert cli.main(["train", *flags("runs/dro_v.gin"), "--dry_run"]) == 0
+    assert "DROV starts from random weights" in caplog.text
     text = capsys.readouterr().out
     for part in (
         "TRAIN_STEPS = 3",
+        "DROV of a T5: ",
         "policy/encoder/layers_0/attention/query/kernel",
         "value/value_head/kernel",
         "encoder_input_tokens",
@@ -247,6 +272,9 @@ def test_report_of_runs(trained, work, capsys):
     assert cli.main(["report", "sft"]) == 0
     page = capsys.readouterr().out.strip()
     assert "</html>" in (work / page).read_text()
+    # Of several, in the folder that holds them all, as the help says.
+    assert cli.main(["report", "sft", "sft"]) == 0
+    assert capsys.readouterr().out.strip() == str(trained / "report.html")
 
 
 def read_lines(path):

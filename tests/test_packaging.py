@@ -23,7 +23,7 @@ PACKAGE = ROOT / "jaxalign"
 # Rooms by floor: a module imports only from floors below its own. A name ending in a
 # dot is a folder. What is not named here stands beside and may import anything.
 FLOORS = [
-    {"batch", "vocabularies", "remote", "user_code", "losses.", "models."},
+    {"batch", "vocabularies", "remote", "locks", "user_code", "losses.", "models."},
     {"decoding."},
     {"objectives.", "data."},
     {"training.", "evaluation.", "prepare."},

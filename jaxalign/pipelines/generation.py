@@ -4,7 +4,9 @@ Lines go to ``OUTPUT.partial``, which takes its name when all are written. Besid
 lies ``OUTPUT.partial.json`` with what was asked for. The same command, started again
 after a kill, keeps the whole lines that are there and goes on; the result has the bytes
 of a run that was never killed, because whole windows of prompts are decoded again and
-what a window gives is a function of its prompts alone.
+what a window gives is a function of its prompts alone. When all is written, the
+settings stay beside it (`jaxalign.pipelines.outputs`): the same command has nothing to
+do, and another one does not overwrite it.
 """
 
 from __future__ import annotations
@@ -12,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,13 +32,14 @@ from jaxalign.decoding import (
     Sampling,
     constraints,
 )
-from jaxalign.pipelines import searching
-from jaxalign.training import checkpoints, run_directory
+from jaxalign.pipelines import outputs, searching
+from jaxalign.training import checkpoints, exclusive, run_directory
 from jaxalign.training import mesh as meshes
 
 _log = logging.getLogger(__name__)
 
 
+@exclusive.one_output_at_a_time
 def generate(
     *,
     checkpoint: str,
@@ -114,7 +116,7 @@ def generate(
       The number of lines in the file.
 
     Raises:
-      ValueError: when an unfinished output was asked for with other settings.
+      ValueError: when the output, finished or not, was asked for with other settings.
     """
     settings = {k: v for k, v in locals().items() if k not in ("output", "prompts")}
     searches = num_beams > 1 or contrastive_alpha > 0
@@ -122,6 +124,16 @@ def generate(
     # Lines are appended to it, which an object store cannot do.
     local_output = remote.local_only(output, "--output, which grows line by line,")
     metric = searching.text_metric(mbr) if mbr else None
+    asked = {
+        "prompts": hashlib.sha256(remote.copy(prompts).read_bytes()).hexdigest(),
+        **settings,
+    }
+    if mbr and ":" in mbr:
+        asked["mbr"] = outputs.function_key(mbr, metric)
+    count = exclusive.in_main(lambda: _finished(local_output, asked))
+    if count >= 0:
+        _log.info("%s was finished with these settings: nothing to do.", output)
+        return count
     policy, sharding = load(checkpoint, mesh)
     constraint = None
     if regex is not None or include:
@@ -150,11 +162,7 @@ def generate(
         listing=bad_rows_beside(output),
     )
     rows = [(e.raw, record["prompt"]) for e in examples for record in e.records]
-    asked = {
-        "prompts": hashlib.sha256(remote.copy(prompts).read_bytes()).hexdigest(),
-        **settings,
-        "checkpoint": policy.meta["policy_fingerprint"],
-    }
+    asked["checkpoint"] = policy.meta["policy_fingerprint"]
     per_prompt = 1 if mbr else num_samples
     with _Writer(local_output, asked, per_prompt) as writer:
         whole = writer.count // per_prompt  # prompts that need no decoding
@@ -287,6 +295,23 @@ def _lines(
         yield jsonl.json_line(line)
 
 
+# How it was decoded, which changes no text.
+_EXECUTION = ("batch_size", "slots", "mesh")
+
+
+def _key(asked: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in asked.items() if k not in _EXECUTION}
+
+
+def _finished(path: Path, asked: Mapping[str, Any]) -> int:
+    """The lines of an output that is finished with these settings, or -1."""
+    if not path.exists():
+        return -1
+    meta = checkpoints.read_meta(asked["checkpoint"])
+    key = _key({**asked, "checkpoint": meta["policy_fingerprint"]})
+    return outputs.finished(path, key)["lines"]
+
+
 class _Writer:
     """Appends lines to an unfinished file that says what it belongs to.
 
@@ -296,36 +321,30 @@ class _Writer:
 
     def __init__(self, path: Path, asked: Mapping[str, Any], per_prompt: int):
         self._path = path
-        self._partial = path.with_name(path.name + ".partial")
+        self._partial = outputs.partial_path(path)
         self._about = path.with_name(path.name + ".partial.json")
+        self._asked = asked
         self._first = jax.process_index() == 0
         self._skip = 0
         self.count = 0
         if self._first:
-            self.count = self._open(json.loads(json.dumps(asked)))
+            self.count = self._open(asked)
         if jax.process_count() > 1:
             self.count = int(multihost_utils.broadcast_one_to_all(np.int32(self.count)))
         self._skip = self.count % per_prompt
 
     def _open(self, asked: dict[str, Any]) -> int:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
         whole = b""
         if self._partial.exists() and self._about.exists():
             before = jsonl.read_json(self._about)
-            other = sorted(k for k in asked if asked[k] != before.get(k))
-            if other:
-                raise ValueError(
-                    f"{self._partial} was begun with other settings: "
-                    + ", ".join(f"{k}={before.get(k)!r}" for k in other)
-                    + f" (now {', '.join(f'{k}={asked[k]!r}' for k in other)}). Ask "
-                    "for the same to go on, or delete it to start over."
-                )
+            outputs.refuse_other(f"{self._partial} was begun", before, asked)
             # A kill may have torn the last line.
             content = self._partial.read_bytes()
             whole = content[: content.rfind(b"\n") + 1]
+        self._file = outputs.open_partial(self._path)  # closed by __exit__
         run_directory.write_atomically(self._about, json.dumps(asked, indent=2) + "\n")
-        self._file = open(self._partial, "ab")  # noqa: SIM115 - closed by __exit__
         self._file.truncate(len(whole))
+        self._file.seek(len(whole))
         count = whole.count(b"\n")
         if count:
             _log.info("%s: going on after %d lines.", self._partial, count)
@@ -349,5 +368,5 @@ class _Writer:
             return
         self._file.close()
         if kind is None:
-            os.replace(self._partial, self._path)
+            outputs.finish(self._path, _key(self._asked))
             self._about.unlink()

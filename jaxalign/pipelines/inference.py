@@ -24,11 +24,12 @@ from jaxalign.data import records
 from jaxalign.data.jsonl import json_line, nulled
 from jaxalign.decoding import Sampling
 from jaxalign.evaluation import compare, judges, metrics
-from jaxalign.pipelines import generation
-from jaxalign.training import checkpoints
+from jaxalign.pipelines import generation, outputs
+from jaxalign.training import checkpoints, exclusive, run_directory
 from jaxalign.training import mesh as meshes
 
 
+@exclusive.one_output_at_a_time
 def score(
     *,
     checkpoint: str,
@@ -146,6 +147,7 @@ def _row(i: int, prompt: str, completion: str, vocabulary: Any) -> data_lib.Row:
     )
 
 
+@exclusive.one_output_at_a_time
 def evaluate(
     *,
     checkpoint: str,
@@ -247,24 +249,40 @@ def evaluate(
     if output and jax.process_index() == 0:
         with remote.writing(output) as file:
             text = json.dumps(nulled(result), indent=2, allow_nan=False)
-            file.write_text(text + "\n", encoding="utf-8")
+            run_directory.write_atomically(file, text + "\n")
     return result
 
 
-def write_jsonl(path: str | Path, lines: Iterable[Mapping[str, Any]]) -> int:
+def write_jsonl(
+    path: str | Path,
+    lines: Iterable[Mapping[str, Any]],
+    key: Mapping[str, Any] | None = None,
+    **noted: Any,
+) -> int:
     """Streams JSON lines into ``path.partial`` and renames it when all are written.
 
     Of several processes the first writes; `lines` are the same in all of them.
+
+    Args:
+      path: the file, here or in a bucket.
+      lines: JSON objects.
+      key: what a local file depends on, kept beside it (`jaxalign.pipelines.outputs`).
+      **noted: what else is kept there.
+
+    Returns:
+      The number of lines.
     """
     if jax.process_index() > 0:
         return sum(1 for _ in lines)
     count = 0
     with remote.writing(path) as local:
         local.parent.mkdir(parents=True, exist_ok=True)
-        partial = local.with_name(local.name + ".partial")
-        with open(partial, "w", encoding="utf-8") as file:
+        with outputs.open_partial(local, os.O_TRUNC) as file:
             for line in lines:
-                file.write(json_line(line))
+                file.write(json_line(line).encode("utf-8"))
                 count += 1
-        os.replace(partial, local)
+        if key is None:
+            os.replace(outputs.partial_path(local), local)
+        else:
+            outputs.finish(local, key, **noted)
     return count

@@ -18,7 +18,7 @@ from jaxalign.decoding.smc import smc
 from jaxalign.evaluation import judges
 from jaxalign.pipelines import generation
 from jaxalign.pipelines.inference import write_jsonl
-from jaxalign.training import checkpoints
+from jaxalign.training import checkpoints, exclusive
 
 _log = logging.getLogger(__name__)
 
@@ -35,6 +35,7 @@ class _Wish(NamedTuple):
     contexts: int
 
 
+@exclusive.one_output_at_a_time
 def steer(
     *,
     checkpoint: str,

@@ -203,7 +203,8 @@ def compute(
 
 def _save(path: Path, columns: dict[str, np.ndarray], done: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp.npz")
+    # Another run may be making the same cache: each writes a file of its own.
+    temporary = path.with_suffix(f".{os.getpid()}.tmp.npz")
     np.savez(temporary, bins=np.int64(done), **columns)
     os.replace(temporary, path)
 

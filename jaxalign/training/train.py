@@ -15,9 +15,10 @@ import jax
 import numpy as np
 
 from jaxalign.objectives.metrics import Metrics, sample_pairs, summarize
-from jaxalign.training import checkpoints as ckpt
 from jaxalign.training import (
+    announce,
     distributed,
+    exclusive,
     mirror,
     optimizers,
     profiling,
@@ -26,6 +27,7 @@ from jaxalign.training import (
     symptoms,
     watchdog,
 )
+from jaxalign.training import checkpoints as ckpt
 from jaxalign.training import mesh as meshes
 from jaxalign.training import step as steps
 from jaxalign.training.metric_writers import (
@@ -42,6 +44,7 @@ class NonFiniteLossError(RuntimeError):
     """The loss or a gradient became NaN or infinite."""
 
 
+@exclusive.one_run_at_a_time
 def train(run: Run, config_text: str = "") -> dict[str, float]:
     """Trains until ``run.train_steps``, or goes on where a killed run stopped.
 
@@ -98,6 +101,7 @@ def train(run: Run, config_text: str = "") -> dict[str, float]:
         parents = {
             "initial": start_policy.meta["policy_fingerprint"] if start_policy else None
         }
+    announce.started(run, ready, int(state.step))
 
     # ---- 4. The reference policy's log-probabilities --------------------------------
     frozen = None
@@ -193,8 +197,9 @@ def train(run: Run, config_text: str = "") -> dict[str, float]:
             with profile.input():
                 rows_of_step = next(batches)
                 batch = meshes.put_batch(ready.mesh, rows_of_step, dataset.batch_size)
-            train_step = profile.compiled(train_step, state, batch, key, frozen)
-            state, metrics = train_step(state, batch, key, frozen)
+            with announce.compiling("the training step", step == first):
+                train_step = profile.compiled(train_step, state, batch, key, frozen)
+                state, metrics = train_step(state, batch, key, frozen)
             profile.after(done, state)
             window.append(metrics)
             last = done == run.train_steps
@@ -220,6 +225,7 @@ def train(run: Run, config_text: str = "") -> dict[str, float]:
                     found = evaluate(ready, eval_step, state, run.eval_steps, dog.beat)
                     summary = steps.evaluation_loss(summarize(found))
                     writer.write(done, {f"eval/{k}": v for k, v in summary.items()})
+                    announce.evaluated(done, summary)
                     pairs = sample_pairs(found, "value/correlation")
                     if pairs and main_process:
                         write_calibration(run_dir, done, *pairs)
@@ -255,6 +261,8 @@ def train(run: Run, config_text: str = "") -> dict[str, float]:
             Path(marker).touch()
     checkpoints.close()
     folder.close()
+    if finished:
+        announce.ended(folder.name, int(state.step))
     return latest
 
 

@@ -1,0 +1,213 @@
+"""An output is used again only under the key of everything it depends on.
+
+Beside a finished ``OUTPUT`` lies ``OUTPUT.settings.json``: what was asked for, and the
+SHA-256 of what was written, so that settings that lie beside another file than theirs
+speak for nothing. The same key: the output is kept. Another: it is refused, and what
+differs is named. The run directory of a stage says what it is made with in
+``stage.json``, from its beginning, so that it goes on under the same key only.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import inspect
+import json
+import os
+import stat
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from jaxalign.data.cache import file_sha256
+from jaxalign.evaluation import judges
+from jaxalign.training import run_directory
+
+Key = Mapping[str, Any]
+
+_STAGE = "stage.json"
+
+
+def settings_path(path: Path) -> Path:
+    """Where the settings of an output lie."""
+    return path.with_name(path.name + ".settings.json")
+
+
+def finished(path: Path, key: Key) -> dict[str, Any] | None:
+    """What was noted of a finished output, if it was made under this key.
+
+    Args:
+      path: the output.
+      key: everything it depends on, as JSON.
+
+    Returns:
+      The entries given to `finish`, with ``"lines"``; None if there is no output yet.
+
+    Raises:
+      ValueError: when there is one that was made under another key, or by another hand.
+    """
+    if not path.exists():
+        return None
+    beside = settings_path(path)
+    noted = _read(beside)
+    if noted is None or noted.get("sha256") != file_sha256(path):
+        why = "it was changed since" if noted else f"there is no {beside.name}"
+        raise ValueError(
+            f"{path} exists, and nothing says what it was made with ({why}). Move it "
+            "away, or write to another place."
+        )
+    refuse_other(f"{path} was made", noted["asked"], key)
+    return noted
+
+
+def check_file(path: Path, key: Key) -> None:
+    """Refuses an output that was made under another key; see `finished`.
+
+    Args:
+      path: the output, which may not be there yet.
+      key: what is known of the key; entries that it lacks are not compared.
+    """
+    noted = _read(settings_path(path)) if path.exists() else None
+    if noted:
+        before = {k: v for k, v in noted["asked"].items() if k in key}
+        refuse_other(f"{path} was made", before, key)
+
+
+def finish(path: Path, key: Key, **noted: Any) -> None:
+    """Writes down what an output was made with, before it takes its name.
+
+    Args:
+      path: the output; its content is still in ``path.partial``.
+      key: everything it depends on.
+      **noted: what else is worth keeping of how it was made.
+    """
+    partial = partial_path(path)
+    with open(partial, "rb") as file:
+        lines = sum(1 for _ in file)
+    entries = {**noted, "asked": key, "lines": lines, "sha256": file_sha256(partial)}
+    run_directory.write_atomically(
+        settings_path(path), json.dumps(entries, indent=2) + "\n"
+    )
+    os.replace(partial, path)
+
+
+def note_folder(folder: Path, key: Key) -> None:
+    """Notes what a run directory is made with, for `check_folder`."""
+    text = json.dumps({"asked": key}, indent=2) + "\n"
+    run_directory.write_atomically(folder / _STAGE, text)
+
+
+def check_folder(folder: Path, key: Key) -> None:
+    """Refuses a run directory that was begun under another key.
+
+    One that says nothing, as `jaxalign train` makes them, is left to `train`, which
+    compares the run itself.
+
+    Args:
+      folder: which may not be there yet.
+      key: what is known of the key; entries that it lacks are not compared.
+
+    Raises:
+      ValueError: naming what differs.
+    """
+    noted = _read(folder / _STAGE)
+    if noted is not None:
+        before = {k: v for k, v in noted["asked"].items() if k in key}
+        refuse_other(f"{folder} was begun", before, key)
+
+
+def refuse_other(what: str, before: Key, now: Key) -> None:
+    """Raises a ValueError that names each entry of two keys that differs.
+
+    >>> refuse_other("a.jsonl was made", {"seed": 0}, {"seed": 1})
+    Traceback (most recent call last):
+        ...
+    ValueError: a.jsonl was made with other settings: seed=0 (now seed=1). Ask for the \
+same to keep it; delete it, or write to another place, for other settings.
+    """
+    now = json.loads(json.dumps(now))  # as it comes back from a file
+    other = sorted(k for k in {*before, *now} if before.get(k) != now.get(k))
+    if other:
+        raise ValueError(
+            f"{what} with other settings: "
+            + ", ".join(f"{k}={_cut(before.get(k))}" for k in other)
+            + f" (now {', '.join(f'{k}={_cut(now.get(k))}' for k in other)}). Ask for "
+            "the same to keep it; delete it, or write to another place, for other "
+            "settings."
+        )
+
+
+def partial_path(path: Path) -> Path:
+    """Where an output is written until it is whole."""
+    return path.with_name(path.name + ".partial")
+
+
+def open_partial(path: Path, flags: int = 0) -> BinaryIO:
+    """Opens ``path.partial`` to be written; never through a link.
+
+    Args:
+      path: the output.
+      flags: of `os.open`, beside ``O_WRONLY | O_CREAT``.
+
+    Raises:
+      ValueError: when it is a symbolic link, a pipe or something else than a file.
+    """
+    partial = partial_path(path)
+    try:
+        flags |= os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+        descriptor = os.open(partial, flags, 0o666)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.ENXIO, errno.EISDIR):
+            raise
+        raise _no_file(partial) from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise _no_file(partial)
+    return open(descriptor, "wb")
+
+
+def _no_file(partial: Path) -> ValueError:
+    kind = "a symbolic link" if partial.is_symlink() else "not a file"
+    return ValueError(
+        f"{partial} is {kind}, and what is unfinished would be written through it. "
+        "Remove it, or write to another place."
+    )
+
+
+def text_sha256(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def function_key(spec: str, function: Callable[..., Any] | None = None) -> str:
+    """A function's name and the SHA-256 of the module it is written in.
+
+    >>> function_key("math:sqrt")
+    'math:sqrt'
+    """
+    function = function or judges.resolve_callable(spec)
+    try:
+        source = inspect.getsource(inspect.getmodule(function) or function)
+    except (OSError, TypeError):  # built in, or made at run time
+        return spec
+    name = spec.rpartition(":")[2]
+    return f"{name} of {text_sha256(source)[:16]}"
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or not isinstance(found.get("asked"), dict):
+        raise ValueError(
+            f"{path} is damaged: it does not say what was asked for. Remove it, and "
+            "what it lies beside."
+        )
+    return found
+
+
+def _cut(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:80] + "..."

@@ -9,6 +9,7 @@ from jaxalign.models.heads import (
     ValueModel,
 )
 from jaxalign.models.scoring import (
+    encode,
     final_states,
     response_logps,
     target_logps,
@@ -25,6 +26,7 @@ __all__ = [
     "TokenValueModel",
     "ValueHead",
     "ValueModel",
+    "encode",
     "final_states",
     "head_outputs",
     "init_params",

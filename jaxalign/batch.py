@@ -121,9 +121,10 @@ def denominators(batch: Batch) -> dict[str, jax.Array]:
     """The counts a loss may be divided by, over the whole batch.
 
     Returns:
-      Float32 scalars, at least 1 each: ``tokens`` (loss-weighted target tokens),
-      ``responses``, ``rationales`` (responses of that kind), ``prompts``, ``pairs`` and
-      ``chosen_tokens`` (target tokens of each pair's chosen response).
+      Float32 scalars, 0 where there is nothing to count: ``tokens`` (loss-weighted
+      target tokens), ``responses``, ``rationales`` (responses of that kind),
+      ``prompts``, ``pairs`` and ``chosen_tokens`` (target tokens of each pair's chosen
+      response).
     """
     chosen, _ = select_pairs(response_lengths(batch), batch)
     mask = batch["response_mask"]
@@ -135,7 +136,7 @@ def denominators(batch: Batch) -> dict[str, jax.Array]:
         "pairs": jnp.sum(batch["pair_mask"]),
         "chosen_tokens": jnp.sum(chosen * batch["pair_mask"]),
     }
-    return {k: jnp.maximum(v.astype(jnp.float32), 1.0) for k, v in counts.items()}
+    return {k: v.astype(jnp.float32) for k, v in counts.items()}
 
 
 def prompt_of_tokens(

@@ -34,7 +34,7 @@ def make_run(folder, seed, *, steps=400, kind="dpo"):
             "train/learning_rate": 1e-3 * min(1, step / 60) * (1 - 0.9 * t),
             "train/grad_norm": abs(1.2 + 0.3 * noise[1]) + (80.0 if step == 50 else 0),
             "train/tokens_per_second": 9000 + 400 * noise[2],
-            "train/kl": 6 * t + 0.4 * noise[3],
+            "train/log_ratios/mean": 6 * t + 0.4 * noise[3],
             "train/logps/chosen": -60 - 5 * t + noise[4],
             "train/batch/tokens": 4096.0,
         }
@@ -208,8 +208,9 @@ def test_every_metric_has_one_chart_with_all_its_curves(quickstart):
     names = [re.search(r"<b>(.*?)</b>", f)[1] for f in figures]
     assert len(names) == len(set(names))
     assert {
-        "loss", "kl", "rewards/chosen", "rewards/rejected", "rewards/margins",
-        "rewards/accuracies", "learning_rate", "grad_norm", "tokens_per_second",
+        "loss", "log_ratios/mean", "rewards/chosen", "rewards/rejected",
+        "rewards/margins", "rewards/accuracies", "learning_rate", "grad_norm",
+        "tokens_per_second",
         "value/mean", "value/std", "value/correlation", "value calibration",
     } <= set(names)  # fmt: skip
     loss = figures[names.index("loss")]
@@ -263,7 +264,7 @@ def test_runs_with_missing_pieces_say_so(tmp_path):
 
 def test_non_finite_values_are_marked(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(
-        '{"step": 1, "train/loss": 1.5, "train/kl": "NaN"}\n'
+        '{"step": 1, "train/loss": 1.5, "train/log_ratios/mean": "NaN"}\n'
         '{"step": 2, "train/loss": "NaN"}\n{"step": 3, "train/loss": "Infinity"}\n'
     )
     text = "".join(check(report.write_report([tmp_path]))[1].text)
@@ -323,8 +324,18 @@ def test_calibration_bins(tmp_path):
     write_calibration(tmp_path, 3, values, 2 * values, bins=4)
     found = json.loads((tmp_path / "calibration.json").read_text())
     assert found["step"] == 3
-    assert found["bins"][0] == {"value": 12.0, "reward": 24.0, "count": 25}
+    assert found["bins"][0] == {"value": 12.0, "target": 24.0, "count": 25}
     assert [b["count"] for b in found["bins"]] == [25] * 4
+
+
+def test_the_name_of_an_axis_covers_no_tick():
+    svg = charts.calibration_chart([("r", 0, [(-2.0, -2.0, 9.0), (3.0, 3.0, 9.0)])])
+    right, name = re.search(r'class="name" x="(\d+)" y="\d+">(.*?)<', svg).groups()
+    ticks = re.findall(r'class="x" x="([\d.]+)" y="\d+">(.*?)<', svg)
+    assert name == "predicted value" and len(ticks) >= 2
+    ends = [float(x) + 3 * len(text) for x, text in ticks]
+    # Eleven pixels high, a letter is about six wide.
+    assert max(ends) < int(right) - 6 * len(name)
 
 
 @pytest.mark.parametrize("module", [charts, runs, report])

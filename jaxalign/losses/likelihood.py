@@ -6,6 +6,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from jaxalign.losses.pairwise import masked
+
 __all__ = ["cross_entropy"]
 
 
@@ -49,17 +51,18 @@ def cross_entropy(
     Array([1.3862944], dtype=float32)
     """
     chex.assert_equal_shape([target_logits, log_z])
-    log_z = log_z.astype(jnp.float32)
-    losses = log_z - target_logits.astype(jnp.float32)
+    log_z = masked(log_z.astype(jnp.float32), where)
+    losses = log_z - masked(target_logits.astype(jnp.float32), where)
     if label_smoothing:
         if mean_logits is None or vocab_size is None:
             raise ValueError(
                 f"label_smoothing={label_smoothing} needs mean_logits and vocab_size."
             )
         on, off = 1.0 - label_smoothing, label_smoothing / (vocab_size - 1)
-        uniform = vocab_size * (log_z - mean_logits.astype(jnp.float32))
+        mean_logits = masked(mean_logits.astype(jnp.float32), where)
+        uniform = vocab_size * (log_z - mean_logits)
         entropy = -on * jnp.log(on) - label_smoothing * jnp.log(off)
         losses = (on - off) * losses + off * uniform - entropy
     if z_loss:
         losses = losses + z_loss * jnp.square(log_z)
-    return losses if where is None else jnp.where(where.astype(bool), losses, 0.0)
+    return masked(losses, where)

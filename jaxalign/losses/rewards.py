@@ -55,8 +55,10 @@ def dro_v(
     (Array([0.15125], dtype=float32), Array([0.15125], dtype=float32))
     """
     ratios = log_ratios(logps, ref_logps, where)
-    values, rewards = (jnp.asarray(x, jnp.float32) for x in (values, rewards))
     chex.assert_equal_shape([ratios, values, rewards])
+    values, rewards = (
+        masked(jnp.asarray(x, jnp.float32), where) for x in (values, rewards)
+    )
     stop = jax.lax.stop_gradient
     policy_losses = 0.5 * jnp.square(stop(rewards - values) - tau * ratios)
     if rescale:
@@ -79,7 +81,7 @@ def dro_p_at_mean(
     The gradient is that of the variance all the same, because deviations from a mean
     add up to zero.
     """
-    u = rewards - tau * log_ratios(logps, ref_logps, where)
+    u = masked(rewards, where) - tau * log_ratios(logps, ref_logps, where)
     return masked(0.5 * jnp.square(u - jax.lax.stop_gradient(mean)), where)
 
 
@@ -145,5 +147,5 @@ def reward_weights(
     >>> reward_weights(jnp.array([0.0, 100.0]), temperature=1.0)
     Array([ 1., 20.], dtype=float32)
     """
-    log_weights = jnp.asarray(rewards, jnp.float32) / temperature
+    log_weights = masked(jnp.asarray(rewards, jnp.float32), where) / temperature
     return masked(jnp.exp(jnp.minimum(log_weights, jnp.log(max_weight))), where)

@@ -9,6 +9,7 @@ from jaxalign.models.heads import (
     ValueModel,
 )
 from jaxalign.models.scoring import (
+    encode,
     final_states,
     response_logps,
     target_logps,
@@ -26,6 +27,7 @@ __all__ = [
     "ValueHead",
     "ValueModel",
     "describe",
+    "encode",
     "final_states",
     "head_outputs",
     "init_params",

@@ -68,8 +68,9 @@ class T5Config:
         once; ``"chunked"``, 128 queries at a time, for rows of more than a few hundred
         tokens; ``"pallas"``, by a kernel that only TPUs run. See
         ``jaxalign.models.attention_paths``.
-      relative_attention_num_buckets: of the position bias.
-      relative_attention_max_distance: beyond which positions share a bucket.
+      relative_attention_num_buckets: of the position bias, at least 4.
+      relative_attention_max_distance: beyond which positions share a bucket; more
+        than half the buckets.
 
     >>> T5Config(384, 64, 4, 16, 128, 2, 2, dtype="bfloat16").scan_layers
     False
@@ -107,6 +108,20 @@ class T5Config:
                 raise ValueError(
                     f"T5Config.{field} must be a positive integer, got {value!r}."
                 )
+        buckets = self.relative_attention_num_buckets
+        if buckets < 4:
+            raise ValueError(
+                "T5Config.relative_attention_num_buckets must be at least 4 (an "
+                "encoder parts them into two directions, and each into near and far), "
+                f"got {buckets}."
+            )
+        if self.relative_attention_max_distance <= buckets // 2:
+            raise ValueError(
+                "T5Config.relative_attention_max_distance must exceed half of the "
+                f"{buckets} buckets, which hold one distance each and leave the rest "
+                f"for farther ones: at least {buckets // 2 + 1}, got "
+                f"{self.relative_attention_max_distance}."
+            )
         if self.logits_chunk < 0:
             raise ValueError(
                 "T5Config.logits_chunk must be 0 (no chunks) or a number of decoder "

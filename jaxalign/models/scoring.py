@@ -19,6 +19,20 @@ def target_logps(
     return head_outputs(states, kernel, targets, chunk=chunk).logps
 
 
+def encode(model: T5, params: Params, batch: Batch) -> jax.Array:
+    """Encoder states ``[B, Le, E]`` of a batch's prompts, without dropout.
+
+    What `final_states` takes as ``encoded``, to score several pairings of prompts and
+    responses with one encoder pass.
+    """
+    return model.apply(
+        {"params": params},
+        batch["encoder_input_tokens"],
+        batch["encoder_segment_ids"],
+        method="encode",
+    )
+
+
 def final_states(
     model: T5,
     params: Params,
@@ -39,8 +53,8 @@ def final_states(
         ``batch["response_prompt"]`` (KTO's mismatched prompts); negative: none.
       deterministic: no dropout.
       dropout_key: needed where ``deterministic=False``.
-      encoded: encoder states of this batch ``[B, Le, E]``, to score several pairings
-        with one encoder pass; computed here by default.
+      encoded: encoder states of this batch ``[B, Le, E]``, of `encode`, to score
+        several pairings with one encoder pass; computed here by default.
 
     Returns:
       States ``[B, K, Ld, E]``, the head's kernel ``[E, V]``, and the encoder segment

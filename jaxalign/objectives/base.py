@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -15,6 +16,7 @@ from jaxalign.objectives.metrics import Metrics
 
 Params = dict[str, Any]
 Statistics = dict[str, tuple[jax.Array, jax.Array]]
+Outputs = dict[str, jax.Array]
 
 
 class LossOutput(NamedTuple):
@@ -103,7 +105,11 @@ class Objective(abc.ABC):
         return {}
 
     def denominators(self, batch: Batch) -> dict[str, jax.Array]:
-        """What the sums of `loss` are divided by, counted over the *global* batch."""
+        """What the sums of `loss` are divided by, counted over the *global* batch.
+
+        0 where there is nothing to count; the sum is then 0, too, and the trainer
+        divides by 1. An evaluation gives such a batch no weight.
+        """
         return batches.denominators(batch)
 
     @abc.abstractmethod
@@ -117,6 +123,30 @@ class Objective(abc.ABC):
     ) -> LossOutput:
         """Loss sums and metrics of a batch, or of a part of one."""
 
+    def whole(
+        self,
+        params: Params,
+        batch: Batch,
+        *,
+        join: Callable[[Statistics], Statistics],
+        dropout_key: jax.Array | None = None,
+    ) -> tuple[LossOutput, Statistics]:
+        """`statistics` and `loss` of a batch that is not cut into microbatches.
+
+        Args:
+          params: of the networks.
+          batch: the global batch.
+          join: makes of the batch's statistics those that the loss is given, as
+            running ones are added up.
+          dropout_key: as for `loss`.
+
+        Returns:
+          The loss, and the joined statistics.
+        """
+        found = join(self.statistics(params, batch))
+        out = self.loss(params, batch, statistics=found, dropout_key=dropout_key)
+        return out, found
+
     def response_logps(
         self, params: Params, batch: Batch, dropout_key: jax.Array | None = None
     ) -> jax.Array:
@@ -128,6 +158,64 @@ class Objective(abc.ABC):
             deterministic=not self.dropout or dropout_key is None,
             dropout_key=dropout_key,
         )
+
+
+class WholeBatchObjective(Objective):
+    """An objective whose loss looks at statistics of the whole batch.
+
+    A subclass says what it computes of the networks (`forward`), and the statistics and
+    the loss as functions of that. A batch that is in one piece is then run through the
+    networks once; one in microbatches twice, since the first gradient needs the last
+    microbatch's numbers.
+    """
+
+    @abc.abstractmethod
+    def forward(
+        self, params: Params, batch: Batch, dropout_key: jax.Array | None = None
+    ) -> Outputs:
+        """What statistics and loss are made of, such as ``{"logps": [B, R]}``.
+
+        Whatever only one of the two reads costs the other nothing once compiled.
+        """
+
+    @abc.abstractmethod
+    def statistics_of(self, batch: Batch, outputs: Outputs) -> Statistics:
+        """`statistics`, given the networks' outputs, which carry no gradient."""
+
+    @abc.abstractmethod
+    def loss_of(
+        self, batch: Batch, outputs: Outputs, statistics: Statistics
+    ) -> LossOutput:
+        """`loss`, given the networks' outputs."""
+
+    def statistics(self, params: Params, batch: Batch) -> Statistics:
+        return self.statistics_of(
+            batch, self.forward(jax.lax.stop_gradient(params), batch)
+        )
+
+    def loss(
+        self,
+        params: Params,
+        batch: Batch,
+        *,
+        statistics: Statistics,
+        dropout_key: jax.Array | None = None,
+    ) -> LossOutput:
+        return self.loss_of(batch, self.forward(params, batch, dropout_key), statistics)
+
+    def whole(
+        self,
+        params: Params,
+        batch: Batch,
+        *,
+        join: Callable[[Statistics], Statistics],
+        dropout_key: jax.Array | None = None,
+    ) -> tuple[LossOutput, Statistics]:
+        if dropout_key is not None:  # statistics are those of the whole network
+            return super().whole(params, batch, join=join, dropout_key=dropout_key)
+        outputs = self.forward(params, batch)
+        found = join(self.statistics_of(batch, jax.lax.stop_gradient(outputs)))
+        return self.loss_of(batch, outputs, found), found
 
 
 def answers(batch: Batch) -> jax.Array:

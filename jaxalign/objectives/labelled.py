@@ -11,16 +11,26 @@ import jax.numpy as jnp
 from jaxalign import batch as batches
 from jaxalign import losses, models
 from jaxalign.batch import Batch
-from jaxalign.objectives.base import LossOutput, Objective, Params, Statistics, answers
+from jaxalign.objectives.base import (
+    LossOutput,
+    Objective,
+    Outputs,
+    Params,
+    Statistics,
+    WholeBatchObjective,
+    answers,
+)
 from jaxalign.objectives.metrics import Mean, Metrics, Values
 
 
 @dataclasses.dataclass(frozen=True)
-class KTO(Objective):
+class KTO(WholeBatchObjective):
     """Kahneman-Tversky optimisation from thumbs up and down.
 
     The mismatched responses of the reference point are the batch's own, each pointed
-    at another prompt of its encoder row: one more decoder pass, no encoder pass.
+    at another prompt of its encoder row: one more decoder pass, without gradient, and
+    no encoder pass. A batch in microbatches is encoded once more, as the point needs
+    all of it before any gradient.
 
     Attributes:
       beta: strength of the KL constraint, in 1/nat.
@@ -41,34 +51,44 @@ class KTO(Objective):
     )
     min_prompts: ClassVar[int] = 2
 
-    def statistics(self, params: Params, batch: Batch) -> Statistics:
-        mask = answers(batch) * (batch["response_kl_prompt"] >= 0)
-        policy = jax.lax.stop_gradient(params["policy"])
+    def forward(
+        self, params: Params, batch: Batch, dropout_key: jax.Array | None = None
+    ) -> Outputs:
+        if dropout_key is not None:
+            return {"logps": self.response_logps(params, batch, dropout_key)}
+        policy = params["policy"]
+        encoded = models.encode(self.model, policy, batch)
         kl_logps = models.response_logps(
-            self.model, policy, batch, prompt=batch["response_kl_prompt"]
+            self.model,
+            jax.lax.stop_gradient(policy),
+            batch,
+            prompt=batch["response_kl_prompt"],
+            encoded=jax.lax.stop_gradient(encoded),
         )
-        kl = losses.log_ratios(kl_logps, batch["response_ref_kl_logps"])
-        return {"kl": (jnp.sum(jnp.where(mask > 0, kl, 0.0)), jnp.sum(mask))}
+        logps = models.response_logps(self.model, policy, batch, encoded=encoded)
+        return {"logps": logps, "kl_logps": kl_logps}
+
+    def statistics_of(self, batch: Batch, outputs: Outputs) -> Statistics:
+        mask = answers(batch) * (batch["response_kl_prompt"] >= 0)
+        kl = losses.log_ratios(
+            outputs["kl_logps"], batch["response_ref_kl_logps"], mask
+        )
+        return {"kl": (jnp.sum(kl), jnp.sum(mask))}
 
     def labels(self, batch: Batch, statistics: Statistics) -> jax.Array:
         """``[B, R]``: 1 desirable, 0 undesirable, -1 unknown."""
         del statistics
         return batch["response_label"]
 
-    def loss(
-        self,
-        params: Params,
-        batch: Batch,
-        *,
-        statistics: Statistics,
-        dropout_key: jax.Array | None = None,
+    def loss_of(
+        self, batch: Batch, outputs: Outputs, statistics: Statistics
     ) -> LossOutput:
         total, count = statistics["kl"]
         unclamped = total / jnp.maximum(count, 1.0)
         z = jnp.maximum(unclamped, 0.0)
         labels = self.labels(batch, statistics)
         mask = answers(batch) * (labels >= 0)
-        logps = self.response_logps(params, batch, dropout_key)
+        logps = outputs["logps"]
         losses_ = losses.kto_at_reference_point(
             logps,
             batch["response_ref_logps"],
@@ -79,13 +99,14 @@ class KTO(Objective):
             undesirable_weight=self.undesirable_weight,
             where=mask,
         )
-        responses = jnp.sum(mask)
+        # A batch without a mismatched response says nothing about the point.
+        responses = jnp.sum(mask) * (count > 0)
         return LossOutput(
-            {"responses": jnp.sum(losses_ * mask)},
+            {"responses": jnp.sum(losses_)},
             {
                 **_metrics(batch, logps, labels, mask, self.beta, losses_, z),
-                "kl": Mean(z * responses, responses),
-                "kl/unclamped": Mean(unclamped * responses, responses),
+                "reference_point": Mean(z * responses, responses),
+                "reference_point/unclamped": Mean(unclamped * responses, responses),
             },
         )
 
@@ -105,12 +126,12 @@ class RewardKTO(KTO):
         "response_ref_kl_logps",
     )
 
-    def statistics(self, params: Params, batch: Batch) -> Statistics:
+    def statistics_of(self, batch: Batch, outputs: Outputs) -> Statistics:
         mask = answers(batch)
-        rewards = jnp.sum(batch["response_reward"] * mask)
+        rewards = losses.masked(batch["response_reward"], mask)
         return {
-            **super().statistics(params, batch),
-            "reward": (rewards, jnp.sum(mask)),
+            **super().statistics_of(batch, outputs),
+            "reward": (jnp.sum(rewards), jnp.sum(mask)),
         }
 
     def labels(self, batch: Batch, statistics: Statistics) -> jax.Array:
@@ -157,41 +178,49 @@ class APOZeroUnpaired(Objective):
             where=mask,
         )
         return LossOutput(
-            {"responses": jnp.sum(losses_ * mask)},
+            {"responses": jnp.sum(losses_)},
             _metrics(batch, logps, labels, mask, self.beta, losses_),
         )
 
 
 @dataclasses.dataclass(frozen=True)
-class BCO(APOZeroUnpaired):
+class BCO(WholeBatchObjective):
     """Binary classifier optimisation: the implicit reward as a classifier's logit.
 
     The reward shift is the mean implicit reward over all responses of the run so far,
     the current batch included.
+
+    Attributes:
+      beta: strength of the KL constraint, in 1/nat.
+      desirable_weight: ``lambda_D``.
+      undesirable_weight: ``lambda_U``.
     """
 
+    beta: float = 0.1
+    desirable_weight: float = 1.0
+    undesirable_weight: float = 1.0
+
+    schema: ClassVar[str] = "trajectory"
+    columns: ClassVar[tuple[str, ...]] = ("response_label", "response_ref_logps")
     running: ClassVar[tuple[str, ...]] = ("rewards",)
 
-    def statistics(self, params: Params, batch: Batch) -> Statistics:
-        mask = answers(batch) * (batch["response_label"] >= 0)
-        policy = jax.lax.stop_gradient(params["policy"])
-        logps = models.response_logps(self.model, policy, batch)
-        ratios = losses.log_ratios(logps, batch["response_ref_logps"], mask)
-        return {"rewards": (self.beta * jnp.sum(ratios * mask), jnp.sum(mask))}
+    def forward(
+        self, params: Params, batch: Batch, dropout_key: jax.Array | None = None
+    ) -> Outputs:
+        return {"logps": self.response_logps(params, batch, dropout_key)}
 
-    def loss(
-        self,
-        params: Params,
-        batch: Batch,
-        *,
-        statistics: Statistics,
-        dropout_key: jax.Array | None = None,
+    def statistics_of(self, batch: Batch, outputs: Outputs) -> Statistics:
+        mask = answers(batch) * (batch["response_label"] >= 0)
+        ratios = losses.log_ratios(outputs["logps"], batch["response_ref_logps"], mask)
+        return {"rewards": (self.beta * jnp.sum(ratios), jnp.sum(mask))}
+
+    def loss_of(
+        self, batch: Batch, outputs: Outputs, statistics: Statistics
     ) -> LossOutput:
         total, count = statistics["rewards"]
         shift = total / jnp.maximum(count, 1.0)
-        labels = batch["response_label"]
+        labels, logps = batch["response_label"], outputs["logps"]
         mask = answers(batch) * (labels >= 0)
-        logps = self.response_logps(params, batch, dropout_key)
         losses_ = losses.bco(
             logps,
             batch["response_ref_logps"],
@@ -204,7 +233,7 @@ class BCO(APOZeroUnpaired):
         )
         responses = jnp.sum(mask)
         return LossOutput(
-            {"responses": jnp.sum(losses_ * mask)},
+            {"responses": jnp.sum(losses_)},
             {
                 **_metrics(batch, logps, labels, mask, self.beta, losses_),
                 "rewards/shift": Mean(shift * responses, responses),
@@ -238,6 +267,6 @@ def _metrics(
         "lengths/chosen": Mean.of(lengths, chosen),
         "lengths/rejected": Mean.of(lengths, rejected),
         "labels/desirable": Mean.of(chosen, mask),
-        "log_ratios": Mean.of(ratios, mask),
+        "log_ratios/mean": Mean.of(ratios, mask),
         "saturated": Mean.of(saturated, mask),
     }

@@ -141,9 +141,10 @@ class PairObjective(Objective):
         if self.uses_reference:
             ratio_w = pairs.chosen_logps - pairs.ref_chosen_logps
             ratio_l = pairs.rejected_logps - pairs.ref_rejected_logps
-            found["kl"] = Mean.of((ratio_w + ratio_l) / 2, mask)
-            found["kl/chosen"] = Mean.of(ratio_w, mask)
-            found["kl/token"] = Mean(
+            found["log_ratios/mean"] = Mean.of((ratio_w + ratio_l) / 2, mask)
+            found["log_ratios/chosen"] = Mean.of(ratio_w, mask)
+            found["log_ratios/rejected"] = Mean.of(ratio_l, mask)
+            found["log_ratios/token"] = Mean(
                 jnp.sum(losses.masked(ratio_w + ratio_l, mask) * mask),
                 jnp.sum((pairs.chosen_lengths + pairs.rejected_lengths) * mask),
             )

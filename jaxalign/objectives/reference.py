@@ -29,9 +29,18 @@ def reference_columns(
       ``response_ref_logps`` and, if asked, ``response_ref_kl_logps``, ``[B, R]``.
     """
     params = jax.lax.stop_gradient(params)
-    columns = {"response_ref_logps": models.response_logps(model, params, batch)}
+    encoded = models.encode(model, params, batch)
+    columns = {
+        "response_ref_logps": models.response_logps(
+            model, params, batch, encoded=encoded
+        )
+    }
     if mismatched:
         columns["response_ref_kl_logps"] = models.response_logps(
-            model, params, batch, prompt=batch["response_kl_prompt"]
+            model,
+            params,
+            batch,
+            prompt=batch["response_kl_prompt"],
+            encoded=encoded,
         )
     return columns

@@ -11,7 +11,14 @@ import jax.numpy as jnp
 from jaxalign import batch as batches
 from jaxalign import losses, models
 from jaxalign.batch import Batch
-from jaxalign.objectives.base import LossOutput, Objective, Params, Statistics, answers
+from jaxalign.objectives.base import (
+    LossOutput,
+    Outputs,
+    Params,
+    Statistics,
+    WholeBatchObjective,
+    answers,
+)
 from jaxalign.objectives.metrics import Mean, Metrics, Pairs, Values
 from jaxalign.objectives.sft import SFT
 
@@ -19,7 +26,7 @@ VALUE_KINDS = ("prompt_scalar", "token_mean", "batch_constant")
 
 
 @dataclasses.dataclass(frozen=True)
-class DROV(Objective):
+class DROV(WholeBatchObjective):
     """DRO-V: direct reward optimisation from scalar rewards, with a learned value.
 
     As the paper trains it: two networks that share nothing, one scalar value per
@@ -71,90 +78,103 @@ class DROV(Objective):
             "value": {**params["value"], **jax.tree.map(jnp.copy, own)},
         }
 
-    def values(self, params: Params, batch: Batch) -> jax.Array:
-        """``[B, R]``: the value each response is compared with."""
+    def forward(
+        self, params: Params, batch: Batch, dropout_key: jax.Array | None = None
+    ) -> Outputs:
+        if not self.share_trunk or dropout_key is not None:
+            logps = self.response_logps(params, batch, dropout_key)
+            return {"logps": logps, "values": self.values(params, batch)}
+        encoded = models.encode(self.model, params["policy"], batch)
+        logps = models.response_logps(
+            self.model, params["policy"], batch, encoded=encoded
+        )
+        return {"logps": logps, "values": self.values(params, batch, encoded)}
+
+    def values(
+        self, params: Params, batch: Batch, encoded: jax.Array | None = None
+    ) -> jax.Array:
+        """``[B, R]``: the value each response is compared with.
+
+        Args:
+          params: of both networks.
+          batch: a response batch.
+          encoded: the policy's encoder states, if they are at hand; a shared trunk
+            reads them.
+        """
         net, own = self.networks()["value"], {"params": params["value"]}
+        if self.share_trunk and encoded is None:
+            encoded = models.encode(self.model, params["policy"], batch)
         if self.value_kind == "token_mean":
             if not self.share_trunk:
                 return net.apply(own, batch)
             states = self.model.apply(
-                {"params": params["policy"]}, batch, method=_decoder_states
+                {"params": params["policy"]}, batch, encoded, method=_decoder_states
             )
             return net.apply(own, batch, states, method="of_responses")
-        if self.share_trunk:
-            states = self.model.apply(
-                {"params": params["policy"]},
-                batch["encoder_input_tokens"],
-                batch["encoder_segment_ids"],
-                method="encode",
-            )
-            by_prompt = net.apply(own, batch, states)
-        else:
-            by_prompt = net.apply(own, batch)
+        by_prompt = (
+            net.apply(own, batch, encoded)
+            if self.share_trunk
+            else net.apply(own, batch)
+        )
         return jnp.take_along_axis(by_prompt, batch["response_prompt"], axis=1)
 
-    def statistics(self, params: Params, batch: Batch) -> Statistics:
+    def statistics_of(self, batch: Batch, outputs: Outputs) -> Statistics:
         if self.value_kind != "batch_constant":
             return {}
-        params = jax.lax.stop_gradient(params)
         mask = answers(batch)
-        ratios = losses.log_ratios(
-            self.response_logps(params, batch), batch["response_ref_logps"], mask
-        )
-        targets = batch["response_reward"] - self.tau * ratios
+        targets = losses.masked(_targets(batch, outputs["logps"], self.tau), mask)
+        values = losses.masked(outputs["values"], mask)
         count = jnp.sum(mask)
         return {
-            "targets": (jnp.sum(targets * mask), count),
-            "values": (jnp.sum(self.values(params, batch) * mask), count),
+            "targets": (jnp.sum(targets), count),
+            "values": (jnp.sum(values), count),
         }
 
-    def loss(
-        self,
-        params: Params,
-        batch: Batch,
-        *,
-        statistics: Statistics,
-        dropout_key: jax.Array | None = None,
+    def loss_of(
+        self, batch: Batch, outputs: Outputs, statistics: Statistics
     ) -> LossOutput:
         mask = answers(batch)
-        logps = self.response_logps(params, batch, dropout_key)
-        ref, rewards = batch["response_ref_logps"], batch["response_reward"]
-        values = self.values(params, batch)
+        logps, values = outputs["logps"], outputs["values"]
         moving = 0.0
         if self.value_kind == "batch_constant":
             mean = {k: t / jnp.maximum(n, 1.0) for k, (t, n) in statistics.items()}
             # The gradient of (mean(V) - t)^2 / 2 needs every prompt of the batch; this
             # term is zero and has it.
             gap = mean["values"] - mean["targets"]
-            moving = gap * (values - jax.lax.stop_gradient(values))
+            moving = gap * losses.masked(values - jax.lax.stop_gradient(values), mask)
             values = jnp.full_like(values, mean["values"])
         policy_losses, value_losses = losses.dro_v(
             logps,
-            ref,
+            batch["response_ref_logps"],
             values,
-            rewards,
+            batch["response_reward"],
             tau=self.tau,
             rescale=self.rescale,
             where=mask,
         )
-        total = policy_losses + value_losses + moving
         metrics = _regression_metrics(batch, logps, values, mask, self.tau)
+        targets = _targets(batch, logps, self.tau)
         return LossOutput(
-            {"responses": jnp.sum(total * mask)},
+            {"responses": jnp.sum(policy_losses + value_losses + moving)},
             {
                 **metrics,
                 "loss/policy": Mean.of(policy_losses, mask),
                 "loss/value": Mean.of(value_losses, mask),
                 "value/mean": Mean.of(values, mask),
                 "value": Values.of(values, mask),
-                "value/correlation": Pairs.of(values, rewards, mask),
+                "value/correlation": Pairs.of(values, targets, mask),
             },
         )
 
 
-def _decoder_states(module: models.T5, batch: Batch) -> jax.Array:
+def _targets(batch: Batch, logps: jax.Array, tau: float) -> jax.Array:
+    """``r - tau lr``: what DRO regresses a response's value on."""
+    ratios = losses.log_ratios(logps, batch["response_ref_logps"])
+    return batch["response_reward"] - tau * ratios
+
+
+def _decoder_states(module: models.T5, batch: Batch, encoded: jax.Array) -> jax.Array:
     """``[B, K, Ld, E]``: the states the vocabulary head reads."""
-    encoded = module.encode(batch["encoder_input_tokens"], batch["encoder_segment_ids"])
     return module.decode(
         encoded,
         batch["encoder_segment_ids"],
@@ -167,7 +187,7 @@ def _decoder_states(module: models.T5, batch: Batch) -> jax.Array:
 
 
 @dataclasses.dataclass(frozen=True)
-class DROP(Objective):
+class DROP(WholeBatchObjective):
     """DRO-P: the variance over the batch in place of a learned value.
 
     Attributes:
@@ -179,25 +199,22 @@ class DROP(Objective):
     schema: ClassVar[str] = "trajectory"
     columns: ClassVar[tuple[str, ...]] = ("response_reward", "response_ref_logps")
 
-    def statistics(self, params: Params, batch: Batch) -> Statistics:
-        mask = answers(batch)
-        logps = self.response_logps(jax.lax.stop_gradient(params), batch)
-        ratios = losses.log_ratios(logps, batch["response_ref_logps"], mask)
-        u = batch["response_reward"] - self.tau * ratios
-        return {"u": (jnp.sum(u * mask), jnp.sum(mask))}
+    def forward(
+        self, params: Params, batch: Batch, dropout_key: jax.Array | None = None
+    ) -> Outputs:
+        return {"logps": self.response_logps(params, batch, dropout_key)}
 
-    def loss(
-        self,
-        params: Params,
-        batch: Batch,
-        *,
-        statistics: Statistics,
-        dropout_key: jax.Array | None = None,
+    def statistics_of(self, batch: Batch, outputs: Outputs) -> Statistics:
+        mask = answers(batch)
+        u = losses.masked(_targets(batch, outputs["logps"], self.tau), mask)
+        return {"u": (jnp.sum(u), jnp.sum(mask))}
+
+    def loss_of(
+        self, batch: Batch, outputs: Outputs, statistics: Statistics
     ) -> LossOutput:
         total, count = statistics["u"]
         mean = total / jnp.maximum(count, 1.0)
-        mask = answers(batch)
-        logps = self.response_logps(params, batch, dropout_key)
+        mask, logps = answers(batch), outputs["logps"]
         losses_ = losses.dro_p_at_mean(
             logps,
             batch["response_ref_logps"],
@@ -208,7 +225,7 @@ class DROP(Objective):
         )
         values = jnp.full_like(logps, mean)
         return LossOutput(
-            {"responses": jnp.sum(losses_ * mask)},
+            {"responses": jnp.sum(losses_)},
             _regression_metrics(batch, logps, values, mask, self.tau),
         )
 
@@ -232,8 +249,8 @@ def _regression_metrics(
         "log_ratios/abs": Values.of(jnp.abs(ratios), mask),
         "log_ratios/pull": Values.of(pull, mask),
         "logps": Mean.of(logps, mask),
-        "kl": Mean.of(ratios, mask),
-        "kl/token": Mean.of(ratios / jnp.maximum(lengths, 1.0), mask),
+        "log_ratios/mean": Mean.of(ratios, mask),
+        "log_ratios/token": Mean.of(ratios / jnp.maximum(lengths, 1.0), mask),
         "lengths": Mean.of(lengths, mask),
     }
 
@@ -286,9 +303,7 @@ class FilteredSFT(SFT):
         }
 
     def denominators(self, batch: Batch) -> dict[str, jax.Array]:
-        total = jnp.sum(self.token_weights(batch))
-        # A batch of which nothing is kept moves nothing.
-        return {"weighted_tokens": jnp.where(total > 0, total, 1.0)}
+        return {"weighted_tokens": jnp.sum(self.token_weights(batch))}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,6 +16,7 @@ import numpy as np
 
 WIDTH, HEIGHT = 400, 220
 _LEFT, _RIGHT, _TOP, _BOTTOM = 50, 12, 10, 26
+_CHARACTER = 6.2  # of the axes' text, at most on average: 11 pixels high
 
 # Points drawn for one curve: about what its width in pixels can show.
 _BUCKETS = 180
@@ -167,8 +168,9 @@ class _Frame:
             )
         for tick in ticks(self.x0, self.x1):
             x = self.x(tick)
-            if x > right - 34:  # the axis' name stands there
-                continue
+            reach = 0.5 * _CHARACTER * len(number(tick))
+            if x + reach > right - _CHARACTER * (len(x_label) + 1):
+                continue  # the axis' name stands there
             out.append(
                 f'<line class="tick" x1="{x:.1f}" x2="{x:.1f}" y1="{bottom}" '
                 f'y2="{bottom + 4}"/><text class="x" x="{x:.1f}" y="{bottom + 16}">'
@@ -271,10 +273,10 @@ def line_chart(
 def calibration_chart(
     groups: Sequence[tuple[str, int, Sequence[tuple[float, float, float]]]],
 ) -> str:
-    """Mean reward over predicted value, one circle a bin, with the identity line.
+    """Mean target over predicted value, one circle a bin, with the identity line.
 
     Args:
-      groups: ``(label, colour, [(value, reward, count), ...])``.
+      groups: ``(label, colour, [(value, target, count), ...])``.
     """
     points = np.array([p[:2] for _, _, bins in groups for p in bins], np.float64)
     low, high = float(points.min()), float(points.max())
@@ -288,14 +290,14 @@ def calibration_chart(
         order = sorted(bins)
         xs, ys = (np.array([b[i] for b in order]) for i in (0, 1))
         body.append(f'<path class="line c{colour}" d="{_path(frame, xs, ys)}"/>')
-        for value, reward, count in order:
+        for value, target, count in order:
             text = (
-                f"{label}: value {number(value)}, mean reward {number(reward)}, "
+                f"{label}: value {number(value)}, mean target {number(target)}, "
                 f"{int(count)} responses"
             )
             body.append(
                 f'<circle class="dot c{colour}" cx="{frame.x(value):.1f}" '
-                f'cy="{frame.y(reward):.1f}" r="{2 + 5 * math.sqrt(count / top):.1f}">'
+                f'cy="{frame.y(target):.1f}" r="{2 + 5 * math.sqrt(count / top):.1f}">'
                 f"<title>{html.escape(text)}</title></circle>"
             )
     return (

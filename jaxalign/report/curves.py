@@ -44,8 +44,9 @@ _GROUPS = (
     ),
     _Group(
         "Distance from the reference policy",
-        "In nats per response; chosen log-probabilities may fall while margins grow.",
-        ("kl", "kl/.*", "logps.*"),
+        "Log-ratios log(π/π_ref) of the data's responses, in nats: negative where the "
+        "policy finds them less likely. Chosen ones may fall while margins grow.",
+        ("log_ratios/mean", "log_ratios.*", "reference_point.*", "logps.*"),
     ),
     _Group(
         "Value network",
@@ -65,9 +66,12 @@ _GROUPS = (
 )
 
 _UNITS = {
-    "kl": "nats",
-    "kl/unclamped": "nats",
-    "kl/token": "nats per token",
+    "log_ratios/mean": "nats",
+    "log_ratios/chosen": "nats",
+    "log_ratios/rejected": "nats",
+    "log_ratios/token": "nats per token",
+    "reference_point": "nats",
+    "reference_point/unclamped": "nats",
     "logps": "nats",
     "logps/chosen": "nats",
     "logps/rejected": "nats",
@@ -79,7 +83,7 @@ _UNITS = {
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """``"eval/kl"`` to ``("eval", "kl")``; without a prefix it is training's."""
+    """``"eval/loss"`` to ``("eval", "loss")``; without a prefix it is training's."""
     split, _, rest = name.partition("/")
     return (split, rest) if split in ("train", "eval") and rest else ("train", name)
 
@@ -155,11 +159,15 @@ def _calibration(runs: list[Run]) -> str:
     groups = [(r.name, r.colour, r.calibration) for r in runs if r.calibration]
     if not groups:
         return ""
-    note = "Mean reward of responses binned by predicted value; dashed: calibrated."
+    note = (
+        "What the value is trained on, the reward less τ times the log-ratio, in bins "
+        "of the predicted value; dashed: calibrated."
+    )
     if len(groups) < len(runs):
         note += " Only " + ", ".join(name for name, *_ in groups) + "."
     return (
-        f"<figure><figcaption><b>value calibration</b> <small>mean reward</small>"
+        "<figure><figcaption><b>value calibration</b> "
+        "<small>mean of r − τ log(π/π_ref)</small>"
         f"</figcaption>{charts.calibration_chart(groups)}"
         f'<p class="caption">{esc(note)}</p></figure>'
     )
@@ -171,7 +179,7 @@ _LAST = (
     "rewards/rejected",
     "rewards/margins",
     "rewards/accuracies",
-    "kl",
+    "log_ratios/mean",
     "value/mean",
     "value/std",
     "value/correlation",

@@ -38,7 +38,7 @@ class Run:
       config: ``config.gin``, verbatim.
       samples: of the last step that has any.
       samples_step: that step.
-      calibration: bins ``(value, reward, count)`` of the value network.
+      calibration: bins ``(value, target, count)`` of the value network.
       profile: where the time of a step went, if steps were traced.
       missing: sentences for the reader.
     """
@@ -175,12 +175,12 @@ def _load_calibration(run: Run) -> None:
         return
     try:
         bins = [
-            (float(b["value"]), float(b["reward"]), float(b["count"]))
+            (float(b["value"]), float(b["target"]), float(b["count"]))
             for b in found["bins"]
         ]
     except (KeyError, TypeError, ValueError) as error:
         run.missing.append(
-            f"{CALIBRATION_FILE} has no bins of value, reward, count: {error!r}"
+            f"{CALIBRATION_FILE} has no bins of value, target, count: {error!r}"
         )
         return
     run.calibration = [b for b in bins if np.isfinite(b).all() and b[2] > 0]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import glob
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from jaxalign import batch as batches
 from jaxalign import data as data_lib
 from jaxalign import remote, vocabularies
 from jaxalign.objectives import Objective
+
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,9 +202,11 @@ def build(
         ]
         for split, of_split in caches.items()
     }
-    if objective.uses_rewards and reward_stats is None:
-        reward_stats = _reward_stats(caches["train"])
     rates = list(dataset.sources().values())
+    if "response_label" in objective.columns:
+        _tell_one_sided_labels(caches["train"], objective)
+    if objective.uses_rewards and reward_stats is None:
+        reward_stats = _reward_stats(caches["train"], rates)
     feeds = {}
     for split, of_split in plans.items():
         if not of_split:
@@ -222,15 +227,60 @@ def build(
     )
 
 
-def _reward_stats(caches: list[data_lib.TokenizedCache]) -> tuple[float, float]:
-    rewards = np.concatenate([c.index.response_reward for c in caches])
-    rewards = rewards[np.isfinite(rewards)].astype(np.float64)
-    if rewards.std() == 0:
+def _reward_stats(
+    caches: list[data_lib.TokenizedCache], rates: Sequence[float] = (1.0,)
+) -> tuple[float, float]:
+    """Mean and deviation of the rewards as training meets them.
+
+    Args:
+      caches: the sources of a mixture.
+      rates: their shares of the rows, in any unit.
+    """
+    found = []
+    for cache in caches:
+        rewards = np.asarray(cache.index.response_reward, np.float64)
+        found.append(rewards[np.isfinite(rewards)])
+    rewards, weights = np.concatenate(found), None
+    if len(caches) > 1:
+        # How often a step meets each reward of a source.
+        often = [
+            rate / max(cache.index.num_rows, 1)
+            for cache, rate in zip(caches, rates, strict=True)
+        ]
+        weights = np.repeat(often, [len(r) for r in found])
+    with np.errstate(over="ignore", invalid="ignore"):
+        mean = np.average(rewards, weights=weights)
+        deviation = np.sqrt(np.average(np.square(rewards - mean), weights=weights))
+    # Equal rewards differ by the rounding of whoever computed them.
+    if deviation <= np.finfo(np.float32).eps * np.abs(rewards).max():
         raise ValueError(
-            f"All {rewards.size} rewards equal {rewards.mean():g}: there is nothing to "
-            "learn from. Check FIELD_MAP's 'reward'."
+            f"All {rewards.size} rewards equal {mean:g}: there is nothing to learn "
+            "from. Check FIELD_MAP's 'reward'."
         )
-    return float(rewards.mean()), float(rewards.std())
+    if not np.isfinite(deviation):
+        raise ValueError(
+            f"The {rewards.size} rewards reach {np.abs(rewards).max():g}, too far for "
+            "a standard deviation. Check FIELD_MAP's 'reward'."
+        )
+    return float(mean), float(deviation)
+
+
+def _tell_one_sided_labels(
+    caches: list[data_lib.TokenizedCache], objective: Objective
+) -> None:
+    """Warns where all thumbs point the same way."""
+    labels = np.concatenate([c.index.response_label for c in caches])
+    labels = labels[labels >= 0]
+    if labels.size and (labels == labels[0]).all():
+        way = "up" if labels[0] == batches.DESIRABLE else "down"
+        _log.warning(
+            "All %d labels of the training data are thumbs %s: %s has nothing to tell "
+            "good responses from bad ones by. Add responses of the other kind, or "
+            "check FIELD_MAP's 'label' and DESIRABLE_ABOVE.",
+            labels.size,
+            way,
+            type(objective).__name__,
+        )
 
 
 def _check_cache(

@@ -163,29 +163,29 @@ def write_calibration(
     run_dir: str | Path,
     step: int,
     values: np.ndarray,
-    rewards: np.ndarray,
+    targets: np.ndarray,
     bins: int = 10,
 ) -> None:
-    """Writes ``calibration.json``: what responses earned, by their predicted value.
+    """Writes ``calibration.json``: a value network's targets, by its predictions.
 
     The responses are sorted by predicted value and cut into `bins` parts of equal
-    size; a calibrated value network has ``value == reward`` in each. Format:
-    ``{"step": s, "bins": [{"value": mean, "reward": mean, "count": n}, ...]}``.
+    size; a calibrated value network has ``value == target`` in each. Format:
+    ``{"step": s, "bins": [{"value": mean, "target": mean, "count": n}, ...]}``.
 
     Args:
       run_dir: the run directory.
       step: steps taken.
       values: predicted values ``[n]``, one per response.
-      rewards: their rewards ``[n]``, in the same unit.
+      targets: what they were to be ``[n]``: for DRO ``r - tau lr``, the soft value.
       bins: at most so many parts.
     """
-    values, rewards = np.asarray(values, np.float64), np.asarray(rewards, np.float64)
+    values, targets = np.asarray(values, np.float64), np.asarray(targets, np.float64)
     order = np.argsort(values, kind="stable")
     parts = [part for part in np.array_split(order, bins) if len(part)]
     rows = [
         {
             "value": float(values[part].mean()),
-            "reward": float(rewards[part].mean()),
+            "target": float(targets[part].mean()),
             "count": len(part),
         }
         for part in parts

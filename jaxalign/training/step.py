@@ -130,18 +130,14 @@ def _sum_over(microbatches: Batch, function: Callable[[Batch], Any]) -> Any:
     return total
 
 
-def loss_and_metrics(
-    objective: Objective,
-    params: Any,
-    batch: Batch,
-    denominators: dict[str, jax.Array],
-    statistics: Any,
-    dropout_key: jax.Array | None,
-) -> tuple[jax.Array, tuple[dict[str, jax.Array], Metrics]]:
-    """The scalar to differentiate: sums over *global* denominators."""
-    out = objective.loss(params, batch, statistics=statistics, dropout_key=dropout_key)
-    total = sum(out.sums[name] / denominators[name] for name in sorted(out.sums))
-    return total, (out.sums, out.metrics)
+def total_loss(
+    sums: dict[str, jax.Array], denominators: dict[str, jax.Array]
+) -> jax.Array:
+    """Sums over *global* denominators; a sum over nothing is 0."""
+    return sum(
+        sums[name] / jnp.where(denominators[name] > 0, denominators[name], 1.0)
+        for name in sorted(sums)
+    )
 
 
 def make_train_step(
@@ -178,18 +174,29 @@ def make_train_step(
             batch = with_reference(objective, reference, batch)
         denominators = objective.denominators(batch)
         dropout_key = jax.random.fold_in(key, state.step) if objective.dropout else None
-        grad = jax.grad(
-            lambda p, b, s, k: loss_and_metrics(objective, p, b, denominators, s, k),
-            has_aux=True,
-        )
+
+        def whole(params: Any) -> tuple[jax.Array, Any]:
+            out, statistics = objective.whole(
+                params,
+                batch,
+                join=lambda found: with_running(found, state.carried),
+                dropout_key=dropout_key,
+            )
+            return total_loss(out.sums, denominators), (*out, statistics)
+
+        def part(params: Any, piece: Batch, statistics: Any, key: Any) -> Any:
+            out = objective.loss(params, piece, statistics=statistics, dropout_key=key)
+            return total_loss(out.sums, denominators), (out.sums, out.metrics)
 
         def statistics_of(piece: Batch) -> Statistics:
             return objective.statistics(state.params, piece)
 
         if num_microbatches == 1:
-            statistics = with_running(statistics_of(batch), state.carried)
-            grads, (sums, metrics) = grad(state.params, batch, statistics, dropout_key)
+            grads, (sums, metrics, statistics) = jax.grad(whole, has_aux=True)(
+                state.params
+            )
         else:
+            grad = jax.grad(part, has_aux=True)
             pieces = split_microbatches(batch, num_microbatches)
             statistics = with_running(_sum_over(pieces, statistics_of), state.carried)
 
@@ -211,7 +218,7 @@ def make_train_step(
             (grads, sums), metrics = jax.lax.scan(
                 accumulate, zeros, (jnp.arange(num_microbatches), pieces)
             )
-        loss = sum(sums[name] / denominators[name] for name in sorted(sums))
+        loss = total_loss(sums, denominators)
         with jax.named_scope("optimizer"):
             norms = gradient_norms(grads)
             finite = jnp.isfinite(loss) & jnp.isfinite(norms["grad_norm"])
@@ -280,13 +287,13 @@ def make_eval_step(objective: Objective) -> Callable[..., Metrics]:
         if "reference" in carried:
             reference = carried["reference"]["policy"]
             batch = with_reference(objective, reference, batch)
-        statistics = objective.statistics(params, batch) | carried.get("running", {})
-        out = objective.loss(params, batch, statistics=statistics)
+        out, _ = objective.whole(
+            params, batch, join=lambda found: found | carried.get("running", {})
+        )
+        # A batch that keeps nothing has a count of 0, and so weighs nothing.
         counts = objective.denominators(batch)
-        # An all-padding batch must weigh nothing, so its count is zero, not one.
-        nonempty = jnp.any(batch["response_mask"] > 0).astype(jnp.float32)
         sums = {
-            f"objective/{name}": Mean(value * nonempty, counts[name] * nonempty)
+            f"objective/{name}": Mean(value, counts[name])
             for name, value in out.sums.items()
         }
         return {**out.metrics, **sums}

@@ -45,7 +45,10 @@ def _drifts_away(first: Numbers, now: Numbers) -> bool:
 
 def _clamped(first: Numbers, now: Numbers) -> bool:
     del first
-    return now.get("kl") == 0.0 and now.get("kl/unclamped", 0.0) < -1.0
+    return (
+        now.get("reference_point") == 0.0
+        and now.get("reference_point/unclamped", 0.0) < -1.0
+    )
 
 
 def _pulled(first: Numbers, now: Numbers) -> bool:
@@ -67,7 +70,7 @@ SYMPTOMS = (
         _clamped,
         "KTO's reference point sits at 0 while its unclamped value is below -1 nat: "
         "the policy finds mismatched responses ever less likely and the clamp hides "
-        "it. Lower LEARNING_RATE or raise BETA; look at 'kl/unclamped'.",
+        "it. Lower LEARNING_RATE or raise BETA; look at 'reference_point/unclamped'.",
         lasting=5,
     ),
     Symptom(

@@ -1,8 +1,10 @@
 """What a configuration refuses, and how it says so."""
 
+import numpy as np
 import pytest
 
 from jaxalign.models import T5Config
+from jaxalign.models.relative_bias import bucket_table
 
 SHAPE = dict(
     vocab_size=40,
@@ -27,12 +29,33 @@ SHAPE = dict(
         ({"num_heads": 0}, r"num_heads must be a positive integer, got 0"),
         ({"emb_dim": 24.0}, r"emb_dim must be a positive integer, got 24\.0"),
         ({"dropout_rate": 1.0}, r"dropout_rate must be in \[0, 1\), got 1\.0"),
+        ({"relative_attention_num_buckets": 3}, r"num_buckets must be at least 4.*3"),
+        (
+            {
+                "relative_attention_num_buckets": 32,
+                "relative_attention_max_distance": 16,
+            },
+            r"max_distance must exceed half of the 32 buckets.*at least 17, got 16",
+        ),
         ({"logits_chunk": -1}, r"logits_chunk must be 0 .*got -1"),
     ],
 )
 def test_refuses(fields, message):
     with pytest.raises(ValueError, match=message):
         T5Config(**SHAPE | fields)
+
+
+@pytest.mark.parametrize("buckets", [4, 5, 8, 31, 32])
+def test_every_distance_has_a_bucket_in_the_tightest_table(buckets):
+    config = T5Config(
+        **SHAPE,
+        relative_attention_num_buckets=buckets,
+        relative_attention_max_distance=buckets // 2 + 1,
+    )
+    for count in (buckets, buckets // 2):  # of a decoder, of an encoder's direction
+        table = bucket_table(count, config.relative_attention_max_distance)
+        assert table[0] == 0 and table[-1] == count - 1
+        assert np.all(np.diff(table) >= 0)
 
 
 def test_is_hashable_with_a_list():

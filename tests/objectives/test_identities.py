@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from objectives_cases import CONFIG, BagOfTokens, make_batch, make_rows
 
 from jaxalign import batch as batches
 from jaxalign import models, objectives
 from jaxalign.objectives.metrics import summarize
+from jaxalign.training import step as steps
 
+KEY = jax.random.key(0)
 MODEL = BagOfTokens(CONFIG)
 PARAMS = {"policy": models.init_params(MODEL, jax.random.key(1))}
 BATCH = make_batch(make_rows(), 2)
@@ -110,3 +116,44 @@ def test_dro_p_centres_by_the_mean_of_the_batch():
     found, metrics = value("DROP", tau=0.4)
     assert metrics["loss"] == pytest.approx(np.var(u) / 2, rel=1e-5)
     assert found == pytest.approx(np.var(u) / 2, rel=1e-5)
+
+
+def test_kto_costs_what_apo_zero_costs_and_one_decoder_pass():
+    # Before any compiler looks for what is computed twice. The encoder is what costs.
+    model = models.T5(dataclasses.replace(CONFIG, num_encoder_layers=3))
+
+    def flops(function, *arguments):
+        return jax.jit(function).lower(*arguments).cost_analysis()["flops"]
+
+    def step(name):
+        objective, tx = objectives.OBJECTIVES[name](model=model), optax.sgd(1.0)
+        state = jax.eval_shape(
+            lambda key: steps.TrainState.create(
+                objective.init_params(key), tx, objective
+            ),
+            jax.random.key(0),
+        )
+        batch = {**BATCH, **REFERENCE}
+        return flops(steps.make_train_step(objective, tx), state, batch, KEY)
+
+    params = jax.eval_shape(lambda key: models.init_params(model, key), KEY)
+    encoded = jax.eval_shape(lambda p: models.encode(model, p, BATCH), params)
+    one_pass = flops(
+        lambda p, e: models.response_logps(model, p, BATCH, encoded=e), params, encoded
+    )
+    one_encoder = flops(lambda p: models.encode(model, p, BATCH), params)
+    apo, kto = step("APOZeroUnpaired"), step("KTO")
+    assert one_encoder > 0.3 * one_pass
+    assert apo < kto < apo + 1.1 * one_pass
+
+
+def test_the_mismatched_pass_carries_no_gradient():
+    objective = objectives.KTO(model=MODEL)
+    batch = {**BATCH, **REFERENCE}
+
+    def point(params):
+        outputs = objective.forward(params, batch)
+        return jnp.sum(outputs["kl_logps"])
+
+    slopes = jax.grad(point)(PARAMS)
+    assert all(not np.any(leaf) for leaf in jax.tree.leaves(slopes))

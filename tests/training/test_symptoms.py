@@ -9,8 +9,8 @@ from jaxalign.training.symptoms import SYMPTOMS, Watch
 HEALTHY = {
     "nll/chosen": 1.0,
     "samples/length": 20.0,
-    "kl": 0.3,
-    "kl/unclamped": 0.3,
+    "reference_point": 0.3,
+    "reference_point/unclamped": 0.3,
     "log_ratios/pull/p50": 0.5,
 }
 # By symptom: the numbers that show it, and the same without it.
@@ -20,8 +20,8 @@ CASES = {
         {"nll/chosen": 1.2, "samples/length": 18.0},
     ),
     "reference_point_clamped": (
-        {"kl": 0.0, "kl/unclamped": -3.0},
-        {"kl": 0.0, "kl/unclamped": -0.1},
+        {"reference_point": 0.0, "reference_point/unclamped": -3.0},
+        {"reference_point": 0.0, "reference_point/unclamped": -0.1},
     ),
     "log_ratios_rule_the_residual": (
         {"log_ratios/pull/p50": 11.0},

@@ -8,6 +8,7 @@ import secrets
 from collections.abc import Mapping
 from typing import Any
 
+from jaxalign.decoding.stops import Stops
 from jaxalign.serving.batching import EOS_ID, Settings, Work
 
 # Accepted and without effect on the responses.
@@ -76,7 +77,6 @@ class Asked:
     """A checked request: the work, and how to answer it."""
 
     work: Work
-    stop: tuple[str, ...]
     include_usage: bool
 
 
@@ -127,8 +127,8 @@ def parse(
             new_tokens,
             n,
             stream=bool(_typed(body, "stream", bool, False)),
+            stops=Stops(_stops(body), vocabulary),
         ),
-        stop=_stops(body),
         include_usage=isinstance(options, dict) and bool(options.get("include_usage")),
     )
 

@@ -12,6 +12,7 @@ ids of seqio, unchanged.
 
 from __future__ import annotations
 
+import codecs
 import functools
 import hashlib
 import json
@@ -34,6 +35,7 @@ _ESCAPE_CHARACTERS = "§¶¤¦~^|_@#%"
 # word-initial piece.
 _SHORT = {"\n": "n ", "\t": "t", "\r": "r", " ": "s", "{": "(", "}": ")", "<": "["}
 _HEX = "0123456789abcdef"
+_Utf8 = codecs.getincrementaldecoder("utf-8")
 
 
 def _digest(spec: dict[str, Any]) -> str:
@@ -90,8 +92,12 @@ class ByteVocabulary(_Vocabulary):
         raw = np.frombuffer(text.encode("utf-8"), np.uint8)
         return (raw.astype(np.int32) + 3).tolist()
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Text up to the first EOS; ids that are no bytes are left out."""
+    def decode(self, ids: Iterable[int], final: bool = True) -> str:
+        """Text up to the first EOS; ids that are no bytes are left out.
+
+        Half a character is left out too, so `final` changes nothing: no text of the
+        first ids is ever taken back.
+        """
         kept = self._until_eos(ids) - 3
         kept = kept[(kept >= 0) & (kept < 256)].astype(np.uint8).tobytes()
         return kept.decode("utf-8", errors="ignore")
@@ -190,11 +196,31 @@ class SentencePieceVocabulary(_Vocabulary):
             ids = self._model.encode(self.escape_text(text, strict=True))
         return ids
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Text up to the first EOS, escapes undone; unknown ids read `` ⁇ ``."""
+    def decode(self, ids: Iterable[int], final: bool = True) -> str:
+        """Text up to the first EOS, escapes undone; unknown ids read `` ⁇ ``.
+
+        Args:
+          ids: of the text.
+          final: whether they are all. If not, what further ids may change is held
+            back: half a character of byte pieces, and an open escape. What is
+            returned then is a prefix of the text of ``ids`` and any that follow.
+        """
         kept = self._until_eos(ids)
         kept = np.where(kept < self.vocab_size, kept, UNK_ID).tolist()
-        return self.unescape_text(self._model.decode(kept))
+        if not final:
+            kept = kept[: len(kept) - self._half_a_character(kept)]
+        return self.unescape_text(self._model.decode(kept), final)
+
+    def _half_a_character(self, ids: list[int]) -> int:
+        """How many byte pieces at the end are the beginning of a character."""
+        raw = b""
+        for i in reversed(ids[-3:]):  # the fourth completes it
+            if not self._model.is_byte(i):
+                break
+            raw = bytes([int(self._model.id_to_piece(i)[3:5], 16)]) + raw
+        decoder = _Utf8("ignore")
+        decoder.decode(raw)
+        return len(decoder.getstate()[0])
 
     def escape_text(self, text: str, strict: bool = False) -> str:
         """Spells what the model cannot hold with what it can.
@@ -236,13 +262,20 @@ class SentencePieceVocabulary(_Vocabulary):
         code = self._codes.get(c)
         return self._opener + (f"x{ord(c):x};" if code is None else code)
 
-    def unescape_text(self, text: str) -> str:
-        """Undoes :meth:`escape_text`; malformed escapes stay as they are."""
+    def unescape_text(self, text: str, final: bool = True) -> str:
+        """Undoes :meth:`escape_text`; malformed escapes stay as they are.
+
+        Args:
+          text: escaped.
+          final: whether it is all; if not, an escape that it ends in is left out.
+        """
         if not self._opener:
             return text
 
         def restore(match: re.Match[str]) -> str:
             code, digits = match["code"], match["digits"]
+            if match["open"] is not None:
+                return match[0] if final else ""
             if digits:
                 point = int(digits, 16)
                 surrogate = 0xD800 <= point < 0xE000
@@ -252,7 +285,10 @@ class SentencePieceVocabulary(_Vocabulary):
             return self._letters.get(code.strip(), match[0])
 
         opener = re.escape(self._opener)
-        pattern = f"{opener}(?:x(?P<digits>[{_HEX}]{{1,6}});|(?P<code>n ?|.))"
+        pattern = (
+            f"{opener}(?:x(?P<digits>[{_HEX}]{{1,6}});"
+            f"|(?P<open>(?:x[{_HEX}]{{0,6}})?\\Z)|(?P<code>n ?|.))"
+        )
         return re.sub(pattern, restore, text, flags=re.DOTALL)
 
     def token_bytes(self, first: bool = False) -> list[bytes | None]:

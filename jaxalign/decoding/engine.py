@@ -148,10 +148,12 @@ def _run(
     state: State,
     constraint: Constraint | None,
     dropped: jax.Array,
+    ended: jax.Array,
     max_steps: jax.Array,
     stop_when_free: jax.Array,
 ) -> tuple[State, jax.Array]:
-    state = state._replace(groups=loop.drop(state.groups, dropped))
+    groups = loop.drop(state.groups, dropped)
+    state = state._replace(groups=loop.end(groups, ended, constraint))
     state = loop.run(
         setup.model,
         params,
@@ -248,6 +250,7 @@ class Engine:
         self._waiting: collections.deque[_Request] = collections.deque()
         self._seated: dict[int, _Request] = {}  # by group
         self._cancelled: set[int] = set()  # groups
+        self._ended: set[tuple[int, int]] = set()  # groups and their samples
         self._tickets = 0
         self._state: State = _empty(
             self._setup, params, self._requests([])[0], constraint
@@ -353,6 +356,20 @@ class Engine:
                 return True
         return False
 
+    def end(self, ticket: int, sample: int) -> bool:
+        """Ends one sample of a prompt where it stands; False if there is none.
+
+        Its slot is free at once. The prompt finishes when all its samples have ended;
+        this one keeps the tokens that it has.
+        """
+        for group, request in self._seated.items():
+            if request.ticket == ticket and group not in self._cancelled:
+                if not 0 <= sample < request.num_samples:
+                    return False
+                self._ended.add((group, sample))
+                return True
+        return False
+
     def step(self, max_steps: int | None = None) -> list[Finished]:
         """Decodes until some prompts have finished.
 
@@ -369,6 +386,9 @@ class Engine:
             return []
         dropped = np.zeros(setup.groups, bool)
         dropped[list(self._cancelled)] = True
+        ended = np.zeros((setup.groups, setup.num_samples), bool)
+        for group, sample in self._ended:
+            ended[group, sample] = True
         # Stop when a batch of waiting prompts can be seated; with nobody waiting, as
         # soon as one is done.
         empty = setup.groups - len(self._seated)
@@ -379,6 +399,7 @@ class Engine:
             self._state,
             self._constraint,
             dropped,
+            ended,
             np.int32(2**30 if max_steps is None else max_steps),
             np.int32(max(wanted, empty + 1)),
         )
@@ -395,6 +416,7 @@ class Engine:
         for group in done:
             del self._seated[group]
         self._cancelled.clear()  # all of them are free now
+        self._ended.clear()
         return finished
 
     def progress(self) -> dict[int, list[np.ndarray]]:

@@ -13,6 +13,7 @@ import tqdm
 from jaxalign.decoding.engine import Engine, Finished
 from jaxalign.decoding.loop import Constraint
 from jaxalign.decoding.sampling import EOS_ID, PAD_ID, Sampling
+from jaxalign.decoding.stops import LOOK, Cut, Stops
 
 # The smallest padded prompt length, and how many batches are sorted together: enough to
 # find neighbours of equal length, few enough that results stream.
@@ -27,8 +28,9 @@ class Generation:
     Attributes:
       prompt_id: as given; with the sample index and the seed it fixes the samples.
       truncated: whether the prompt was longer than the limit.
-      texts: ``N`` decoded responses.
-      tokens: ``N`` int32 arrays, EOS included where one came.
+      texts: ``N`` decoded responses, up to and including the stop that ended them.
+      tokens: ``N`` int32 arrays, EOS included where one came; of a response that a
+        stop ended, those up to the one that completed it.
       logps: ``N`` float32 arrays, the model's full distribution, one number a token.
       sampler_logps: ``N`` float32 arrays, the distribution drawn from.
       entropies: ``N`` float32 arrays of the full distribution, or None.
@@ -74,6 +76,8 @@ class Generator:
       sampling: the rules; greedy with temperature 0.
       batch_size: prompts decoded at a time.
       slots: samples of a prompt decoded at a time; default: all of them.
+      stop: texts that end a response and stay in it, whatever tokens spell them; of
+        several the one that is completed first.
       constraint: which tokens may come next.
       entropy: whether to record entropies.
       seed: of the samples.
@@ -96,6 +100,7 @@ class Generator:
         sampling: Sampling | None = None,
         batch_size: int = 16,
         slots: int | None = None,
+        stop: Sequence[str] = (),
         constraint: Constraint | None = None,
         entropy: bool = False,
         seed: int = 0,
@@ -119,6 +124,7 @@ class Generator:
         self._sampling = Sampling() if sampling is None else sampling
         self._batch_size = batch_size
         self._slots = slots
+        self._stops = Stops(stop, vocabulary)
         self._constraint = constraint
         self._entropy = entropy
         self._seed = seed
@@ -213,10 +219,11 @@ class Generator:
                 done: dict[int, Generation] = {}
                 following = max(start, first)
                 for i, finished in self._window(params, cut, ids, rows, size, prefixes):
-                    new_tokens += sum(map(len, finished.tokens))
                     if i < first:
                         continue
-                    done[i] = self._generation(finished, cut[i][1])
+                    given = () if prefixes is None else prefixes[i]
+                    done[i] = self._generation(finished, cut[i][1], given)
+                    new_tokens += sum(map(len, done[i].tokens))
                     bar.update(1)
                     rate = new_tokens / max(bar.format_dict["elapsed"], 1e-9)
                     bar.set_postfix_str(f"{rate:.0f} tokens/s", refresh=False)
@@ -259,16 +266,42 @@ class Generator:
                 )
                 tickets[ticket] = i
             while engine.pending:
-                for finished in engine.step():
+                for finished in engine.step(LOOK if self._stops else None):
                     yield tickets[finished.ticket], finished
+                if not self._stops:
+                    continue
+                for ticket, samples in engine.progress().items():
+                    given = () if prefixes is None else prefixes[tickets[ticket]]
+                    for n, tokens in enumerate(samples):
+                        if self._cut_at_stop(tokens, n, given):
+                            engine.end(ticket, n)
 
-    def _generation(self, finished: Finished, truncated: bool) -> Generation:
+    def _cut_at_stop(
+        self, tokens: np.ndarray, n: int, prefixes: Any, final: bool = False
+    ) -> Cut | None:
+        forced = len(prefixes[n]) if n < len(prefixes) else 0
+        return self._stops.cut(tokens.tolist(), final, forced)
+
+    def _generation(
+        self, finished: Finished, truncated: bool, prefixes: Any
+    ) -> Generation:
+        tokens = finished.tokens
+        cuts = [self._cut_at_stop(t, n, prefixes, True) for n, t in enumerate(tokens)]
+        # All of a response, or what leads up to its stop.
+        sizes = [c.tokens if c else None for c in cuts]
+
+        def kept(arrays: list[np.ndarray]) -> list[np.ndarray]:
+            return [a[:size] for a, size in zip(arrays, sizes, strict=True)]
+
         return Generation(
             prompt_id=finished.prompt_id,
             truncated=truncated,
-            texts=[self._vocabulary.decode(t.tolist()) for t in finished.tokens],
-            tokens=finished.tokens,
-            logps=finished.logps,
-            sampler_logps=finished.sampler_logps,
-            entropies=finished.entropies,
+            texts=[
+                c.text if c else self._vocabulary.decode(t.tolist())
+                for c, t in zip(cuts, tokens, strict=True)
+            ],
+            tokens=kept(tokens),
+            logps=kept(finished.logps),
+            sampler_logps=kept(finished.sampler_logps),
+            entropies=finished.entropies and kept(finished.entropies),
         )

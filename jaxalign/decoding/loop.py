@@ -254,6 +254,20 @@ def drop(groups: Groups, where: jax.Array) -> Groups:
     return groups._replace(ended=groups.ended | where[:, None], next_sample=waiting)
 
 
+def end(
+    groups: Groups, where: jax.Array, constraint: Constraint | None = None
+) -> Groups:
+    """Ends samples where they stand; their slots take the prompts' next ones.
+
+    Args:
+      groups: of the state.
+      where: bool ``[G, N]``: samples; those without a slot are left alone.
+      constraint: as given to `new_groups`.
+    """
+    here = jnp.take_along_axis(where, groups.sample, axis=1) & ~groups.ended
+    return _refill(groups._replace(ended=groups.ended | here), constraint)
+
+
 def run(
     model: Any,
     params: Any,

@@ -6,15 +6,14 @@ must-include languages and reading through a vocabulary's escapes are here.
 
 from __future__ import annotations
 
-import re
-import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from jaxalign.decoding import patterns
+
 DEAD = -1
-_CLASSES = {"d": "0-9", "w": "0-9A-Za-z_", "s": r" \t\n\r\f\v"}
 
 
 class ByteAutomaton(NamedTuple):
@@ -43,8 +42,8 @@ def compile_regex(pattern: str) -> ByteAutomaton:
 
     The language is that of ``re.fullmatch(pattern, text, re.ASCII)``: ``\\d``, ``\\w``
     and ``\\s`` are ASCII, everything else is Unicode. Texts hold no NUL. Anchors,
-    look-around, backreferences, possessive quantifiers and flags but ``(?s:...)`` are
-    refused.
+    look-around, backreferences, possessive quantifiers, atomic groups and the flags
+    that change letters (``(?i)``, ``(?u:...)``) are refused.
 
     Raises:
       ValueError: with the reason, for a pattern that is not understood.
@@ -59,22 +58,16 @@ def compile_regex(pattern: str) -> ByteAutomaton:
             "Regular expressions are compiled by outlines-core; install it with "
             "`pip install 'jaxalign[constraints]'`."
         ) from error
-    try:
-        with warnings.catch_warnings():
-            # Of members of a class that might mean more one day; see _for_rust.
-            warnings.simplefilter("ignore", FutureWarning)
-            re.compile(pattern, re.ASCII)
-    except re.error as error:
-        raise ValueError(f"{pattern!r} is no regular expression: {error}.") from error
+    rust = patterns.for_rust(pattern)
     vocabulary = outlines_core.Vocabulary(256, {bytes([b]): [b] for b in range(256)})
     try:
         # With a NUL at the end the whole language matters, not the first alternative
         # that matches: `a|ab` alone would stop at "a".
-        index = outlines_core.Index(f"(?:{_for_rust(pattern)})\\x00", vocabulary)
+        index = outlines_core.Index(f"(?:{rust})\\x00", vocabulary)
     except ValueError as error:
         raise ValueError(
-            f"{pattern!r} cannot be compiled: {error}. Anchors, look-around and "
-            "backreferences are not supported; the whole text has to match anyway."
+            f"{pattern!r} cannot be compiled: {error}. Make it simpler, above all its "
+            "counts."
         ) from error
     moves = index.get_transitions()
     start, finals = index.get_initial_state(), index.get_final_states()
@@ -88,64 +81,6 @@ def compile_regex(pattern: str) -> ByteAutomaton:
                 table[number[name], byte] = number[target]
     accepting = np.array([moves.get(name, {}).get(0) in finals for name in names])
     return trim(ByteAutomaton(table, accepting))
-
-
-def _for_rust(pattern: str) -> str:
-    """Spells Python's ASCII classes, and class members that Rust reads otherwise."""
-    out, i, inside, start = [], 0, False, 0
-    quantified = False  # the piece before was a quantifier
-    while i < len(pattern):
-        c, pair = pattern[i], pattern[i : i + 2]
-        if c == "\\":
-            kind = pattern[i + 1]
-            if kind.lower() in _CLASSES:
-                members = _CLASSES[kind.lower()]
-                if kind.isupper():
-                    out.append(f"[^{members}]")
-                else:
-                    out.append(members if inside else f"[{members}]")
-            elif kind in "bBAZz" or kind.isdigit():
-                raise ValueError(
-                    f"{pattern!r}: \\{kind} is not supported; expected plain regular "
-                    "operators."
-                )
-            else:
-                out.append(pair)
-            i, quantified = i + 2, False
-            continue
-        if inside:
-            if c == "]" and i > start:
-                inside = False
-            elif c == "[" or (c == "]" and i == start) or pair in ("&&", "--", "~~"):
-                c = "\\" + c
-        elif c == "[":
-            inside, start = True, i + 1 + (pattern[i + 1 : i + 2] == "^")
-        elif c == "^":
-            raise ValueError(
-                f"{pattern!r}: anchors are not supported; the whole text has to match "
-                "anyway. Remove the ^ (or write \\^)."
-            )
-        elif pair == "(?" and not re.match(r"\(\?(:|s:|P<\w+>)", pattern[i:]):
-            raise ValueError(
-                f"{pattern!r}: {pattern[i : i + 4]!r} is not supported; groups may "
-                "be (...), (?:...), (?s:...) and (?P<name>...)."
-            )
-        elif c == "+" and quantified:
-            raise ValueError(f"{pattern!r}: possessive quantifiers are not supported.")
-        bound = re.match(r"\{\d*,?\d*\}", pattern[i:]) if c == "{" else None
-        if bound and not inside:
-            out.append(bound[0].replace("{,", "{0,"))
-            i, quantified = i + len(bound[0]), True
-            continue
-        if c == "(" and pair == "(?" and not inside:
-            group = re.match(r"\(\?(:|s:|P<\w+>)", pattern[i:])[0]
-            out.append(group)
-            i, quantified = i + len(group), False
-            continue
-        quantified = not inside and c in "*+?" and not quantified
-        out.append(c)
-        i += 1
-    return "".join(out)
 
 
 def including(phrase: str) -> ByteAutomaton:

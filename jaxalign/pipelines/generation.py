@@ -88,7 +88,8 @@ def generate(
       typical_p: keep so much probability around the entropy.
       repetition_penalty: above 1 makes tokens of the response less probable.
       bad_words: texts whose tokens are never completed, as tokenised alone.
-      stop: texts whose tokens end a response, as tokenised alone; kept in it.
+      stop: texts that end a response, whatever tokens spell them; kept in it. Of
+        several the one that is completed first.
       num_beams: above 1: beam search (`jaxalign.decoding.BeamSearch`), of which the
         `num_samples` best are written, with their ``score``.
       length_penalty: of beam search.
@@ -151,7 +152,6 @@ def generate(
         typical_p,
         repetition_penalty,
         bad_words=[policy.vocabulary.encode(text) for text in bad_words],
-        stop_sequences=[policy.vocabulary.encode(text) for text in stop],
         min_new_tokens=min_new_tokens,
     )
     examples, _ = records.load(
@@ -200,6 +200,7 @@ def generate(
                 slots=slots,
                 seed=seed,
                 sharding=sharding,
+                stop=stop,
                 constraint=constraint,
                 **common,
             )
@@ -242,6 +243,7 @@ def sample(
     seed: int = 0,
     sharding: jax.sharding.Sharding | None = None,
     start: int = 0,
+    stop: Sequence[str] = (),
     constraint: Constraint | None = None,
 ) -> Iterator[Generation]:
     """Yields a `jaxalign.decoding.Generation` per prompt, in order, from `start` on."""
@@ -259,6 +261,7 @@ def sample(
         slots=slots,
         seed=seed,
         sharding=sharding,
+        stop=stop,
         constraint=constraint,
     )
     yield from generator(policy.params, tokens, start=start)

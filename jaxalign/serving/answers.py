@@ -44,26 +44,17 @@ class Answer:
         """The text that may be told of a sample, and why it ended, if it did.
 
         Of a sample that goes on, what may still change is held back: half a character,
-        and what may be the beginning of a stop sequence.
+        an open escape, and what may be the beginning of a stop sequence.
         """
-        text = self._vocabulary.decode(tokens)
-        ends = [at for at in (text.find(stop) for stop in self.asked.stop) if at >= 0]
-        if ends:
-            return text[: min(ends)], "stop"
-        if EOS_ID in tokens:
-            return text, "stop"
-        if complete or len(tokens) >= self.asked.work.max_new_tokens:
-            return text, "length"
-        text = text.rstrip("\ufffd")
-        held = max(
-            (
-                n
-                for stop in self.asked.stop
-                for n in range(1, len(stop))
-                if text.endswith(stop[:n])
-            ),
-            default=0,
-        )
+        work = self.asked.work
+        complete |= work.ended(tokens)
+        cut = work.stops.cut(tokens, complete) if work.stops else None
+        if cut:
+            return cut.text[: cut.start], "stop"
+        text = self._vocabulary.decode(tokens, final=complete)
+        if complete:
+            return text, "stop" if EOS_ID in tokens else "length"
+        held = work.stops.held(text) if work.stops else 0
         return text[: len(text) - held], None
 
     def piece(

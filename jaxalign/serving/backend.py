@@ -190,6 +190,11 @@ class EngineBackend:
             for inner, samples in engine.progress().items()
         }
 
+    def end(self, ticket: int, sample: int) -> None:
+        if ticket in self._inner:
+            kind, inner = self._inner[ticket]
+            self._engines[kind].end(inner, sample)
+
     def cancel(self, ticket: int) -> None:
         self._queue = collections.deque(w for w in self._queue if w.ticket != ticket)
         if ticket in self._inner:

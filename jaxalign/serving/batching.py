@@ -16,6 +16,8 @@ import threading
 from collections.abc import AsyncIterator
 from typing import Any, NamedTuple, Protocol
 
+from jaxalign.decoding.stops import Cut, Stops
+
 _log = logging.getLogger(__name__)
 
 EOS_ID = 1
@@ -62,6 +64,9 @@ class Backend(Protocol):
     def cancel(self, ticket: int) -> None:
         """Forgets a prompt."""
 
+    # Optional: ``end(ticket, sample)``, after which a sample that holds a stop decodes
+    # no further while the prompt's others go on. Without it its tokens are dropped.
+
     def reset(self) -> None:
         """Forgets everything, after a failure."""
 
@@ -85,6 +90,7 @@ class Work:
       max_new_tokens: of a response.
       num_samples: per prompt.
       stream: whether to tell the tokens as they come.
+      stops: texts that end a response; its tokens are those up to the stop's last.
     """
 
     prompts: list[list[int]]
@@ -93,12 +99,17 @@ class Work:
     max_new_tokens: int
     num_samples: int
     stream: bool = False
+    stops: Stops | None = None
     tickets: list[int] = dataclasses.field(init=False, default_factory=list)
     answers: dict[int, Samples] = dataclasses.field(init=False, default_factory=dict)
     # What the worker tells: samples so far, at last (True, samples) or an exception.
     told: asyncio.Queue = dataclasses.field(init=False)
     loop: asyncio.AbstractEventLoop = dataclasses.field(init=False)
     cancelled: bool = dataclasses.field(init=False, default=False)
+
+    def ended(self, tokens: list[int]) -> bool:
+        """Whether a sample that has these tokens gets no more."""
+        return EOS_ID in tokens or len(tokens) >= self.max_new_tokens
 
 
 class Batcher:
@@ -234,12 +245,14 @@ class Batcher:
 
     def _step(self) -> None:
         finished = self._backend.step()
-        streaming = any(work.stream for work in self._running)
-        so_far = self._backend.progress() if streaming else {}
+        looking = any(work.stream or work.stops for work in self._running)
+        so_far = self._backend.progress() if looking else {}
         going_on = []
         for work in self._running:
             new = {t: finished[t] for t in work.tickets if t in finished}
             work.answers |= new
+            if work.stops:
+                self._stop(work, new, so_far)
             done = len(work.answers) == len(work.tickets)
             if done or work.stream:
                 found = {**so_far, **work.answers}
@@ -249,10 +262,37 @@ class Batcher:
                 going_on.append(work)
         self._running = going_on
 
+    def _stop(
+        self, work: Work, new: dict[int, Samples], so_far: dict[int, Samples]
+    ) -> None:
+        """Cuts samples that hold a stop; nothing more is decoded for them."""
+        for ticket, samples in new.items():
+            cuts = [work.stops.cut(tokens, final=True) for tokens in samples]
+            work.answers[ticket] = _kept(samples, cuts)
+        for ticket in work.tickets:
+            if ticket in work.answers or ticket not in so_far:
+                continue
+            samples = so_far[ticket]
+            ended = [work.ended(tokens) for tokens in samples]
+            cuts = list(map(work.stops.cut, samples, ended))
+            so_far[ticket] = _kept(samples, cuts)
+            stopped = [n for n, cut in enumerate(cuts) if cut and not ended[n]]
+            if stopped and all(c or e for c, e in zip(cuts, ended, strict=True)):
+                self._backend.cancel(ticket)
+                work.answers[ticket] = so_far[ticket]
+            elif stopped and (end := getattr(self._backend, "end", None)):
+                for n in stopped:
+                    end(ticket, n)
+
     def _end(self, error: Exception) -> None:
         for work in self._running:
             _tell(work, error)
         self._running = []
+
+
+def _kept(samples: Samples, cuts: list[Cut | None]) -> Samples:
+    """The tokens up to each sample's stop, or all of them."""
+    return [t[: c.tokens] if c else t for t, c in zip(samples, cuts, strict=True)]
 
 
 def _tell(work: Work, what: Any) -> None:

@@ -7,6 +7,7 @@ import secrets
 from collections.abc import Mapping
 from typing import Any
 
+from jaxalign.decoding.stops import Stops
 from jaxalign.serving.batching import EOS_ID, Settings, Work
 from jaxalign.serving.fields import check_fields, typed
 from jaxalign.serving.refusals import Refusal, name_of, shown
@@ -36,7 +37,6 @@ class Asked:
     """A checked request: the work, and how to answer it."""
 
     work: Work
-    stop: tuple[str, ...]
     include_usage: bool
 
 
@@ -95,8 +95,8 @@ def parse(
             _new_tokens(body, limits),
             n,
             stream=stream,
+            stops=Stops(_stops(body), vocabulary),
         ),
-        stop=_stops(body),
         include_usage=_include_usage(body, stream),
     )
 

@@ -1,0 +1,121 @@
+"""Texts that end a response: one rule for files, streams and Python.
+
+A stop is looked for in the *text* of a response, whatever tokens spell it. Of several
+the one that is completed first ends the response; of those completed by the same
+character, the longest. So the answer depends on the tokens alone, not on how many of
+them come between two looks.
+
+The engine decodes a few tokens at a time; who drives it looks at the text in between,
+and ends the samples that hold a stop. At most the tokens of one look are decoded for
+nothing, and they are not returned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+LOOK = 8  # tokens decoded between two looks
+
+
+class Cut(NamedTuple):
+    """Where a stop ends a response.
+
+    Attributes:
+      text: up to and including the stop.
+      start: where the stop begins in it.
+      tokens: how many tokens there are up to the one that completes the stop.
+    """
+
+    text: str
+    start: int
+    tokens: int
+
+
+class Stops:
+    """Finds the first of several texts in a response.
+
+    Args:
+      texts: that end a response, none empty.
+      vocabulary: of the responses (``jaxalign.vocabularies``).
+
+    Raises:
+      ValueError: for a stop that is no text, or empty.
+
+    >>> from jaxalign.vocabularies import ByteVocabulary
+    >>> stops = Stops(["END", "."], ByteVocabulary())
+    >>> stops.cut(ByteVocabulary().encode("so. THE END"))
+    Cut(text='so.', start=2, tokens=3)
+    """
+
+    def __init__(self, texts: Sequence[str], vocabulary: Any):
+        if isinstance(texts, str):
+            texts = [texts]
+        for text in texts:
+            if not isinstance(text, str) or not text:
+                raise ValueError(f"A stop must be a text, not empty; got {text!r}.")
+        self.texts = tuple(texts)
+        self._vocabulary = vocabulary
+
+    def __bool__(self) -> bool:
+        return bool(self.texts)
+
+    def find(self, text: str, after: int = 0) -> tuple[int, int] | None:
+        """Begin and end of the stop that is completed first, or None.
+
+        Args:
+          text: of the response.
+          after: stops that end here or before do not count.
+        """
+        found = []
+        for stop in self.texts:
+            start = text.find(stop, max(0, after + 1 - len(stop)))
+            if start >= 0:
+                found.append((start + len(stop), start))
+        if not found:
+            return None
+        end, start = min(found)
+        return start, end
+
+    def held(self, text: str) -> int:
+        """How many characters at the end of a text may begin a stop."""
+        sizes = {
+            n
+            for stop in self.texts
+            for n in range(1, min(len(stop), len(text) + 1))
+            if text.endswith(stop[:n])
+        }
+        return max(sizes, default=0)
+
+    def cut(
+        self, tokens: Sequence[int], final: bool = False, forced: int = 0
+    ) -> Cut | None:
+        """Where the first stop ends a response, or None.
+
+        Args:
+          tokens: of the response so far.
+          final: whether no more will come: then an open escape is text as well.
+          forced: tokens at the beginning that were given; a stop inside of their text
+            does not count.
+        """
+        if not self.texts:
+            return None
+        decode = self._vocabulary.decode
+        after = len(decode(tokens[:forced], final=False)) if forced else 0
+        text = decode(tokens, final=False)
+        found = self.find(text, after)
+        if found is None:
+            if not final:
+                return None
+            text = decode(tokens)
+            found = self.find(text, after)
+            return found and Cut(text[: found[1]], found[0], len(tokens))
+        # Each token only adds to the text: the fewest of them that reach the end.
+        low, high = forced, len(tokens)
+        while low < high:
+            middle = (low + high) // 2
+            if len(decode(tokens[:middle], final=False)) >= found[1]:
+                high = middle
+            else:
+                low = middle + 1
+        return Cut(text[: found[1]], found[0], low)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 from jaxalign.cli.flags import (
     arguments,
     call,
@@ -111,6 +109,7 @@ def score(argv: list[str]) -> int:
 def evaluate(argv: list[str]) -> int:
     import jax
 
+    from jaxalign.data import jsonl
     from jaxalign.pipelines import inference
 
     parser = verb_parser("eval", "Generate for a file of prompts and judge the result.")
@@ -131,5 +130,5 @@ def evaluate(argv: list[str]) -> int:
     join(args)
     result = call(inference.evaluate, args, ("checkpoint", "data"))
     if jax.process_index() == 0:
-        print(json.dumps(result, indent=2))
+        print(jsonl.dumps(result, indent=2))
     return 0

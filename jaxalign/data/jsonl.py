@@ -5,12 +5,35 @@ from __future__ import annotations
 import collections
 import gzip
 import json
+import math
 import pathlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from jaxalign import remote
 from jaxalign.data.bad_rows import BadRow, FieldError, show
+
+
+def dumps(value: Any, **settings: Any) -> str:
+    """A value as JSON that every reader takes: a number that is not finite is null.
+
+    >>> dumps({"logp": float("nan"), "text": "a"})
+    '{"logp": null, "text": "a"}'
+    """
+    try:
+        return json.dumps(value, **settings, allow_nan=False)
+    except ValueError:  # rare, so only then is all of it looked at
+        return json.dumps(_finite(value), **settings, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
 
 
 def read_jsonl(

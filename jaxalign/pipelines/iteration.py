@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from jaxalign import configs, remote
-from jaxalign.data import records
+from jaxalign.data import jsonl, records
 from jaxalign.evaluation import judges
 from jaxalign.pipelines import generation
 from jaxalign.pipelines.inference import write_jsonl
@@ -147,7 +147,7 @@ def iterate(
         _log.info("Round %d: samples score %.4g on average", number, reward)
         loop.train(run, config)
         policy = own["MODEL_DIR"]
-        text = "".join(json.dumps(row) + "\n" for row in table)
+        text = "".join(jsonl.dumps(row) + "\n" for row in table)
         run_directory.write_atomically(folder / "rounds.jsonl", text)
     return table
 

@@ -93,7 +93,7 @@ def steer(
     Raises:
       ValueError: naming the row or the argument.
     """
-    policy = checkpoints.load_policy(checkpoint)
+    policy = checkpoints.newest_policy(checkpoint)
     examples, _ = records.load(
         prompts, "prompts", field_map=field_map, on_bad_row=on_bad_row
     )

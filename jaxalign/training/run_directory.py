@@ -7,11 +7,15 @@ import json
 import os
 import platform
 import subprocess
+import threading
 from pathlib import Path
 from typing import Any
 
+from jaxalign.data import jsonl
+
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 _NAME = "manifest.json"
+_LOCK = threading.Lock()  # a checkpoint that is complete is told by another thread
 
 
 def write_atomically(path: str | Path, text: str) -> None:
@@ -27,17 +31,32 @@ def write_atomically(path: str | Path, text: str) -> None:
 
 
 def read_manifest(run_dir: str | Path) -> dict[str, Any]:
-    """The manifest of a run, empty if it has none yet."""
+    """The manifest of a run, empty if it has none yet.
+
+    Raises:
+      ValueError: when it is not what was written.
+    """
     path = Path(run_dir) / _NAME
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is damaged: it is no JSON ({error}). Delete it: what a run needs "
+            "to go on is in its checkpoints."
+        ) from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is damaged: it is no JSON object. Delete it.")
+    return found
 
 
 def update_manifest(run_dir: str | Path, **entries: Any) -> None:
     """Merges entries into ``manifest.json``."""
-    merged = {**read_manifest(run_dir), **entries}
-    write_atomically(
-        Path(run_dir) / _NAME, json.dumps(merged, indent=2, sort_keys=True) + "\n"
-    )
+    with _LOCK:
+        merged = {**read_manifest(run_dir), **entries}
+        text = jsonl.dumps(merged, indent=2, sort_keys=True) + "\n"
+        write_atomically(Path(run_dir) / _NAME, text)
 
 
 def environment() -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import jax
 import numpy as np
 
 from jaxalign import batch as batches
+from jaxalign.data import jsonl
 from jaxalign.decoding import Generator, Sampling
 from jaxalign.training import run_directory
 
@@ -78,6 +78,6 @@ class Sampler:
                 }
             )
         if jax.process_index() == 0:
-            text = "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in lines)
+            text = "".join(jsonl.dumps(x, ensure_ascii=False) + "\n" for x in lines)
             run_directory.write_atomically(path, text)
         return {"samples/length": float(np.mean([x["num_tokens"] for x in lines]))}

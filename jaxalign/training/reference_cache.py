@@ -229,7 +229,7 @@ def _read_unfinished(
       OSError: when it cannot be read.
     """
     try:
-        with np.load(path) as saved:
+        with open(path, "rb") as file, np.load(file) as saved:
             columns = {name: saved[name] for name in empty}
             done = int(saved["bins"])
     except OSError:

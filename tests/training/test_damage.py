@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 import tiny_run
 
-from jaxalign import models
+from jaxalign import cli, models
 from jaxalign import vocabularies as vocabs
 from jaxalign.training import checkpoints, damage, run_directory
+from jaxalign.training import train as loop
 from jaxalign.training.step import TrainState
 
 META = {
@@ -299,3 +300,36 @@ def test_a_damaged_manifest_is_named(tmp_path):
     (tmp_path / "manifest.json").write_text('{"step": 4')
     with pytest.raises(ValueError, match=r"manifest.json is damaged"):
         run_directory.read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize("verb", ["score", "generate", "steer", "eval"])
+def test_verbs_refuse_a_damaged_checkpoint_in_one_line(run, capsys, verb):
+    step = run / "checkpoints" / "4"
+    arrays = max((step / "policy").glob("ocdbt*/d/*"), key=lambda p: p.stat().st_size)
+    flip(arrays, random.Random(1))
+    prompts = run / "prompts.jsonl"
+    prompts.write_text('{"prompt": "a", "completion": "b"}\n')
+    data = "--data" if verb in ("score", "eval") else "--prompts"
+    asked = [f"--checkpoint={step}", f"{data}={prompts}", f"--output={run / 'out'}"]
+    more = ["--metrics=exact_match"] if verb == "eval" else []
+    assert cli.main([verb, *asked, *more]) == 2
+    said = capsys.readouterr().err
+    said = next(x for x in said.splitlines() if x.startswith("DamagedCheckpointError:"))
+    assert str(arrays) in said and "fingerprint" in said
+    assert not (run / "out").exists()
+
+
+def test_a_damaged_start_or_reference_is_refused(run, tmp_path):
+    data = tiny_run.write_data(tmp_path / "data.jsonl")
+    job = tiny_run.make_run(tmp_path / "next", data, tmp_path)
+    ready = loop.setup(job)
+    assert loop.load_policy(str(run), ready).meta["step"] == 4
+    arrays = max(
+        (run / "checkpoints" / "4" / "policy").glob("ocdbt*/d/*"),
+        key=lambda path: path.stat().st_size,
+    )
+    flip(arrays, random.Random(1))
+    with pytest.raises(damage.DamagedCheckpointError, match="fingerprint"):
+        loop.load_policy(str(run), ready)
+    with pytest.raises(damage.DamagedCheckpointError, match="fingerprint"):
+        checkpoints.verify(run)

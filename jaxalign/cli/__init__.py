@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 
 from jaxalign import configs
@@ -69,10 +70,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("JAXALIGN_TRACEBACK"):
             raise
         print(f"{type(error).__name__}: {_plain(str(error))}", file=sys.stderr)
+        _leave(2, error)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print("Interrupted.", file=sys.stderr)
+        _leave(130, error)
         return 130
+    except Exception as error:
+        if _in_a_job():  # the traceback comes before all end
+            traceback.print_exc()
+            _leave(1, error)
+        raise
+
+
+def _in_a_job() -> bool:
+    """Whether this process is one of several; none is before JAX is there."""
+    if "jax" not in sys.modules:
+        return False
+    from jaxalign.training import failures
+
+    return failures.in_a_job()
+
+
+def _leave(status: int, error: BaseException) -> None:
+    """Ends the whole job, if there is one: the others would wait for this process."""
+    if _in_a_job():
+        from jaxalign.training import failures
+
+        failures.leave(status, f"{type(error).__name__}: {error}")
 
 
 def _set_up_logging() -> None:

@@ -17,6 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from jaxalign import objectives, remote, world
+from jaxalign.data import jsonl
 from jaxalign.data.bad_rows import nearest
 from jaxalign.decoding import Sampling
 from jaxalign.evaluation import compare
@@ -127,7 +128,7 @@ def run(
         _make(folder, wanted, range(seeds), split, num_prompts)
         results = collect(folder, ["sft", *names], seeds, split)
         run_directory.write_atomically(
-            folder / "comparison.json", json.dumps(results, indent=2) + "\n"
+            folder / "comparison.json", jsonl.dumps(results, indent=2) + "\n"
         )
         from jaxalign.report import comparison as page
 

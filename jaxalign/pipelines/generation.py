@@ -220,14 +220,15 @@ def load(
     """
     if mesh is None:
         if jax.process_count() == 1:
-            return checkpoints.load_policy(checkpoint), None
+            return checkpoints.newest_policy(checkpoint), None
         mesh = {}
-    meta = checkpoints.read_meta(checkpoints.resolve(checkpoint))
+    meta = checkpoints.newest_meta(checkpoint)
     model = models.T5(models.T5Config(**meta["model"]))
     shapes = jax.eval_shape(lambda: models.init_params(model, jax.random.key(0)))
     built = meshes.make_mesh(**mesh)
     shardings = meshes.param_shardings(built, models.logical_axes(model), shapes)
-    return checkpoints.load_policy(checkpoint, shardings), meshes.batch_sharding(built)
+    policy = checkpoints.newest_policy(checkpoint, shardings)
+    return policy, meshes.batch_sharding(built)
 
 
 def sample(
@@ -286,6 +287,11 @@ def _lines(
     raw: Mapping[str, Any], generation: Generation | searching.Found
 ) -> Iterator[str]:
     more = getattr(generation, "more", [{}] * len(generation.texts))
+    if np.isnan(generation.logp).any():
+        raise ValueError(
+            "The network's logits are not finite (log-probability NaN): the "
+            "checkpoint's parameters are damaged, or overflow in this dtype."
+        )
     for i, text in enumerate(generation.texts):
         line = {
             **raw,

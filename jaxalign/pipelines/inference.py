@@ -6,7 +6,6 @@ path and nothing else; none of them imports TensorFlow.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -20,8 +19,8 @@ from tqdm import tqdm
 from jaxalign import batch as batches
 from jaxalign import data as data_lib
 from jaxalign import models, remote
-from jaxalign.data import records
-from jaxalign.data.jsonl import json_line, nulled
+from jaxalign.data import jsonl, records
+from jaxalign.data.jsonl import json_line
 from jaxalign.decoding import Sampling
 from jaxalign.evaluation import compare, judges, metrics
 from jaxalign.pipelines import generation, outputs
@@ -91,6 +90,9 @@ def score_pairs(
     """``log p(completion | prompt)`` and target lengths of text pairs, ``[n]`` each.
 
     `sharding` places rows on several devices; every process gets all numbers.
+
+    Raises:
+      ValueError: naming a row, when the network's logits are not finite.
     """
     if sharding is not None:
         meshes.check_batch(sharding.mesh, batch_size, 1)
@@ -123,6 +125,12 @@ def score_pairs(
             forward(policy.params, batch), tiled=True
         )
         for placement, found in zip(placements, scored, strict=False):
+            if np.isnan(found[: len(placement.row_ids)]).any():
+                raise ValueError(
+                    f"The network's logits for row {placement.row_ids[0]} are not "
+                    "finite (log-probability NaN): the checkpoint's parameters are "
+                    "damaged, or overflow in this dtype."
+                )
             logps[placement.row_ids] = found[: len(placement.row_ids)]
     return logps, np.asarray(index.response_lengths)
 
@@ -248,8 +256,8 @@ def evaluate(
         result["comparison"] = compared.to_json()
     if output and jax.process_index() == 0:
         with remote.writing(output) as file:
-            text = json.dumps(nulled(result), indent=2, allow_nan=False)
-            run_directory.write_atomically(file, text + "\n")
+            text = jsonl.dumps(result, indent=2) + "\n"
+            run_directory.write_atomically(file, text)
     return result
 
 

@@ -8,12 +8,12 @@ exactly, so the table at the end is a measurement, not a model's opinion.
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from pathlib import Path
 from typing import Any
 
 from jaxalign import remote, report, world
+from jaxalign.data import jsonl
 from jaxalign.decoding import Sampling
 from jaxalign.evaluation import compare, mean_reward
 from jaxalign.pipelines import generation, stages
@@ -74,7 +74,7 @@ def _run(folder: Path, seed: int) -> str:
         stages.train(folder, stage, data=data, seed=seed)
     results = _evaluate(folder, [s.name for s in (SFT, *_ALIGNED)], seed)
     run_directory.write_atomically(
-        folder / "results.json", json.dumps(results, indent=2) + "\n"
+        folder / "results.json", jsonl.dumps(results, indent=2) + "\n"
     )
     page = report.write_report([folder / name for name in results], None)
     minutes = (time.monotonic() - started) / 60

@@ -95,7 +95,7 @@ def steer(
     Raises:
       ValueError: naming the row or the argument.
     """
-    policy = checkpoints.load_policy(checkpoint)
+    policy = checkpoints.newest_policy(checkpoint)
     examples, _ = records.load(
         prompts,
         "prompts",

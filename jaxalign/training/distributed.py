@@ -25,15 +25,19 @@ from collections.abc import Callable
 from typing import Any, Self, TypeVar
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import multihost
+
+from jaxalign.training import failures
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 MODES = ("auto", "off")
-# Seconds for what is as slow as somebody's disk or network: far more than it takes.
+# Seconds for what is as slow as a disk or network: far more than it takes.
 PATIENCE = 86_400.0
+_LONGEST = 4096  # bytes that `from_first` sends
 
 
 class MissingProcessesError(TimeoutError):
@@ -113,6 +117,7 @@ def start(settings: Settings) -> None:
         initialization_timeout=settings.timeout,
         heartbeat_timeout_seconds=min(100, settings.timeout),
     )
+    failures.listen()
     _log.info(
         "Process %d of %d, %d of %d devices",
         jax.process_index(),
@@ -312,6 +317,21 @@ def smallest(value: int) -> int:
     if jax.process_count() == 1:
         return value
     return int(multihost_utils.process_allgather(jax.numpy.asarray(value)).min())
+
+
+def from_first(function: Callable[[], str | None]) -> str | None:
+    """What a function says in process 0, for every process; only there it is called.
+
+    What is found on a disk is then found once, and all take the same way.
+    """
+    if jax.process_count() == 1:
+        return function()
+    said = (function() or "") if jax.process_index() == 0 else ""
+    sent = np.zeros(_LONGEST, np.uint8)
+    content = np.frombuffer(said.encode()[:_LONGEST], np.uint8)
+    sent[: len(content)] = content
+    heard = np.asarray(multihost_utils.broadcast_one_to_all(sent), np.uint8)
+    return heard.tobytes().rstrip(b"\0").decode(errors="replace") or None
 
 
 class StopOnSigterm:

@@ -15,13 +15,15 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import threading
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import jax
 
 from jaxalign import remote
-from jaxalign.training import distributed, remote_checkpoints
+from jaxalign.training import damage, distributed, remote_checkpoints
 
 _log = logging.getLogger(__name__)
 
@@ -55,6 +57,9 @@ class RunFolder:
         self._keep = keep
         self._copied: dict[Path, tuple[int, int]] = {}
         self._last_copy = time.monotonic()
+        # A checkpoint is copied by another thread than the loop's.
+        self._lock = threading.Lock()
+        self._copying_checkpoint = False
         if self._url:
             self.name = self._url
             self.path = remote.place(self._url, "runs")
@@ -81,17 +86,41 @@ class RunFolder:
         for name in _RESUMED:
             if remote.holds(self._url, name):
                 shutil.copyfile(remote.copy(f"{self._url}/{name}"), self.path / name)
+        problems: dict[int, str] = {}
         for step in reversed(remote_checkpoints.complete(self._url)):
             target = self.path / remote_checkpoints.FOLDER / str(step)
             problem = remote_checkpoints.take(self._checkpoint(step), target)
             if problem is None:
                 break
+            # Once more: the copy may be what is wrong.
+            problem = remote_checkpoints.take(self._checkpoint(step), target)
+            if problem is None:
+                break
+            problems[step] = problem
+        else:
+            if problems:
+                raise damage.DamagedCheckpointError(
+                    f"No checkpoint of {self._url} is intact; give another --run_dir, "
+                    "or delete it to start over. "
+                    + " ".join(f"Step {s}: {p}" for s, p in problems.items())
+                )
+        for step, problem in problems.items():
             _log.warning(
-                "The checkpoint of step %d in %s is damaged and left out: %s",
+                "The checkpoint of step %d in %s is damaged and set aside: %s",
                 step,
                 self._url,
                 problem,
             )
+        self._rename(problems)
+
+    def set_aside(self, steps: Iterable[int]) -> None:
+        """Renames the bucket's copies of checkpoints that were found damaged."""
+        if self._writes:
+            self._rename(steps)
+
+    def _rename(self, steps: Iterable[int]) -> None:
+        for step in steps:
+            remote_checkpoints.set_aside(self._checkpoint(step))
 
     def started(self) -> None:
         """The run is described and about to compile: is the bucket there to write to?
@@ -102,20 +131,30 @@ class RunFolder:
         if self._writes:
             self._copy_files()
 
-    def saved(self, step: int) -> None:
+    def saved(self, step: int, reached: Callable[[], None] = lambda: None) -> None:
         """A checkpoint is on the disk: copies it, and all that came before it.
+
+        It may be called beside the loop, which goes on meanwhile.
+
+        Args:
+          step: of the checkpoint.
+          reached: writes into the manifest that the run has it; called when it is so.
 
         Raises:
           OSError: when the bucket cannot be written.
         """
         if self._writes:
+            self._copying_checkpoint = True
             self._copy_files(but=_LAST)
             folder = self.path / remote_checkpoints.FOLDER / str(step)
             remote_checkpoints.give(folder, self._checkpoint(step))
+        reached()
+        if self._writes:
+            self._copying_checkpoint = False
             self._copy_files()
             self._prune(step)
         if self._url:
-            # In the next step the others would wait for this one with less patience.
+            # At the next checkpoint the others would wait with less patience.
             distributed.barrier(f"checkpoint {step} copied", distributed.PATIENCE)
 
     def logged(self) -> None:
@@ -145,6 +184,10 @@ class RunFolder:
 
     def _copy_files(self, but: str = "") -> None:
         """Copies the files that changed, checkpoints and temporary ones apart."""
+        with self._lock:
+            self._copy_changed(_LAST if self._copying_checkpoint else but)
+
+    def _copy_changed(self, but: str) -> None:
         self._last_copy = time.monotonic()
         changed = {}
         for file in sorted(self.path.rglob("*")):
@@ -161,13 +204,9 @@ class RunFolder:
         self._copied |= changed
 
     def _prune(self, step: int) -> None:
-        """Removes checkpoints that are too many, and those of steps still to come.
-
-        The latter are damaged, or the run would have gone on from them.
-        """
-        found = remote_checkpoints.complete(self._url)
-        kept = [s for s in found if s <= step][-(self._keep or len(found)) :]
-        for old in set(found) - set(kept):
+        """Removes the oldest checkpoints, where there are too many."""
+        found = [s for s in remote_checkpoints.complete(self._url) if s <= step]
+        for old in found[: -(self._keep or len(found))]:
             remote_checkpoints.remove(self._checkpoint(old))
 
     def _checkpoint(self, step: int) -> str:

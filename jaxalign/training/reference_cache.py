@@ -75,8 +75,7 @@ def read(folder: Path, key: dict[str, Any]) -> dict[str, np.ndarray] | None:
     """
     if not (folder / "key.json").exists():
         return None
-    saved = json.loads((folder / "key.json").read_text())
-    digests = saved.pop("sha256")
+    saved, digests = _read_key(folder)
     differing = sorted(
         name for name in {*key, *saved} if key.get(name) != saved.get(name)
     )
@@ -87,12 +86,26 @@ def read(folder: Path, key: dict[str, Any]) -> dict[str, np.ndarray] | None:
             "have it made again. " + "; ".join(lines)
         )
     for name in key["columns"]:
-        if file_sha256(folder / f"{name}.npy") != digests[name]:
+        column = folder / f"{name}.npy"
+        if not column.is_file() or file_sha256(column) != digests.get(name):
             raise ValueError(
-                f"{folder / name}.npy is not what was written there (its SHA-256 "
-                f"differs): delete {folder} to have it made again."
+                f"{column} is not what was written there (its SHA-256 differs): "
+                f"delete {folder} to have it made again."
             )
     return {name: np.load(folder / f"{name}.npy") for name in key["columns"]}
+
+
+def _read_key(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """The key that a cache was written under, and the SHA-256 of its columns."""
+    path = folder / "key.json"
+    try:
+        saved = json.loads(path.read_bytes())
+        return saved, dict(saved.pop("sha256"))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is damaged: expected JSON with the cache's key and the SHA-256 "
+            f"of its columns; delete {folder} to have it made again."
+        ) from error
 
 
 def write(folder: Path, key: dict[str, Any], columns: dict[str, np.ndarray]) -> None:
@@ -172,6 +185,7 @@ def compute(
       Float32 arrays over the feed's flat response ids, one per column.
 
     Raises:
+      ValueError: when a value is not finite.
       RuntimeError: when a value differs from its recomputation.
     """
     score = score_step(objective, mesh)
@@ -179,9 +193,7 @@ def compute(
     done = 0
     columns = {n: np.full(feed.num_responses, np.nan, np.float32) for n in names}
     if unfinished is not None and unfinished.exists():
-        with np.load(unfinished) as saved:
-            columns = {name: saved[name] for name in names}
-            done = int(saved["bins"])
+        columns, done = _read_unfinished(unfinished, columns, feed.num_bins)
     first = distributed.smallest(done)  # what every process has
     if first:
         _log.info("The reference pass goes on after %d of %d", first, feed.num_bins)
@@ -197,8 +209,42 @@ def compute(
             done = min(first + i * feed.batch_size, feed.num_bins)
             _save(unfinished, columns, done)
             last_save = time.monotonic()
+    for name, column in columns.items():
+        if not np.isfinite(column).all():
+            bad = int(np.argmin(np.isfinite(column)))
+            raise ValueError(
+                f"{name} of response {bad} is {column[bad]}: the reference policy's "
+                "logits are not finite. Give another REFERENCE_CHECKPOINT_PATH."
+            )
     verify(objective, params, feed, mesh, columns, score)
     return columns
+
+
+def _read_unfinished(
+    path: Path, empty: dict[str, np.ndarray], num_bins: int
+) -> tuple[dict[str, np.ndarray], int]:
+    """What a killed pass left; nothing, with a warning, if that is damaged.
+
+    Raises:
+      OSError: when it cannot be read.
+    """
+    try:
+        with open(path, "rb") as file, np.load(file) as saved:
+            columns = {name: saved[name] for name in empty}
+            done = int(saved["bins"])
+    except OSError:
+        raise
+    except Exception as error:  # noqa: BLE001 - zipfile, zlib and NumPy have their own
+        problem = str(error)
+    else:
+        if 0 <= done <= num_bins and all(
+            columns[name].shape == values.shape and columns[name].dtype == values.dtype
+            for name, values in empty.items()
+        ):
+            return columns, done
+        problem = "its arrays do not have the shapes of this pass"
+    _log.warning("%s is damaged (%s): the reference pass starts over.", path, problem)
+    return empty, 0
 
 
 def _save(path: Path, columns: dict[str, np.ndarray], done: int) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from jaxalign import remote, vocabularies
 from jaxalign.data.cache import file_sha256
+from jaxalign.training.damage import DamagedCheckpointError
 
 _log = logging.getLogger(__name__)
 
@@ -79,6 +80,23 @@ def remove(url: str) -> None:
             fs.rm(path, recursive=True)
 
 
+def set_aside(url: str) -> None:
+    """Renames a damaged checkpoint in a bucket, its list of files first.
+
+    ``checkpoints/6`` becomes ``checkpoints/6.damaged``, which counts as no checkpoint.
+    """
+    fs, path = remote.connect(url)
+    with remote.reporting(url):
+        number, aside = 1, f"{path}.damaged"
+        while fs.exists(aside) or fs.exists(f"{aside}.json"):
+            number += 1
+            aside = f"{path}.damaged-{number}"
+        if fs.exists(f"{path}.json"):
+            fs.mv(f"{path}.json", f"{aside}.json")
+        if fs.exists(path):
+            fs.mv(path, aside, recursive=True)
+
+
 def take(url: str, target: Path, items: tuple[str, ...] = ()) -> str | None:
     """Copies a checkpoint from a bucket, whole or not at all.
 
@@ -94,7 +112,10 @@ def take(url: str, target: Path, items: tuple[str, ...] = ()) -> str | None:
       OSError: when the bucket cannot be read.
     """
     fs, path = remote.connect(url)
-    listed = _listed(url)
+    try:
+        listed = _listed(url)
+    except DamagedCheckpointError as error:
+        return str(error)
     names = listed if listed is not None else remote.listing(url)
     names = [n for n in names if not items or n.split("/", 1)[0] in items]
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -127,7 +148,8 @@ def copy_policy(path: str) -> Path:
 
     Raises:
       FileNotFoundError: saying what was looked for, and where.
-      OSError: when the checkpoint's files are not those that were written.
+      DamagedCheckpointError: when the checkpoint's files are not those that were
+        written.
     """
     url = path.rstrip("/")
     run_dir, parent, last = url.rsplit("/", 2)
@@ -148,7 +170,9 @@ def copy_policy(path: str) -> Path:
             mark.unlink(missing_ok=True)
             problem = take(url, target, ("policy", "meta"))
             if problem or not (target / "meta").is_dir():
-                raise OSError(f"{url} is damaged: {problem or 'it has no meta'}")
+                raise DamagedCheckpointError(
+                    f"{url} is damaged: {problem or 'it has no meta'}"
+                )
             mark.write_text(version)
     if remote.holds(run_dir, vocabularies.MODEL_FILE):
         remote.copy(f"{run_dir}/{vocabularies.MODEL_FILE}")
@@ -165,12 +189,22 @@ def _alone(target: Path) -> Iterator[None]:
 
 
 def _listed(url: str) -> dict[str, str] | None:
-    """SHA-256 by file of a checkpoint; None if it has no list."""
+    """SHA-256 by file of a checkpoint; None if it has no list.
+
+    Raises:
+      DamagedCheckpointError: when its list is not what was written.
+    """
     fs, path = remote.connect(f"{url}.json")
     with remote.reporting(url):
         if not fs.exists(path):
             return None
-        return json.loads(fs.cat_file(path))["sha256"]
+        content = fs.cat_file(path)
+    try:
+        return dict(json.loads(content)["sha256"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise DamagedCheckpointError(
+            f"{url}.json is damaged: expected JSON with the SHA-256 of each file."
+        ) from error
 
 
 def _versions(url: str) -> dict[str, str]:

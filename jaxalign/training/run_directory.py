@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 import platform
 import subprocess
+import threading
 from pathlib import Path
 from typing import Any
 
-from jaxalign.data.jsonl import read_json
+from jaxalign.data import jsonl
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 _NAME = "manifest.json"
+_LOCK = threading.Lock()  # a checkpoint that is complete is told by another thread
 
 
 def write_atomically(path: str | Path, text: str) -> None:
@@ -29,17 +30,26 @@ def write_atomically(path: str | Path, text: str) -> None:
 
 
 def read_manifest(run_dir: str | Path) -> dict[str, Any]:
-    """The manifest of a run, empty if it has none yet."""
+    """The manifest of a run, empty if it has none yet.
+
+    Raises:
+      ValueError: when it is not what was written.
+    """
     path = Path(run_dir) / _NAME
-    return read_json(path) if path.exists() else {}
+    if not path.exists():
+        return {}
+    found = jsonl.read_json(path)
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is damaged: it is no JSON object. Delete it.")
+    return found
 
 
 def update_manifest(run_dir: str | Path, **entries: Any) -> None:
     """Merges entries into ``manifest.json``."""
-    merged = {**read_manifest(run_dir), **entries}
-    write_atomically(
-        Path(run_dir) / _NAME, json.dumps(merged, indent=2, sort_keys=True) + "\n"
-    )
+    with _LOCK:
+        merged = {**read_manifest(run_dir), **entries}
+        text = jsonl.dumps(merged, indent=2, sort_keys=True) + "\n"
+        write_atomically(Path(run_dir) / _NAME, text)
 
 
 def environment() -> dict[str, Any]:

@@ -85,6 +85,7 @@ def train(run: Run, config_text: str = "") -> dict[str, float]:
     # ---- 3. State: this run's checkpoint, else the initial policy, else random ------
     key = jax.random.key(run.seed)
     restored = checkpoints.restore(ready.abstract_state)
+    folder.set_aside(checkpoints.set_aside)
     start_policy = None
     if run.initial_checkpoint_path and not restored:
         start_policy = load_policy(run.initial_checkpoint_path, ready)
@@ -108,6 +109,8 @@ def train(run: Run, config_text: str = "") -> dict[str, float]:
     if ready.objective.uses_reference:
         source = run.reference_checkpoint_path or run.initial_checkpoint_path
         ref_fingerprint, load = reference_policy(source, ready, key)
+        if not restored and run.reference_checkpoint_path and main_process:
+            ckpt.verify(source)  # with its numbers cached it may never be loaded
         parents["reference"] = ref_fingerprint
         if ready.online_reference:
             frozen = load()
@@ -161,15 +164,14 @@ def train(run: Run, config_text: str = "") -> dict[str, float]:
     profile = profiling.Profile(run_dir, run.profile_steps, enabled=main_process)
 
     def save(state: steps.TrainState) -> None:
-        fingerprints = {
-            "params_fingerprint": ckpt.params_fingerprint(state.params),
-            "policy_fingerprint": ckpt.params_fingerprint(state.params["policy"]),
-        }
-        step = int(state.step)
-        checkpoints.save(state, {**meta, **fingerprints, "step": step})
-        if main_process:
-            run_directory.update_manifest(run_dir, step=step, **fingerprints)
-        folder.saved(step)
+        checkpoints.save(state, {**meta, "step": int(state.step)}, then=saved)
+
+    def saved(meta: dict[str, Any]) -> None:  # in another thread, while steps go on
+        def reached() -> None:
+            names = ("step", "params_fingerprint", "policy_fingerprint")
+            run_directory.update_manifest(run_dir, **{k: meta[k] for k in names})
+
+        folder.saved(meta["step"], reached if main_process else lambda: None)
 
     watch = symptoms.Watch()
 
@@ -188,11 +190,12 @@ def train(run: Run, config_text: str = "") -> dict[str, float]:
     distributed.barrier(f"step {first}", run.timeout)
     dog = watchdog.Watchdog(run.timeout, jax.process_count() > 1)
     # The dog is the first to go: the writer and the folder may have much to copy.
-    with stop, progress, folder, writer, dog:
+    with stop, progress, folder, writer, checkpoints, dog:
         batches = feed.iterate(first, rows=rows)
         for step in range(first, run.train_steps):
             done = step + 1
             dog.beat(f"step {step}", window[-1:])
+            checkpoints.check()
             profile.before(done, state)
             with profile.input():
                 rows_of_step = next(batches)
@@ -244,6 +247,7 @@ def train(run: Run, config_text: str = "") -> dict[str, float]:
                     save(state)
             if told_to_stop:
                 break
+        checkpoints.settle()
 
     # ---- 7. The end -----------------------------------------------------------------
     finished = int(state.step) >= run.train_steps

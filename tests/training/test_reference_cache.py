@@ -138,3 +138,56 @@ def test_a_cache_that_is_read_is_verified_on_demand(ready, params, tmp_path):
     reference_cache.join(feed, **join)  # trusted: its key and bytes are right
     with pytest.raises(RuntimeError, match="when scored again"):
         reference_cache.join(feed, **join, verify_cached=True)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"sha256": 3}'])
+def test_a_damaged_key_is_named(ready, tmp_path, content):
+    key = key_of(ready)
+    folder = reference_cache.folder_for(tmp_path, key)
+    reference_cache.write(folder, key, {"response_ref_logps": np.zeros(1, np.float32)})
+    (folder / "key.json").write_text(content)
+    with pytest.raises(ValueError, match=r"key\.json is damaged.* delete"):
+        reference_cache.read(folder, key)
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "other", "npy"])
+def test_a_damaged_unfinished_pass_starts_over(tmp_path, caplog, damage):
+    path = tmp_path / "key.unfinished-0.npz"
+    empty = {"response_ref_logps": np.full(40, np.nan, np.float32)}
+    done = {"response_ref_logps": np.arange(40, dtype=np.float32)}
+    reference_cache._save(path, done, 3)
+    found, bins = reference_cache._read_unfinished(path, empty, 5)
+    assert bins == 3
+    np.testing.assert_array_equal(found["response_ref_logps"], np.arange(40))
+    content = path.read_bytes()
+    if damage == "cut":
+        path.write_bytes(content[: len(content) // 2])
+    elif damage == "flip":
+        at = content.index(np.float32(20).tobytes())
+        path.write_bytes(content[:at] + b"\x01" + content[at + 1 :])
+    elif damage == "other":
+        reference_cache._save(path, {"response_ref_logps": np.zeros(7)}, 3)
+    else:
+        path.write_bytes(b"\x93NUMPY\x01\x00")
+    assert reference_cache._read_unfinished(path, empty, 5) == (empty, 0)
+    assert f"{path} is damaged" in caplog.text
+
+
+def test_a_column_that_is_gone_is_named(ready, tmp_path):
+    key = key_of(ready)
+    folder = reference_cache.folder_for(tmp_path, key)
+    reference_cache.write(folder, key, {"response_ref_logps": np.zeros(1, np.float32)})
+    (folder / "response_ref_logps.npy").unlink()
+    with pytest.raises(ValueError, match=r"response_ref_logps\.npy is not what was"):
+        reference_cache.read(folder, key)
+
+
+def test_a_reference_whose_logits_are_not_finite_is_refused(ready, monkeypatch):
+    def scored(score, params, feed, bins, mesh, title):
+        ids = np.arange(feed.num_responses)
+        logps = np.where(ids == 5, np.nan, 0.0).astype(np.float32)
+        yield ids, {"response_ref_logps": logps}
+
+    monkeypatch.setattr(reference_cache, "_scored", scored)
+    with pytest.raises(ValueError, match="of response 5 is nan"):
+        reference_cache.compute(ready.objective, None, ready.inputs.train, ready.mesh)

@@ -135,6 +135,12 @@ def describe(
             lines.append(("  rejected", f"{count:,} x {problem}"))
     index = cache.index
     pairs = int(index.num_pairs.sum())
+    equal = {"prompts": 0, "pairs": 0}
+    if inputs and targets:
+        from jaxalign.data import cuts
+
+        equal = cuts.seen(cache, inputs=inputs, targets=targets).equal
+    pairs -= equal["pairs"]
     lines.append(("rows in this split", f"{len(cache):,}"))
     count = f"{index.num_responses:,}"
     lines.append(("responses", count + (f" in {pairs:,} pairs" if pairs else "")))
@@ -155,6 +161,14 @@ def describe(
         lines.append((f"unknown in {name}", f"{rate:.4%}"))
     if inputs and targets:
         lines += _feed_lines(index, inputs, targets, packing, decoder_rows)
+        for name, count, length, what in (
+            ("prompts", equal["prompts"], inputs, "equal another"),
+            ("pairs", equal["pairs"], targets, "are of equal responses, not counted"),
+        ):
+            if count:
+                lines.append(
+                    (f"equal {name}", f"{count:,} {what} once cut to {length} tokens")
+                )
     width = max(len(name) for name, _ in lines)
     table = "\n".join(f"{name:<{width}}  {text}" for name, text in lines)
     rejected = source.get("first_rejected", [])

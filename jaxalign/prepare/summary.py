@@ -161,14 +161,13 @@ def describe(
         lines.append((f"unknown in {name}", f"{rate:.4%}"))
     if inputs and targets:
         lines += _feed_lines(index, inputs, targets, packing, decoder_rows)
-        for name, count, length, what in (
-            ("prompts", equal["prompts"], inputs, "equal another"),
-            ("pairs", equal["pairs"], targets, "are of equal responses, not counted"),
+        for name, length, then in (
+            ("prompts", inputs, "never mismatched with each other"),
+            ("pairs", targets, "left out"),
         ):
-            if count:
-                lines.append(
-                    (f"equal {name}", f"{count:,} {what} once cut to {length} tokens")
-                )
+            if equal[name]:
+                text = f"{equal[name]:,} once cut to {length} tokens: {then}"
+                lines.append((f"equal {name}", text))
     width = max(len(name) for name, _ in lines)
     table = "\n".join(f"{name:<{width}}  {text}" for name, text in lines)
     rejected = source.get("first_rejected", [])

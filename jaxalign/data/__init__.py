@@ -5,6 +5,7 @@ Imports neither TensorFlow nor seqio: preparing a cache is ``jaxalign.prepare``'
 
 from jaxalign.data.cache import CacheWriter, Index, Row, TokenizedCache
 from jaxalign.data.convert import to_arrays
+from jaxalign.data.cuts import Seen, seen
 from jaxalign.data.feed import EvaluationBatches, Feed
 from jaxalign.data.plan import Placement, Plan, RowShape, common_shape, pack
 from jaxalign.data.rows import build_index
@@ -18,9 +19,11 @@ __all__ = [
     "Plan",
     "Row",
     "RowShape",
+    "Seen",
     "TokenizedCache",
     "build_index",
     "common_shape",
     "pack",
+    "seen",
     "to_arrays",
 ]

@@ -11,6 +11,7 @@ from collections.abc import Hashable, Mapping, Sequence
 import numpy as np
 
 from jaxalign import batch as batch_lib
+from jaxalign.data.cuts import cut_prompt, differing_pairs
 from jaxalign.data.plan import Placement, RowShape
 from jaxalign.data.rows import Row
 
@@ -90,8 +91,11 @@ def to_arrays(
     first_prompt = _prompts(rows, placement, out, prompt_ids)
     _tokens(rows, placement, out)
 
-    # Numbers of responses, in the rows' order.
-    partner = mismatched([row.prompts[0].tobytes() for row in rows])
+    # Numbers of responses, in the rows' order. Prompts and pairs that are equal once
+    # they are cut are equal to the network.
+    partner = mismatched(
+        [cut_prompt(row.prompts[0], placement.inputs).tobytes() for row in rows]
+    )
     of_response: dict[str, list[float]] = {
         "response_prompt": [],
         "response_kl_prompt": [],
@@ -99,7 +103,7 @@ def to_arrays(
         "response_reward": [],
         "response_label": [],
     }
-    pair_list: list[tuple[int, int, float]] = []
+    pair_list: list[tuple[int, int, float, float]] = []
     first_response = 0
     for i, row in enumerate(rows):
         other = partner[i]
@@ -113,8 +117,10 @@ def to_arrays(
         of_response["response_kind"] += row.response_kind
         of_response["response_reward"] += row.response_reward
         of_response["response_label"] += row.response_label
+        differ = differing_pairs(row, placement.targets)
         pair_list += [
-            (first_response + c, first_response + r, m) for c, r, m in row.pairs
+            (first_response + c, first_response + r, m, float(differs))
+            for (c, r, m), differs in zip(row.pairs, differ, strict=True)
         ]
         first_response += len(row.responses)
     rewards = np.array(of_response["response_reward"], np.float64)
@@ -125,11 +131,11 @@ def to_arrays(
         out[name][:responses] = values
     out["response_mask"][:responses] = 1
     if pair_list:
-        chosen, rejected, margin = zip(*pair_list, strict=True)
+        chosen, rejected, margin, differs = zip(*pair_list, strict=True)
         out["pair_chosen"][:pairs] = chosen
         out["pair_rejected"][:pairs] = rejected
         out["pair_margin"][:pairs] = margin
-        out["pair_mask"][:pairs] = 1
+        out["pair_mask"][:pairs] = differs
     return dict(out)
 
 
@@ -146,9 +152,9 @@ def _prompts(
     for row, row_id in zip(rows, ids, strict=True):
         first_prompt.append(number)
         for prompt in row.prompts:
-            end = start + min(len(prompt), placement.inputs)
-            tokens[start:end] = prompt[: end - start]
-            tokens[end - 1] = prompt[-1]
+            seen = cut_prompt(prompt, placement.inputs)
+            end = start + len(seen)
+            tokens[start:end] = seen
             out["prompt_id"][number] = row_id
             number += 1
             segments[start:end] = number

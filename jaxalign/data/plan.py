@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from jaxalign.data.bin_packing import Packer, place
+from jaxalign.data.cuts import Seen
 from jaxalign.data.rows import Index
 
 
@@ -74,6 +75,8 @@ class Plan:
       inputs, targets: truncation lengths of one prompt and one response.
       truncated: ``{"prompts": n, "responses": m}`` cut to those lengths.
       tokens: ``{"encoder": n, "decoder": m}`` used over all bins.
+      equal: ``{"prompts": n, "pairs": m}`` that only truncation makes equal; such a
+        pair is masked, such a prompt is no other one for a mismatched response.
     """
 
     row_ids: np.ndarray
@@ -85,6 +88,7 @@ class Plan:
     targets: int
     truncated: dict[str, int]
     tokens: dict[str, int]
+    equal: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.bin_offsets) - 1
@@ -114,12 +118,14 @@ class Plan:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over composition, shape and truncation lengths."""
+        """SHA-256 over composition, shape, truncation lengths and what these do."""
         digest = hashlib.sha256()
         numbers = (*dataclasses.astuple(self.shape), self.inputs, self.targets)
         digest.update(repr(numbers).encode())
         for name in ("row_ids", "bin_offsets", "decoder_rows", "response_offsets"):
             digest.update(getattr(self, name).astype("<i8").tobytes())
+        if any(self.equal.values()):
+            digest.update(repr(sorted(self.equal.items())).encode())
         return digest.hexdigest()
 
     def with_shape(self, shape: RowShape) -> Plan:
@@ -149,6 +155,7 @@ def pack(
     decoder_rows: int | None = None,
     min_prompts: int = 1,
     max_prompts: int | None = None,
+    seen: Seen | None = None,
 ) -> Plan:
     """Decides which rows of a cache share a bin; each row stands in exactly one.
 
@@ -164,6 +171,8 @@ def pack(
         their number is odd one bin may remain with one.
       max_prompts: prompts in a bin at most; None: four times what an average bin holds
         and at least 8, because ``P`` and ``R`` are set by the fullest bin.
+      seen: which prompts and pairs are equal once they are cut (`cuts.seen`); None: as
+        they are in the cache.
 
     Raises:
       ValueError: naming numbers and settings, when a row cannot fit or too many rows
@@ -197,7 +206,8 @@ def pack(
     decoder_row, fits = place(lengths, empty, level=not packing)
     _check_fit(encoder, lengths, fits, capacity, decoder_rows, packing)
 
-    different = len(np.unique(index.prompt_hash))
+    groups = index.prompt_hash if seen is None else seen.prompt_hash
+    different = len(np.unique(groups))
     if packing and different >= min_prompts:
         bins_at_least = max(
             1, encoder.sum() / capacity[0], lengths.sum() / capacity[1] / decoder_rows
@@ -206,7 +216,7 @@ def pack(
             encoder,
             lengths,
             prompts,
-            index.prompt_hash,
+            groups,
             capacity=capacity,
             decoder_rows=decoder_rows,
             max_prompts=max_prompts
@@ -223,9 +233,10 @@ def pack(
             f"min_prompts=2 (KTO compares each response with another prompt of its "
             f"row), but {alone} of {index.num_rows} examples found no different prompt "
             f"to share a row with: packing={packing} with inputs={inputs} and "
-            f"targets={targets}, and {different} different prompts in the cache. "
-            "Expected packing >= 2 and at least two different prompts; raise packing "
-            "or lower TASK_FEATURE_LENGTHS."
+            f"targets={targets}, and {different} different prompts in the cache once "
+            f"they are cut to {inputs} tokens. Expected packing >= 2 and at least two "
+            "different prompts; raise packing, or TASK_FEATURE_LENGTHS['inputs'] where "
+            "prompts differ only in what is cut off."
         )
 
     row_ids = np.array([i for items in bins for i in items], np.int64)
@@ -258,6 +269,7 @@ def pack(
             "responses": int((index.response_lengths > targets).sum()),
         },
         tokens={"encoder": int(encoder.sum()), "decoder": int(lengths.sum())},
+        equal=dict(seen.equal) if seen else {},
     )
 
 

@@ -11,11 +11,15 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import logging
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
 import numpy as np
+
+_log = logging.getLogger(__name__)
 
 MetricFn = Callable[..., Mapping[str, Any]]
 
@@ -37,8 +41,14 @@ def _same_number(targets: Sequence[Any], predictions: Sequence[Any]) -> None:
 
 
 def _references(target: str | Sequence[str]) -> list[str]:
-    """One text or several equally good ones, as a list."""
-    return [target] if isinstance(target, str) else list(target)
+    """One text or several equally good ones, as a list; never none."""
+    texts = [target] if isinstance(target, str) else list(target)
+    if not texts:
+        raise ValueError(
+            "An example has an empty list of references: expected a text, or a list "
+            "of at least one. Leave out examples that have nothing to compare with."
+        )
+    return texts
 
 
 def _tokens(sequence: Any) -> list[Any]:
@@ -160,8 +170,54 @@ def bleu(
     return {"bleu": float(score.score)}
 
 
+# Scripts that are written without spaces between words.
+_UNSPACED = (
+    "CJK",
+    "HIRAGANA",
+    "KATAKANA",
+    "THAI",
+    "LAO",
+    "KHMER",
+    "MYANMAR",
+    "TIBETAN",
+)
+
+
+def words(text: str) -> list[str]:
+    """The words of a text in any script, for ROUGE.
+
+    Lower case, letters, marks and digits; a character of a script without spaces is a
+    word of its own. On ASCII text these are the words of ``rouge-score``, which knows
+    no letters but ``a`` to ``z``.
+
+    >>> words("Don't go, Zoë! 東京へ नमस्ते")
+    ['don', 't', 'go', 'zoë', '東', '京', 'へ', 'नमस्ते']
+    """
+    found = [""]
+    for c in unicodedata.normalize("NFC", text.lower()):
+        kind = unicodedata.category(c)[0]
+        if kind not in "LMN":
+            found.append("")
+        elif c.isascii() or not unicodedata.name(c, "").startswith(_UNSPACED):
+            found[-1] += c
+        elif kind == "M" and len(found) > 1 and found[-2] and not found[-1]:
+            found[-2] += c  # a mark belongs to the character before it
+        else:
+            found += [c, ""]
+    return [word for word in found if word]
+
+
+class _Words:
+    """`words`, as ``rouge-score`` asks for it."""
+
+    tokenize = staticmethod(words)
+
+
 def rouge(
-    targets: Sequence[str | Sequence[str]], predictions: Sequence[str]
+    targets: Sequence[str | Sequence[str]],
+    predictions: Sequence[str],
+    *,
+    tokenize: str = "unicode",
 ) -> dict[str, float]:
     """ROUGE-1, ROUGE-2 and ROUGE-Lsum F-measures by ``rouge-score``, stemming off.
 
@@ -171,17 +227,44 @@ def rouge(
     Args:
       targets: a text per example, or several references.
       predictions: a text per example.
+      tokenize: ``"unicode"``, the words of any script (`words`); or ``"ascii"``, those
+        of ``rouge-score`` itself, to compare with published numbers of texts that have
+        letters beyond ``a`` to ``z``, all of which it drops. Equal on ASCII text.
 
     Returns:
       ``rouge1``, ``rouge2``, ``rougeLsum`` in percent, means over examples.
 
     Raises:
       ImportError: when rouge-score is absent (extra ``metrics``).
+      ValueError: for another tokenisation, or an example without a reference.
     """
     _same_number(targets, predictions)
+    if tokenize not in ("unicode", "ascii"):
+        raise ValueError(f"tokenize must be 'unicode' or 'ascii', got {tokenize!r}.")
     scoring = _import_optional("rouge_score.rouge_scorer", "rouge-score")
     names = ("rouge1", "rouge2", "rougeLsum")
-    scorer = scoring.RougeScorer(names)
+    scorer = scoring.RougeScorer(
+        names, tokenizer=_Words() if tokenize == "unicode" else None
+    )
+    texts = [text for target in targets for text in _references(target)]
+    bare = [t for t in texts if t.strip() and not words(t)]
+    dropped = [t for t in texts if any(not w.isascii() for w in words(t))]
+    if bare:
+        _log.warning(
+            "%d of %d references have no letter or digit, such as %.40r: ROUGE gives "
+            "them 0 whatever is predicted.",
+            len(bare),
+            len(texts),
+            bare[0],
+        )
+    if tokenize == "ascii" and dropped:
+        _log.warning(
+            "%d of %d references have letters beyond a to z, such as %.40r, which "
+            "ROUGE drops with tokenize='ascii'; use 'unicode' for them.",
+            len(dropped),
+            len(texts),
+            dropped[0],
+        )
     scores = [
         scorer.score_multi(_references(target), prediction)
         for target, prediction in zip(targets, predictions, strict=True)

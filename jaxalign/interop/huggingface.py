@@ -34,6 +34,16 @@ _ACTIVATIONS = {
     "gated-silu": ("silu", "linear"),
 }
 
+# What this network always does, by config.json's key: any other value is another
+# function.
+_FIXED = {
+    "layer_norm_epsilon": 1e-6,
+    "decoder_start_token_id": 0,
+    "is_encoder_decoder": True,
+    "is_decoder": False,
+    "tie_encoder_decoder": False,
+}
+
 # T5Config field -> key of Hugging Face's config.json.
 _FIELDS = {
     "vocab_size": "vocab_size",
@@ -47,13 +57,10 @@ _FIELDS = {
     "relative_attention_max_distance": "relative_attention_max_distance",
 }
 
-# Names that hold nothing of their own: aliases of shared.weight, and a bias that old
-# checkpoints store and no model reads.
-_IGNORED = (
-    "encoder.embed_tokens.weight",
-    "decoder.embed_tokens.weight",
-    "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",
-)
+# Names of shared.weight that old checkpoints repeat, and a bias that they store and no
+# model reads.
+_ALIASES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+_UNREAD = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
 
 _ENCODER_BLOCK = (("SelfAttention", "attention", "pre_attention_layer_norm"),)
 _DECODER_BLOCK = (
@@ -71,7 +78,8 @@ def config_from_huggingface(config: Mapping[str, Any], **overrides: Any) -> T5Co
 
     Args:
       config: the parsed file. ``tie_word_embeddings``, true by default, means a tied
-        and scaled vocabulary head (T5 1.0).
+        and scaled vocabulary head (T5 1.0) where transformers 4 wrote it; transformers
+        5 says ``scale_decoder_outputs``, and never scales for an mT5.
       **overrides: ``T5Config`` fields such as ``dtype`` or ``scan_layers``. Dropout
         is 0 unless given.
 
@@ -79,7 +87,8 @@ def config_from_huggingface(config: Mapping[str, Any], **overrides: Any) -> T5Co
       The configuration.
 
     Raises:
-      ValueError: another architecture, or a key that is missing.
+      ValueError: another architecture, a key that is missing, or one whose value asks
+        for another function than this network's.
 
     >>> config_from_huggingface(dict(vocab_size=384, d_model=64, num_heads=4, d_kv=16,
     ...     d_ff=128, num_layers=2, feed_forward_proj="relu")).mlp_activations
@@ -106,12 +115,31 @@ def config_from_huggingface(config: Mapping[str, Any], **overrides: Any) -> T5Co
         raise ValueError(
             f"feed_forward_proj must be one of {sorted(_ACTIVATIONS)}, got {proj!r}."
         )
-    tied = config.get("tie_word_embeddings", kind == "t5")
-    # transformers 5 always writes tie_word_embeddings=true and says here what it was.
-    tied = config.get("scale_decoder_outputs", tied)
     values["mlp_activations"] = _ACTIVATIONS[proj]
-    values["logits_via_embedding"] = bool(tied)
+    values["logits_via_embedding"] = _scales(config, kind)
+    implied = {
+        **_FIXED,
+        "is_gated_act": len(values["mlp_activations"]) == 2,
+        "dense_act_fn": "gelu_new" if proj == "gated-gelu" else proj.split("-")[-1],
+    }
+    for key, value in implied.items():
+        if config.get(key) not in (None, value):
+            of = "" if key in _FIXED else f" with feed_forward_proj={proj!r}"
+            raise ValueError(
+                f"config.json must have {key}={value!r}{of}, got {config[key]!r}: it "
+                "would be another function than the one this network computes."
+            )
     return T5Config(**{**values, **overrides})
+
+
+def _scales(config: Mapping[str, Any], kind: str) -> bool:
+    """Whether the head is the embedding, its inputs scaled by ``d_model ** -0.5``."""
+    if config.get("scale_decoder_outputs") is not None:
+        return bool(config["scale_decoder_outputs"])
+    version = str(config.get("transformers_version") or "4").split(".")[0]
+    if kind == "mt5" and version.isdecimal() and int(version) >= 5:
+        return False  # it writes tie_word_embeddings=true whatever it was
+    return bool(config.get("tie_word_embeddings", kind == "t5"))
 
 
 def config_to_huggingface(config: T5Config) -> dict[str, Any]:
@@ -196,19 +224,36 @@ def params_from_huggingface(
       Float32 numpy parameters in ``init_params``'s structure.
 
     Raises:
-      ValueError: a name that is missing or unknown, or a shape that does not fit.
+      ValueError: a name that is missing or unknown, a shape that does not fit, or a
+        second embedding or head that this network would leave unused.
     """
     unscanned = T5(dataclasses.replace(config, scan_layers=False))
     shapes = traverse_util.flatten_dict(
         jax.eval_shape(lambda: init_params(unscanned, jax.random.key(0))), sep="/"
     )
     state = dict(state)
-    if not config.logits_via_embedding and "shared.weight" in state:
+    aliases = _ALIASES
+    if config.logits_via_embedding:
+        aliases = (*aliases, "lm_head.weight")
+    # What files hold in place of shared.weight, or beside it.
+    embedding = next(
+        (state[n] for n in ("shared.weight", *aliases) if n in state), None
+    )
+    if embedding is not None:
+        state.setdefault("shared.weight", embedding)
+    if not config.logits_via_embedding and embedding is not None:
         # A tied but unscaled head is stored once.
         state.setdefault("lm_head.weight", state["shared.weight"])
-    flat, used = {}, set(_IGNORED)
-    if config.logits_via_embedding:
-        used.add("lm_head.weight")
+    for name in aliases:
+        if name in state and not np.array_equal(
+            np.asarray(state[name]), np.asarray(state["shared.weight"])
+        ):
+            raise ValueError(
+                f"{name!r} differs from 'shared.weight', of which this network takes "
+                "it for another name, and would be lost; does the config belong to "
+                "this checkpoint? (tie_word_embeddings, scale_decoder_outputs)"
+            )
+    flat, used = {}, {*aliases, _UNREAD}
     for ours, theirs, transposed in parameter_names(config):
         if theirs not in state:
             near = difflib.get_close_matches(theirs, state, n=1)

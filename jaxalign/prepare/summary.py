@@ -141,6 +141,12 @@ def describe(
             lines.append(("  rejected", f"for {len(problems):,} reasons in all"))
     index = cache.index
     pairs = int(index.num_pairs.sum())
+    equal = {"prompts": 0, "pairs": 0}
+    if inputs and targets:
+        from jaxalign.data import cuts
+
+        equal = cuts.seen(cache, inputs=inputs, targets=targets).equal
+    pairs -= equal["pairs"]
     lines.append(("rows in this split", f"{len(cache):,}"))
     count = f"{index.num_responses:,}"
     lines.append(("responses", count + (f" in {pairs:,} pairs" if pairs else "")))
@@ -161,6 +167,13 @@ def describe(
         lines.append((f"unknown in {name}", f"{rate:.4%}"))
     if inputs and targets:
         lines += _feed_lines(index, inputs, targets, packing, decoder_rows)
+        for name, length, then in (
+            ("prompts", inputs, "never mismatched with each other"),
+            ("pairs", targets, "left out"),
+        ):
+            if equal[name]:
+                text = f"{equal[name]:,} once cut to {length} tokens: {then}"
+                lines.append((f"equal {name}", text))
     width = max(len(name) for name, _ in lines)
     table = "\n".join(f"{name:<{width}}  {text}" for name, text in lines)
     rejected = source.get("first_rejected", [])

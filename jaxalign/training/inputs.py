@@ -196,12 +196,18 @@ def build(
                 packing=dataset.packing,
                 decoder_rows=dataset.decoder_rows,
                 min_prompts=objective.min_prompts,
+                seen=data_lib.seen(
+                    cache,
+                    **dataset.feature_lengths,
+                    prompts=objective.min_prompts > 1,
+                ),
             )
             for cache in of_split
             if len(cache)
         ]
         for split, of_split in caches.items()
     }
+    _tell_equal(caches, plans)
     rates = list(dataset.sources().values())
     if "response_label" in objective.columns:
         _tell_one_sided_labels(caches["train"], objective)
@@ -263,6 +269,43 @@ def _reward_stats(
             "a standard deviation. Check FIELD_MAP's 'reward'."
         )
     return float(mean), float(deviation)
+
+
+def _tell_equal(
+    caches: Mapping[str, Sequence[data_lib.TokenizedCache]],
+    plans: Mapping[str, Sequence[data_lib.Plan]],
+) -> None:
+    """Tells what is equal once it is cut; refuses pairs that all are."""
+    for split, of_split in plans.items():
+        pairs = sum(int(cache.index.num_pairs.sum()) for cache in caches[split])
+        equal = sum(plan.equal["pairs"] for plan in of_split)
+        if not equal:
+            continue
+        lengths = {plan.targets for plan in of_split}
+        text = (
+            f"{equal} of {pairs} pairs ({split}) are equal once their responses are "
+            f"cut to {lengths.pop()} tokens"
+        )
+        if equal == pairs and split == "train":
+            raise ValueError(
+                f"{text}: there is nothing to learn from. Raise "
+                "TASK_FEATURE_LENGTHS['targets']."
+            )
+        _log.warning(
+            "%s and are left out. Raise TASK_FEATURE_LENGTHS['targets'].", text
+        )
+    for split, of_split in plans.items():
+        equal = sum(plan.equal["prompts"] for plan in of_split)
+        if equal:
+            _log.warning(
+                "%d of %d prompts (%s) equal another once they are cut to %d tokens: "
+                "no response is mismatched with one of these that equals its own. "
+                "Raise TASK_FEATURE_LENGTHS['inputs'].",
+                equal,
+                sum(cache.index.num_rows for cache in caches[split]),
+                split,
+                of_split[0].inputs,
+            )
 
 
 def _tell_one_sided_labels(

@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+import rouge_score.tokenizers
 import seqio
 
 from jaxalign.evaluation import metrics
@@ -59,6 +60,41 @@ def test_rouge_by_hand():
     np.testing.assert_allclose(found["rougeLsum"], 100 * 2 / 3)
     best = metrics.rouge([["x y", "the cat by mat"]], ["the cat by mat"])
     np.testing.assert_allclose(list(best.values()), 100.0)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Привет, мир", "東京へ行く", "नमस्ते दुनिया", "สวัสดีชาวโลก", "안녕 세상",
+        "مرحبا بالعالم", "Γειά σου", "naïve Zoë",
+    ],
+)  # fmt: skip
+def test_rouge_of_identical_text_is_whole_in_any_script(text, caplog):
+    assert set(metrics.rouge([text], [text]).values()) == {100.0}
+    assert not caplog.records
+    assert metrics.rouge([text], ["0 1 2"])["rouge1"] == 0.0
+    metrics.rouge([text], [text], tokenize="ascii")
+    assert "letters beyond a to z" in caplog.text
+
+
+def test_words_of_ascii_text_are_those_of_rouge_score():
+    rng = np.random.default_rng(0)
+    default = rouge_score.tokenizers.DefaultTokenizer(use_stemmer=False)
+    for _ in range(500):
+        text = "".join(map(chr, rng.integers(0, 128, rng.integers(0, 40))))
+        assert metrics.words(text) == default.tokenize(text)
+    assert metrics.words("นี้ ไป") == ["นี้", "ไ", "ป"]
+
+
+def test_a_reference_without_words_is_told(caplog):
+    assert metrics.rouge(["🙂", "a"], ["🙂", "a"])["rouge1"] == 50.0
+    assert "1 of 2 references have no letter or digit" in caplog.text
+
+
+@pytest.mark.parametrize("metric", ["exact_match", "bleu", "rouge"])
+def test_an_empty_list_of_references_is_refused(metric):
+    with pytest.raises(ValueError, match="empty list of references"):
+        getattr(metrics, metric)(["a", []], ["a", "b"])
 
 
 @pytest.mark.parametrize(

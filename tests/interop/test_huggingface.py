@@ -1,5 +1,8 @@
 """Parity with Hugging Face's PyTorch T5, and the mapping of its checkpoints."""
 
+import dataclasses
+import json
+
 import chex
 import jax
 import numpy as np
@@ -224,3 +227,82 @@ def test_tied_but_unscaled_head_is_the_embedding(untied):
     np.testing.assert_array_equal(
         params["decoder"]["logits_dense"]["kernel"], state["shared.weight"].T
     )
+
+
+def test_mt5_folders_of_transformers_4_and_5_are_the_same_network(tmp_path):
+    from safetensors.torch import save_file
+
+    sizes = dict(vocab_size=30, d_model=8, num_heads=2, d_kv=4, d_ff=8, num_layers=1)
+    model = transformers.MT5ForConditionalGeneration(transformers.MT5Config(**sizes))
+    generator = torch.Generator().manual_seed(0)
+    state = {
+        k: 0.3 * torch.randn(v.shape, generator=generator)
+        for k, v in model.state_dict().items()
+    }
+    for stack in ("encoder", "decoder"):
+        state[f"{stack}.embed_tokens.weight"] = state["shared.weight"].clone()
+    old = model.config.to_dict() | {
+        "tie_word_embeddings": False,
+        "transformers_version": "4.11.0",
+        "architectures": ["MT5ForConditionalGeneration"],
+    }
+    (tmp_path / "old").mkdir()
+    save_file(state, tmp_path / "old" / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "old" / "config.json").write_text(json.dumps(old))
+    model = transformers.MT5ForConditionalGeneration.from_pretrained(tmp_path / "old")
+    model.save_pretrained(tmp_path / "new")
+    saved = json.loads((tmp_path / "new" / "config.json").read_text())
+    assert saved["tie_word_embeddings"] and "scale_decoder_outputs" not in saved
+
+    config, params = hf.load_huggingface(tmp_path / "new")
+    assert config == hf.load_huggingface(tmp_path / "old")[0]
+    chex.assert_trees_all_equal(params, hf.load_huggingface(tmp_path / "old")[1])
+    assert not config.logits_via_embedding
+    prompt, answer = np.array([[5, 6, 7, 1]]), np.array([[0, 9, 8]])
+    with torch.no_grad():
+        want = model.eval()(
+            input_ids=torch.from_numpy(prompt),
+            decoder_input_ids=torch.from_numpy(answer),
+        ).logits.numpy()
+    batch = {
+        "encoder_input_tokens": prompt,
+        "encoder_segment_ids": np.ones_like(prompt),
+        "decoder_input_tokens": answer[None],
+        "decoder_segment_ids": np.ones_like(answer)[None],
+        "response_prompt": np.zeros((1, 1), "i4"),
+    }
+    got = models.T5(config).apply({"params": params}, batch)
+    np.testing.assert_allclose(np.asarray(got)[:, 0], want, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"layer_norm_epsilon": 1e-5}, r"layer_norm_epsilon=1e-06, got 1e-05"),
+        ({"decoder_start_token_id": 2}, r"decoder_start_token_id=0, got 2"),
+        ({"dense_act_fn": "silu"}, r"dense_act_fn='relu' with .*'relu', got 'silu'"),
+        ({"is_gated_act": True}, r"is_gated_act=False with feed_forward_proj='relu'"),
+        ({"is_encoder_decoder": False}, r"is_encoder_decoder=True, got False"),
+        ({"feed_forward_proj": "gelu"}, r"feed_forward_proj must be one of"),
+        ({"relative_attention_max_distance": 16}, r"must exceed half of the 32"),
+    ],
+)
+def test_a_config_of_another_function_is_refused(fields, told):
+    config = dict(
+        vocab_size=8, d_model=4, num_heads=1, d_kv=4, d_ff=4, num_layers=1,
+        feed_forward_proj="relu", layer_norm_epsilon=1e-6, decoder_start_token_id=0,
+        dense_act_fn="relu", is_gated_act=False,
+    )  # fmt: skip
+    hf.config_from_huggingface(config)
+    with pytest.raises(ValueError, match=told):
+        hf.config_from_huggingface(config | fields)
+
+
+@pytest.mark.parametrize("name", ["lm_head", "encoder.embed_tokens"])
+def test_a_second_embedding_is_not_lost(untied, name):
+    _, config, state = untied
+    tied = dataclasses.replace(config, logits_via_embedding=True)
+    other = {**state, "lm_head.weight": state["shared.weight"]}
+    other[f"{name}.weight"] = state["shared.weight"] + 1
+    with pytest.raises(ValueError, match=rf"'{name}.weight' differs from 'shared"):
+        hf.params_from_huggingface(other, tied)

@@ -461,7 +461,8 @@ def load_policy(path: str | Path, shardings: Any = None) -> Policy:
         shapes,
         shardings,
     )
-    damage.check_present(folder, meta, "policy")
+    # Before it is decoded: decoders of damaged files print, wait or crash.
+    damage.check_files(folder, meta, "policy")
     params = _read(folder, meta, "policy", like)
     found = params_fingerprint(params)
     damage.compare(folder, meta, "policy_fingerprint", "policy", found)

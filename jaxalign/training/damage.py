@@ -109,8 +109,13 @@ def check_files(folder: Path, meta: dict[str, Any], *items: str) -> None:
       DamagedCheckpointError: naming the first that is missing or differs.
       OSError: when one cannot be read.
     """
-    names = check_present(folder, meta, *items)
     listed = meta.get(_FILES, {})
+    names = [n for n in sorted(listed) if n.split("/", 1)[0] in items]
+    missing = [n for n in names if not (folder / n).is_file()]
+    if missing and folder.is_dir():
+        raise DamagedCheckpointError(
+            f"{folder / missing[0]} is missing: the checkpoint is damaged."
+        )
     found = patiently(lambda: fingerprints.files_sha256(folder, names))
     for name in names:
         if found[name] != listed[name]:
@@ -119,22 +124,6 @@ def check_files(folder: Path, meta: dict[str, Any], *items: str) -> None:
                 f"{folder / name} ({size} bytes) is damaged: its fingerprint is not "
                 "that of the file that was written."
             )
-
-
-def check_present(folder: Path, meta: dict[str, Any], *items: str) -> list[str]:
-    """The names of the files of some items; none, if the checkpoint has no list.
-
-    Raises:
-      DamagedCheckpointError: naming the first that is missing.
-    """
-    listed = sorted(meta.get(_FILES, {}))
-    names = [name for name in listed if name.split("/", 1)[0] in items]
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing and folder.is_dir():
-        raise DamagedCheckpointError(
-            f"{folder / missing[0]} is missing: the checkpoint is damaged."
-        )
-    return names
 
 
 def explain(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import sacrebleu
@@ -323,3 +325,18 @@ def test_settings_that_would_not_count_are_refused(run, changes, message):
     changes = {"slots": None, "temperature": 1.0, **changes}
     with pytest.raises(ValueError, match=message):
         run("refused.jsonl", **changes)
+
+
+def test_logits_that_are_not_finite_are_refused_before_a_line_is_written(
+    policy, monkeypatch
+):
+    broken = types.SimpleNamespace(texts=[""], logp=[float("nan")], tokens=[[1]])
+    with pytest.raises(ValueError, match="logits are not finite"):
+        list(generation._lines({}, broken))
+    monkeypatch.setattr(
+        inference.models,
+        "response_logps",
+        lambda model, params, batch: jnp.full(batch["response_mask"].shape, jnp.nan),
+    )
+    with pytest.raises(ValueError, match="logits for row 0 are not finite"):
+        inference.score_pairs(policy, [("a", "b")], batch_size=2)

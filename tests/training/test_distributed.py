@@ -299,6 +299,19 @@ def test_a_host_that_stops_answering_ends_the_others(work):
     assert checkpoints.Checkpoints(run_dir, keep=1).steps()
 
 
+@pytest.mark.slow
+def test_a_checkpoint_that_cannot_be_written_ends_all_processes(work):
+    run_dir = work / "unwritable"
+    (run_dir / "checkpoints").mkdir(parents=True)
+    (run_dir / "checkpoints" / ".probe").write_text("no folder can have this name")
+    own = ("--gin_file=runs/sft.gin", "--gin.TRAIN_STEPS=100000")
+    done = launch(work, "unwritable", 2, 1, *own)
+    assert done.returncode == 2, done.stdout[-3000:]
+    for process in (0, 1):
+        told = f"[{process}] CheckpointWriteError: The checkpoint of step 2 could not"
+        assert told in done.stdout
+
+
 KILLS = int(os.environ.get("CHAOS_KILLS", "30"))
 
 

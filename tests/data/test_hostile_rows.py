@@ -90,8 +90,8 @@ def test_a_field_that_no_row_has_is_told_once(tmp_path):
         load(write(tmp_path / "m.jsonl", rows, b"{\n"))
     text = str(caught.value)
     assert text.count("completion") == 2  # the field, and what was expected
-    assert "no row has it: completion: expected a field 'completion'" in text
-    assert "['answer', 'prompt', 'question'] (line 1; 30 rows)" in text
+    assert "m.jsonl:1: completion: expected a field 'completion', got fields" in text
+    assert "['answer', 'prompt', 'question']; no row has it: the same in 30" in text
     assert "m.jsonl:31: row" in text
     # One row that has it, and each is told by its line.
     rows.append({"prompt": "p", "completion": "c"})

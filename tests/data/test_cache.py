@@ -338,7 +338,7 @@ def test_damage_of_cache_json_is_told_and_never_a_traceback(tmp_path):
 
 
 def test_a_full_disk_is_told_as_one(tmp_path, monkeypatch):
-    def fail(self, record):
+    def fail(self, *_):
         raise RuntimeError("write failed\nat array_record/writer.cc")
 
     monkeypatch.setattr(

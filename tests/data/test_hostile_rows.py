@@ -316,7 +316,7 @@ def test_no_row_of_any_schema_or_data_set_ends_in_a_traceback(schema):
     maps = [None, {"prompt": "q.text"}, {"prompt": "q", "chosen": "completions[].text"}]
     rows = [
         ("f", n, {r.choice(FIELDS): shaped(r) for _ in range(r.randrange(9))})
-        for n in range(400)
+        for n in range(120)
     ]
     for options in [{"transform": t} for t in transforms] + [
         {"field_map": m} for m in maps

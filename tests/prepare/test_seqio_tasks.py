@@ -90,8 +90,9 @@ def test_a_task_of_a_file_is_found_and_known_by_its_code(tmp_path, registry):
             cache = prepared(tmp_path, "of_a_file", "supervised", module=str(file))
         assert cache.vocabulary.decode(cache[0].responses[0]) == target
         seqio.TaskRegistry.remove("of_a_file")
+    vocabulary = ByteVocabulary()
     with pytest.raises(FileNotFoundError, match="No file, task or seqio task"):
-        prepared(tmp_path, "of_a_fill", "supervised", ByteVocabulary(), module=str(file))
+        prepared(tmp_path, "of_a_fill", "supervised", vocabulary, module=str(file))
     with pytest.raises(ValueError, match="no file .*my_task.py. Did you mean"):
         prepared(tmp_path, "x", "supervised", module=str(tmp_path / "my_task.py"))
 

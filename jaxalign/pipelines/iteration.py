@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxalign import configs, remote
+from jaxalign import configs, models, remote
 from jaxalign.data import records
 from jaxalign.data.jsonl import json_line
 from jaxalign.evaluation import judges
@@ -126,6 +126,8 @@ def iterate(
         configs.parse(gin_files, [*bindings, *lines], search_paths)
         config = configs.config_str()
         run = configs.configured(loop.Run)()
+        network = models.describe(run.model)
+        _log.info("Network: %s, %s", configs.network(), network)
         schema = run.objective(model=run.model).schema
         rows, reward, tied = judged_rows(_groups(samples), judge_fn, schema)
         if not rows:

@@ -7,12 +7,15 @@ that repeats it by itself is printed before it starts.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
-from jaxalign import configs, world
+from jaxalign import configs, models, world
 from jaxalign.training import train as loop
+
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +83,9 @@ def train(
     macros["MODEL_DIR"] = repr(directory)
     configs.parse([gin_file], [f"{name} = {value}" for name, value in macros.items()])
     text = configs.config_str()
-    loop.train(configs.configured(loop.Run)(), text)
+    run = configs.configured(loop.Run)()
+    _log.info("Network: %s, %s", configs.network(), models.describe(run.model))
+    loop.train(run, text)
     return Path(directory)
 
 

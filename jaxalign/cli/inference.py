@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 from jaxalign.cli.flags import (
     arguments,
     call,
@@ -132,5 +130,5 @@ def evaluate(argv: list[str]) -> int:
     join(args)
     result = call(inference.evaluate, args, ("checkpoint", "data"))
     if jax.process_index() == 0:
-        print(json.dumps(jsonl.nulled(result), indent=2))
+        print(jsonl.dumps(result, indent=2))
     return 0

@@ -6,7 +6,6 @@ path and nothing else; none of them imports TensorFlow.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from jaxalign import batch as batches
 from jaxalign import data as data_lib
 from jaxalign import models, remote
 from jaxalign.data import records
-from jaxalign.data.jsonl import json_line, nulled
+from jaxalign.data.jsonl import dumps, json_line
 from jaxalign.decoding import Sampling
 from jaxalign.evaluation import compare, judges, metrics
 from jaxalign.pipelines import generation
@@ -246,8 +245,7 @@ def evaluate(
         result["comparison"] = compared.to_json()
     if output and jax.process_index() == 0:
         with remote.writing(output) as file:
-            text = json.dumps(nulled(result), indent=2, allow_nan=False)
-            file.write_text(text + "\n", encoding="utf-8")
+            file.write_text(dumps(result, indent=2) + "\n", encoding="utf-8")
     return result
 
 

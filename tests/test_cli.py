@@ -185,7 +185,11 @@ def test_score_equals_what_generation_reports(trained, work):
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(work, capsys, caplog):
+    caplog.set_level("INFO", "jaxalign")
     assert cli.main(["train", *flags("runs/dro_v.gin"), "--dry_run"]) == 0
+    first = caplog.messages[0]
+    assert first.startswith("Network: models/t5_1_1_tiny.gin (the default")
+    assert first.endswith(" parameters")
     assert "DROV starts from random weights" in caplog.text
     text = capsys.readouterr().out
     for part in (

@@ -65,7 +65,7 @@ def test_modules_of_the_working_folder_are_found_last(folder):
 
 def test_missing_modules_and_files_name_the_nearest(folder):
     (folder / "judge.py").write_text(JUDGE)
-    with pytest.raises(ValueError, match=r"no file jugde\.py\. Did you mean 'judge\.py"):
+    with pytest.raises(ValueError, match=r"no file jugde\.py\. Did you mean 'judge"):
         user_code.load_module("jugde.py")
     with pytest.raises(ValueError, match="no module named 'jugde'. Did you mean"):
         user_code.load_module("jugde")

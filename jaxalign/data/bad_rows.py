@@ -181,8 +181,7 @@ class BadRows:
                 if self.by_problem[problem] == rows > 1
             }
         lines = [
-            f"{quoted(bad.file)}: no row has it: {bad.field}: expected {bad.expected}, "
-            f"got {bad.got} (line {bad.line}; {self.by_problem[problem]:,} rows)"
+            f"{bad}; no row has it: the same in {self.by_problem[problem]:,} rows"
             for problem, bad in everywhere.items()
         ]
         singly = self._others if everywhere else self.first

@@ -196,16 +196,24 @@ def json_line(row: Any) -> str:
     >>> json_line({"text": "é", "logp": float("nan")})
     '{"text": "é", "logp": null}\\n'
     """
-    try:
-        text = json.dumps(row, ensure_ascii=False, allow_nan=False)
-    except ValueError:
-        row = nulled(row)
-        text = json.dumps(row, ensure_ascii=False, allow_nan=False)
+    text = dumps(row, ensure_ascii=False)
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
-        text = json.dumps(row, allow_nan=False)
+        text = dumps(row)
     return text + "\n"
+
+
+def dumps(value: Any, **settings: Any) -> str:
+    """A value as JSON that every reader takes: a number that is not finite is null.
+
+    >>> dumps({"logp": float("nan"), "text": "a"})
+    '{"logp": null, "text": "a"}'
+    """
+    try:
+        return json.dumps(value, **settings, allow_nan=False)
+    except ValueError:  # rare, so only then is all of it looked at
+        return json.dumps(nulled(value), **settings, allow_nan=False)
 
 
 def nulled(value: Any) -> Any:

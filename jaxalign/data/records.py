@@ -288,9 +288,16 @@ def _transformed(
     except (FieldError, OptionError):
         raise
     except KeyError as error:
-        name = str(error.args[0])
+        name = str(error.args[0]) if error.args else "a field"
         raise missing(name, name, name, raw) from None
-    except (TypeError, ValueError, AttributeError, IndexError) as error:
+    except (
+        TypeError,
+        ValueError,
+        AttributeError,
+        LookupError,
+        OverflowError,
+        RecursionError,
+    ) as error:
         raise FieldError(
             "row",
             "shape",

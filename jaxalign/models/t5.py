@@ -277,7 +277,7 @@ def describe(model: nn.Module) -> str:
 
     >>> describe(T5(T5Config(vocab_size=384, emb_dim=64, num_heads=4, head_dim=16,
     ...                      mlp_dim=128, num_encoder_layers=2, num_decoder_layers=2)))
-    '2 + 2 layers of width 64, 262,976 parameters'
+    '2 + 2 layers of width 64, 246,784 parameters'
     """
     config = model.config
     shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))

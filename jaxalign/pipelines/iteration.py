@@ -22,7 +22,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxalign import configs, remote
+from jaxalign import configs, models, remote
 from jaxalign.data import records
 from jaxalign.data.cache import file_sha256
 from jaxalign.data.jsonl import json_line
@@ -135,6 +135,8 @@ def iterate(
             configs.parse(gin_files, [*bindings, *lines], search_paths)
             config = configs.config_str()
             run = configs.configured(loop.Run)()
+            network = models.describe(run.model)
+            _log.info("Network: %s, %s", configs.network(), network)
             schema = _schema(run)
             mesh, shared = _mesh(run, batch_size)
             outputs.note_folder(folder, key)

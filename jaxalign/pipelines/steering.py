@@ -13,6 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from jaxalign.data import records
+from jaxalign.data.bad_rows import quoted, show
 from jaxalign.decoding import constraints, programs
 from jaxalign.decoding.smc import smc
 from jaxalign.evaluation import judges
@@ -161,11 +162,13 @@ def _wish(i: int, raw: Mapping[str, Any], default: Mapping[str, Any]) -> _Wish:
     given = {k: raw[k] for k in _FIELDS if raw.get(k) is not None}
     for name in ("regex", "template"):
         if not isinstance(given.get(name, ""), str):
-            raise ValueError(f"Row {i}: {name} must be text, got {given[name]!r}.")
+            raise ValueError(f"Row {i}: {name} must be text, got {show(given[name])}.")
     for name in ("include", "more_prompts"):
         texts = given.get(name, [])
         if not isinstance(texts, list) or not all(isinstance(x, str) for x in texts):
-            raise ValueError(f"Row {i}: {name} must be a list of texts, got {texts!r}.")
+            raise ValueError(
+                f"Row {i}: {name} must be a list of texts, got {show(texts)}."
+            )
     more = given.pop("more_prompts", [])
     merged = {**default, **given}
     wish = _Wish(
@@ -215,7 +218,8 @@ def _program(wish: _Wish, reward: Any, policy: checkpoints.Policy) -> programs.P
 
 def _template(template: str, vocabulary: Any) -> programs.Infilling:
     if BLANK not in template:
-        raise ValueError(f"The template {template!r} has no {BLANK} in it.")
+        shown = quoted(repr(template))
+        raise ValueError(f"The template {shown} has no {BLANK} in it.")
     # SentencePiece begins every piece of fixed text with a space of its own.
     own_space = vocabulary.to_json()["kind"] == "sentencepiece"
     parts: list[list[int] | None] = []

@@ -286,7 +286,7 @@ def _is_seqio(name: str) -> bool:
 def _seqio_names() -> list[str]:
     # Whoever registered a task has imported seqio to do so. Importing it here would
     # take half a minute, TensorFlow with it, to find nothing.
-    if "seqio" not in sys.modules:
+    if sys.modules.get("seqio") is None:
         return []
     from jaxalign.prepare import seqio_tasks
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import pathlib
+import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,7 +21,13 @@ import pytest
 
 from jaxalign import batch
 from jaxalign.data import cache as cache_lib
-from jaxalign.data.cache import CacheWriter, Row, TokenizedCache, build_index
+from jaxalign.data.cache import (
+    CacheWriter,
+    Row,
+    TokenizedCache,
+    build_index,
+    remove_stale,
+)
 from jaxalign.vocabularies import ByteVocabulary
 
 NAN = float("nan")
@@ -304,3 +313,58 @@ def test_content_fingerprint_follows_the_rows(tmp_path):
     b = write(tmp_path / "b", [pair_row("1"), pair_row("2")])
     c = write(tmp_path / "c", [pair_row("1"), pair_row("2", response_label=[0, 0])])
     assert a.content_fingerprint == b.content_fingerprint != c.content_fingerprint
+
+
+def test_damage_of_cache_json_is_told_and_never_a_traceback(tmp_path):
+    write(tmp_path / "c", [pair_row()])
+    file = tmp_path / "c" / "cache.json"
+    whole = file.read_text()
+    r = random.Random(0)
+    keys = [f'"{k}"' for k in json.loads(whole)]
+    damaged = [whole.replace(key, key[:-2] + '~"', 1) for key in keys]
+    damaged += [whole.replace("rows-0", "../rows-0"), "[]", "{}", "{", ""]
+    for _ in range(150):
+        at = r.randrange(len(whole))
+        damaged.append(whole[:at] + chr(33 + r.randrange(90)) + whole[at + 1 :])
+    for text in damaged:
+        file.write_text(text)
+        with contextlib.suppress(ValueError):
+            found = json.loads(text)
+            if found == json.loads(whole) or found and "meta_sha256" not in found:
+                continue  # whole, or of an earlier release, which had no digest
+        with pytest.raises((ValueError, FileNotFoundError)) as caught:
+            _ = TokenizedCache(tmp_path / "c").vocabulary
+        assert str(tmp_path / "c") in str(caught.value)
+
+
+def test_a_full_disk_is_told_as_one(tmp_path, monkeypatch):
+    def fail(self, *_):
+        raise RuntimeError("write failed\nat array_record/writer.cc")
+
+    monkeypatch.setattr(
+        cache_lib, "ArrayRecordWriter", type("W", (), {"write": fail, "close": fail})
+    )
+    monkeypatch.setattr(cache_lib.ArrayRecordWriter, "__init__", lambda *a: None)
+    usage = shutil.disk_usage(tmp_path)
+    for free, advice in ((0, "make room"), (2**40, None)):
+        monkeypatch.setattr(
+            cache_lib.shutil, "disk_usage", lambda _, f=free: usage._replace(free=f)
+        )
+        with pytest.raises(OSError, match="Writing the tokenised cache") as caught:
+            write(tmp_path / "c", [pair_row()])
+        text = str(caught.value)
+        assert "write failed" in text and "\n" not in text
+        assert ("make room" in text) == bool(advice)
+        assert not list(tmp_path.iterdir())
+
+
+def test_what_is_unpickled_lies_in_a_private_folder(tmp_path):
+    first = cache_lib.private_folder(tmp_path / "c")
+    second = cache_lib.private_folder(tmp_path / "c")
+    assert first != second and first.stat().st_mode & 0o777 == 0o700
+    remove_stale(tmp_path / "c")
+    assert first.is_dir()  # this process's own
+    gone = first.name.replace(f"-{os.getpid()}-", "-99999999-")
+    dead = first.rename(first.with_name(gone))
+    remove_stale(tmp_path / "c")
+    assert not dead.exists() and second.is_dir()

@@ -14,7 +14,7 @@ from jaxalign import vocabularies
 from jaxalign.data import jsonl, records
 from jaxalign.data.bad_rows import BadRow, BadRows, DataError, quoted
 from jaxalign.prepare import rows as rows_lib
-from jaxalign.prepare import sources
+from jaxalign.prepare import sources, tasks
 
 ESCAPES = "\x1b]0;owned\x07\x1b[31m\nm.jsonl:99: row: all is well\u202e\x9b"
 
@@ -90,8 +90,8 @@ def test_a_field_that_no_row_has_is_told_once(tmp_path):
         load(write(tmp_path / "m.jsonl", rows, b"{\n"))
     text = str(caught.value)
     assert text.count("completion") == 2  # the field, and what was expected
-    assert "no row has it: completion: expected a field 'completion'" in text
-    assert "['answer', 'prompt', 'question'] (line 1; 30 rows)" in text
+    assert "m.jsonl:1: completion: expected a field 'completion', got fields" in text
+    assert "['answer', 'prompt', 'question']; no row has it: the same in 30" in text
     assert "m.jsonl:31: row" in text
     # One row that has it, and each is told by its line.
     rows.append({"prompt": "p", "completion": "c"})
@@ -287,3 +287,40 @@ def test_bad_rows_count_without_a_listing():
     bad = BadRows()
     bad.add(BadRow("f", 1, "a", "missing", "x", "y"))
     assert bad.total == 1 and "listed" not in str(bad)
+
+
+FIELDS = sorted(
+    {
+        *("prompt", "completion", "chosen", "rejected", "question", "answer", "q"),
+        *("reward", "label", "margin", "metadata", "rationale", "instruction"),
+        *("completions", "info", "summaries", "choice", "output_1", "preference"),
+        *("ground_truth", "6b_finetuning", "models", "generator_1", "output_2"),
+    }
+)
+
+
+def shaped(r):
+    """Nearly what some data set has: lists of objects of known names."""
+    if r.random() < 0.5:
+        return anything(r, 2)
+    inner = {r.choice(FIELDS): anything(r, 1) for _ in range(3)}
+    known = {"text": "t", "solution": "s", "is_correct": r.choice((True, "x", 10**400))}
+    return r.choice(([{**known, **inner}] * 2, {**known, **inner}, r.choice(NUMBERS)))
+
+
+@pytest.mark.parametrize("schema", [*records.SCHEMAS])
+def test_no_row_of_any_schema_or_data_set_ends_in_a_traceback(schema):
+    r = random.Random(schema)
+    known = tasks.known_tasks().values()
+    transforms = [task.transform(schema) for task in known if schema in task.schemas()]
+    maps = [None, {"prompt": "q.text"}, {"prompt": "q", "chosen": "completions[].text"}]
+    rows = [
+        ("f", n, {r.choice(FIELDS): shaped(r) for _ in range(r.randrange(9))})
+        for n in range(120)
+    ]
+    for options in [{"transform": t} for t in transforms] + [
+        {"field_map": m} for m in maps
+    ]:
+        items = list(records.examples(rows, schema, **options))
+        assert len(items) == len(rows)
+        assert all(str(i).isprintable() for i in items if isinstance(i, BadRow))

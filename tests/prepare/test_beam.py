@@ -241,9 +241,9 @@ def test_a_row_that_the_cache_refuses(tmp_path, options):
     rows = preferences(30)
     rows[17]["metadata"] = {"i": 2**70}
     data = write(tmp_path / "r.jsonl", rows)
-    said = check_same_error(tmp_path / "error", data, options, ValueError)
-    assert "Row 'r.jsonl:18': key and metadata must be JSON values" in said
-    check_same(tmp_path, data, options, max_rows=17)
+    said = check_same_error(tmp_path / "error", data, options, DataError)
+    assert "r.jsonl:18: metadata: expected JSON values" in said
+    check_same(tmp_path, data, options, on_bad_row="skip")
 
 
 def test_an_error_of_a_row_is_raised_at_its_place(tmp_path, options):

@@ -63,6 +63,40 @@ def test_supervised_task(tmp_path, registry):
     assert [r.key for r in cache] == ["tiny_sft:1", "tiny_sft:2", "tiny_sft:3"]
 
 
+MODULE = """
+import seqio
+import tensorflow as tf
+
+text = seqio.Feature(seqio.ByteVocabulary(), add_eos=True)
+seqio.TaskRegistry.add(
+    "of_a_file",
+    source=seqio.FunctionDataSource(
+        lambda split, shuffle_files, seed=None: tf.data.Dataset.from_tensor_slices(
+            {"inputs": ["a"], "targets": ["TARGET"]}
+        ),
+        splits=("train",),
+    ),
+    preprocessors=[seqio.preprocessors.tokenize, seqio.preprocessors.append_eos],
+    output_features={"inputs": text, "targets": text},
+)
+"""
+
+
+def test_a_task_of_a_file_is_found_and_known_by_its_code(tmp_path, registry):
+    file = tmp_path / "my_tasks.py"
+    for target in ("x", "y"):
+        file.write_text(MODULE.replace("TARGET", target))
+        for _ in range(2):  # the file is run once
+            cache = prepared(tmp_path, "of_a_file", "supervised", module=str(file))
+        assert cache.vocabulary.decode(cache[0].responses[0]) == target
+        seqio.TaskRegistry.remove("of_a_file")
+    vocabulary = ByteVocabulary()
+    with pytest.raises(FileNotFoundError, match="No file, task or seqio task"):
+        prepared(tmp_path, "of_a_fill", "supervised", vocabulary, module=str(file))
+    with pytest.raises(ValueError, match="no file .*my_task.py. Did you mean"):
+        prepared(tmp_path, "x", "supervised", module=str(tmp_path / "my_task.py"))
+
+
 def test_mixture(tmp_path, registry):
     columns = {"inputs": ["m"] * 3, "targets": ["n"] * 3}
     tasks = [(add("one"), 1), (add("two", columns), 1)]

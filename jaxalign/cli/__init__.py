@@ -67,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except _MISTAKES as error:
         if os.environ.get("JAXALIGN_TRACEBACK"):
             raise
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        told = configs.message(error)
+        print(f"{type(error).__name__}: {told}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)

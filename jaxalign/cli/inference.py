@@ -86,6 +86,12 @@ def serve(argv: list[str]) -> int:
     parser.add_argument("--model", help="its name; default: the run directory's")
     parser.add_argument("--batch_size", type=int, help="prompts at a time")
     parser.add_argument("--max_prompt_tokens", type=int)
+    parser.add_argument("--api_key", help="default: JAXALIGN_API_KEY, else none")
+    parser.add_argument(
+        "--allowed_hosts",
+        type=lambda text: tuple(text.split(",")),
+        help="comma-separated names by which clients may call the server",
+    )
     parser.add_argument("--max_new_tokens", type=int)
     args = arguments(parser, argv, "runs/serve.gin")
     call(api.serve, args, ("checkpoint",))

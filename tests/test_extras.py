@@ -215,7 +215,7 @@ def base(request, tmp_path_factory, wheel) -> Iterator[Environment]:
     """An environment with the package and no extra."""
     python = interpreter(request.param)
     if python is None:
-        pytest.skip(f"There is no Python {request.param} on this machine.")
+        pytest.fail(f"Python {request.param} is needed: on the path or in pyenv.")
     folder = tmp_path_factory.mktemp("base") / "environment"
     call(python, "-m", "venv", folder)
     environment = Environment(folder)

@@ -3,6 +3,7 @@
 #   make quickstart    install into .venv, then run the main job on the embedded data
 #   make test          install into .venv with the test extra, then run the tests
 #   make test-slow     the slow tests too (light environment, kills, longer runs)
+#   make test-extras   each extra alone, in new environments of Python 3.11 and 3.13
 #   make test-beam     the tests on Apache Beam, in an environment of their own
 #   make compare       every objective on embedded data, three seeds (2 to 3 hours on 2 cores)
 #   make bench         steps beside their peers (BENCH_PEERS, T5X_SRC, BENCH_DATA)
@@ -23,7 +24,7 @@ PIP_INSTALL = $(BIN)/python -m pip install --no-compile --disable-pip-version-ch
 PYTEST_WORKERS ?= -n auto --dist loadfile --no-loadscope-reorder
 INSTALL_INPUTS := setup.py pyproject.toml constraints.txt
 
-.PHONY: quickstart compare bench install test test-slow test-beam lint clean
+.PHONY: quickstart compare bench install test test-slow test-extras test-beam lint clean
 
 quickstart: install
 	$(BIN)/jaxalign quickstart
@@ -43,6 +44,9 @@ test: $(VENV)/.installed-test
 test-slow: $(VENV)/.installed-test-slow
 	$(BIN)/python -m pytest $(PYTEST_WORKERS) -m "not gpu and not tpu and not beam" \
 	  $(PYTEST_ARGS)
+
+test-extras: $(VENV)/.installed-test
+	$(BIN)/python -m pytest tests/test_extras.py -m "" $(PYTEST_ARGS)
 
 test-beam: .venv-beam/.installed
 	.venv-beam/bin/python -m pytest tests/prepare/test_beam.py -m "" $(PYTEST_ARGS)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -69,7 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except _MISTAKES as error:
         if os.environ.get("JAXALIGN_TRACEBACK"):
             raise
-        print(f"{type(error).__name__}: {_plain(str(error))}", file=sys.stderr)
+        told = configs.message(error)
+        print(f"{type(error).__name__}: {told}", file=sys.stderr)
         _leave(2, error)
         return 2
     except KeyboardInterrupt as error:
@@ -105,15 +105,6 @@ def _set_up_logging() -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     logging.basicConfig(level=logging.WARNING, format="%(levelname).1s %(message)s")
     logging.getLogger("jaxalign").setLevel(logging.INFO)
-
-
-def _plain(message: str) -> str:
-    """A message without the addresses of Python's objects and gin's call stack."""
-    message = re.sub(r"\n *In call to configurable '[^\n]*", "", message)
-    # <function serve at 0x7f...>, <bound method A.b of <A object at 0x7f...>>, a lambda
-    message = re.sub(r"<bound method ([\w.<>]+) of <.*?>>", r"\1", message)
-    name = r"<(?:function )?(?:[\w.]+\.<locals>\.)?<?([\w.]+)>?[^<>]* at 0x[0-9a-f]+>"
-    return re.sub(name, r"\1", message)
 
 
 def _completion(argv: list[str]) -> int:

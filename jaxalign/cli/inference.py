@@ -122,6 +122,12 @@ def serve_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--max_new_tokens", type=int, help="most tokens of a response, and the default"
     )
+    parser.add_argument("--api_key", help="default: JAXALIGN_API_KEY, else none")
+    parser.add_argument(
+        "--allowed_hosts",
+        type=lambda text: tuple(text.split(",")),
+        help="comma-separated names by which clients may call the server",
+    )
     return parser
 
 

@@ -27,7 +27,7 @@ from typing import Any
 import gin
 
 from jaxalign.configs import strength
-from jaxalign.configs.explain import explain, explain_missing
+from jaxalign.configs.explain import explain, explain_missing, message
 from jaxalign.configs.flags import GinFlags, check_binding, check_flags, parse_flags
 from jaxalign.configs.names import ConfigError, nearest
 from jaxalign.configs.scan import NamedText, Scanned, available, find, scan, short
@@ -39,6 +39,7 @@ __all__ = [
     "config_str",
     "configured",
     "macro",
+    "message",
     "nearest",
     "network",
     "operative_config_str",

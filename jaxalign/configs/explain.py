@@ -16,6 +16,29 @@ from jaxalign.configs.scan import Macro, Scanned, short
 from jaxalign.configs.strength import in_order
 
 _REQUIRED = "gin.REQUIRED"
+# What gin adds to every error that passes through a configured function.
+_CALL = re.compile(r"\n  In call to configurable '[^']*' \(.*\)(?: in scope '[^']*')?$")
+# An object as Python shows it, with its address in memory.
+_OBJECT = re.compile(
+    r"<(?:(?:function|bound method|class|module) )?([\w.]+)[^<>]* at 0x[0-9a-fA-F]+>"
+)
+
+
+def message(error: BaseException) -> str:
+    """An error's message without what tells a user nothing.
+
+    Gin appends the functions that an error came through, and Python shows objects with
+    their addresses in memory.
+
+    >>> message(ValueError("No.\\n  In call to configurable 'f' (<function f at 0x7>)"))
+    'No.'
+    >>> message(ValueError("<function judge at 0x7f3a> requires ['a']."))
+    "judge requires ['a']."
+    """
+    text = str(error)
+    while match := _CALL.search(text):
+        text = text[: match.start()]
+    return _OBJECT.sub(r"\1", text)
 
 
 def explain(error: Exception, scanned: Sequence[Scanned], file: Scanned) -> str:

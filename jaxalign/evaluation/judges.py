@@ -77,9 +77,10 @@ def is_pairwise(judge: Judge) -> bool:
         if p.default is p.empty and p.kind in positional
     ]
     if len(required) not in (2, 3):
+        name = getattr(judge, "__qualname__", None) or type(judge).__qualname__
         raise ValueError(
             "A judge takes (prompt, response) and returns a score, or takes (prompt, "
-            f"a, b) and returns a preference in [0, 1]; {judge!r} requires {required}."
+            f"a, b) and returns a preference in [0, 1]; {name} requires {required}."
         )
     return len(required) == 3
 

@@ -275,6 +275,10 @@ def rouge(
     }
 
 
+def _name(metric_fn: MetricFn) -> str:
+    return getattr(metric_fn, "__qualname__", None) or type(metric_fn).__qualname__
+
+
 def _signature(metric_fn: MetricFn) -> tuple[str, ...]:
     """The names of the arguments without a default, which say what a metric wants."""
     parameters = inspect.signature(metric_fn).parameters.values()
@@ -285,8 +289,8 @@ def _signature(metric_fn: MetricFn) -> tuple[str, ...]:
     )
     if required not in _SIGNATURES:
         raise ValueError(
-            f"Metric {metric_fn!r} takes the arguments {required}; expected one of "
-            f"{list(_SIGNATURES)}. seqio tells metrics apart by these names: rename "
+            f"Metric {_name(metric_fn)} takes the arguments {required}; expected one "
+            f"of {list(_SIGNATURES)}. seqio tells metrics apart by these names: rename "
             "the arguments, or give the others a default."
         )
     return required
@@ -325,8 +329,8 @@ def run_metrics(
         missing = [name for name in names if inputs[name] is None]
         if missing:
             raise ValueError(
-                f"Metric {metric_fn!r} needs {missing}, which this evaluation does "
-                f"not provide; pass {', '.join(f'{name}=' for name in missing)}."
+                f"Metric {_name(metric_fn)} needs {missing}, which this evaluation "
+                f"does not provide; pass {', '.join(f'{name}=' for name in missing)}."
             )
         for name, value in metric_fn(targets, *(inputs[n] for n in names)).items():
             if name in results:

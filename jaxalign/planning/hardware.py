@@ -9,6 +9,7 @@ those of https://jax-ml.github.io/scaling-book/tpus/.
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import importlib.util
 import math
 import os
@@ -97,7 +98,8 @@ def find(name: str) -> Topology:
 
     Raises:
       ValueError: for a name that means nothing, with the nearest that does.
-      ImportError: where libtpu is missing, saying how to get it.
+      ImportError: where libtpu is missing or of another release than jax's, saying
+        how to get it.
     """
     kind, _, shape = name.partition(":")
     if kind not in CHIPS:
@@ -146,6 +148,9 @@ def _tpu_devices(name: str, kind: str, shape: str) -> list[Any]:
             "needed): pip install 'jaxalign[plan]'. GPU and CPU estimates, such as "
             "--topology=gpu-h100:8, do without it."
         )
+    check_libtpu(
+        _version("jax"), importlib.metadata.requires("jax") or [], _version("libtpu")
+    )
     from jax.experimental import topologies
 
     # On a machine without TPUs libtpu would ask the cloud's metadata server, then
@@ -163,6 +168,45 @@ def _tpu_devices(name: str, kind: str, shape: str) -> list[Any]:
         reason = str(error).splitlines()[0]
         raise ValueError(f"--topology={name}: libtpu knows none. {reason}") from error
     return list(described.devices)
+
+
+def check_libtpu(jax_version: str | None, wants: list[str], found: str | None) -> None:
+    """Refuses a libtpu of another release than the installed jax names.
+
+    A jaxlib reads what the compiler of its own release makes; of a newer one it may
+    not, and then fails where a program is printed.
+
+    Args:
+      jax_version: that is installed.
+      wants: jax's requirements, with its extras'.
+      found: the version of libtpu; None where it is not known.
+
+    Raises:
+      ImportError: saying what to install.
+
+    >>> check_libtpu("0.10.2", ["libtpu==0.0.42.*; extra == 'tpu'"], "0.0.42.1")
+    """
+    pattern = r"libtpu ?==([\d.]+?)(\.\*)? ?(?:;|$)"
+    for requirement in wants:
+        match = re.match(pattern, requirement)
+        if match is None or found is None:
+            continue
+        parts, own = match[1].split("."), found.split(".")
+        if own == parts or (match[2] and own[: len(parts)] == parts):
+            continue
+        release = match[1] + (match[2] or "")
+        raise ImportError(
+            f"jaxalign plan compiles with libtpu, and libtpu {found} does not go with "
+            f"jax {jax_version}: pip install 'libtpu=={release}'. (pip install "
+            "'jaxalign[plan]' brings the one that goes with it.)"
+        )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # a nightly under another name
+        return None
 
 
 def _cpu_devices(count: int) -> list[Any]:

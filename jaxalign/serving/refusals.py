@@ -85,8 +85,8 @@ def _sayable(text: str) -> str:
 def shown(value: Any) -> str:
     """A value of a request as a message may hold it: quoted, short.
 
-    >>> shown("a" * 200)[-6:], shown([1, 2]), shown(None)
-    ("aaa'...", 'list', 'null')
+    >>> shown("a" * 200)[-5:], shown([1, 2]), shown(None)
+    ("a'...", 'list', 'null')
     """
     if isinstance(value, str):
         return f"{value[:80]!r}{'...' if len(value) > 80 else ''}"

@@ -96,7 +96,7 @@ def configuration(
             self._await_request()
             silent = [c for c in self.connections if c._late is not None]
             if len(self.connections) > max_connections and len(silent) > 1:
-                min(silent, key=lambda c: c._since).transport.abort()
+                min(silent, key=lambda c: c._since)._drop()
 
         def data_received(self, data: bytes) -> None:
             super().data_received(data)
@@ -118,7 +118,13 @@ def configuration(
         def _await_request(self) -> None:
             self._stop_waiting()
             self._since = time.monotonic()
-            self._late = self.loop.call_later(header_seconds, self.transport.abort)
+            self._late = self.loop.call_later(header_seconds, self._drop)
+
+        def _drop(self) -> None:
+            self._stop_waiting()
+            # Its place is free at once, before the loop comes to close it.
+            self.connections.discard(self)
+            self.transport.abort()
 
         def _stop_waiting(self) -> None:
             if self._late is not None:

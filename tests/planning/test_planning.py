@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import importlib.util
 import json
 
@@ -189,6 +190,35 @@ def test_without_libtpu_the_message_says_what_to_install(monkeypatch):
     )
     with pytest.raises(ImportError, match=r"pip install 'jaxalign\[plan\]'"):
         hardware.find("v5e:2x2")
+
+
+JAX_WANTS = [
+    "jaxlib<=0.10.2,>=0.10.1",
+    'jaxlib<=0.10.2,>=0.10.2; extra == "tpu"',
+    'libtpu==0.0.42.*; extra == "tpu"',
+]
+
+
+@pytest.mark.parametrize("found", ["0.0.42", "0.0.42.1", None])
+def test_the_libtpu_that_jax_names_is_taken(found):
+    hardware.check_libtpu("0.10.2", JAX_WANTS, found)
+    hardware.check_libtpu("0.10.2", JAX_WANTS[:2], "0.0.52")  # it names none
+
+
+@pytest.mark.parametrize("found", ["0.0.52", "0.0.4", "0.0.421", "0.1.42", "0"])
+def test_another_libtpu_is_refused_with_what_to_install(found):
+    with pytest.raises(ImportError) as error:
+        hardware.check_libtpu("0.10.2", JAX_WANTS, found)
+    told = str(error.value)
+    assert f"libtpu {found} does not go with jax 0.10.2" in told
+    assert "pip install 'libtpu==0.0.42.*'" in told and "\n" not in told
+
+
+def test_the_installed_jax_names_its_libtpu():
+    """What the check reads; another spelling there would switch it off unnoticed."""
+    wants = importlib.metadata.requires("jax")
+    with pytest.raises(ImportError, match="pip install 'libtpu=="):
+        hardware.check_libtpu("this", wants, "0.0.0")
 
 
 def test_meshes_that_do_not_divide_are_left_out_with_the_reason():

@@ -26,6 +26,7 @@ from jaxalign.serving import backend as backends
 from jaxalign.serving import server as serving
 from jaxalign.serving.answers import Answer
 from jaxalign.serving.backend import EngineBackend
+from jaxalign.serving.batching import Settings
 from jaxalign.serving.requests import Limits, parse
 from jaxalign.vocabularies import ByteVocabulary
 
@@ -96,13 +97,18 @@ class Recorder:
 
 
 @pytest.fixture(scope="module")
-def tiny():
-    """A server of a random network."""
+def policy():
+    """A random network."""
     model = T5(T5Config(259, 16, 2, 8, 16, 1, 1))
     params = init_params(model, jax.random.key(0))
-    policy = types.SimpleNamespace(
+    return types.SimpleNamespace(
         model=model, params=params, vocabulary=ByteVocabulary()
     )
+
+
+@pytest.fixture(scope="module")
+def tiny(policy):
+    """A server of it."""
     backends._TOKENS_PER_STEP = 2  # streams come in several pieces
     backend = EngineBackend(
         policy, max_prompt_tokens=40, max_new_tokens=8, max_samples=8, batch_size=4
@@ -585,3 +591,61 @@ def test_a_body_that_never_ends_is_given_up():
         sock.sendall(b"Content-Length: 100\r\n\r\n{")
         sock.settimeout(30.0)
         assert b"408" in sock.recv(1000)
+
+
+# Engines; of the sizes of the server's, so that nothing is compiled twice.
+
+
+def make(policy, **options):
+    return EngineBackend(
+        policy,
+        max_prompt_tokens=40,
+        max_new_tokens=8,
+        max_samples=8,
+        batch_size=4,
+        **options,
+    )
+
+
+def submit(backend, length, num_samples=1, seed=0):
+    prompt = [*range(3, 2 + length), 1]
+    return backend.submit(
+        prompt, seed, Settings(1.0, 1.0), max_new_tokens=4, num_samples=num_samples
+    )
+
+
+def answers(backend, tickets):
+    found = {}
+    for _ in range(200):
+        found |= backend.step()
+        if set(found) >= set(tickets):
+            return [found[ticket] for ticket in tickets]
+    raise AssertionError(f"{found} are not the answers to {tickets}.")
+
+
+def test_engines_are_bounded_and_answers_do_not_depend_on_it(policy):
+    asked = [(5, 1), (20, 1), (6, 2), (6, 1), (21, 1), (7, 3), (7, 1)]
+    free = make(policy)
+    tickets = [submit(free, *one, seed=i) for i, one in enumerate(asked)]
+    expected = answers(free, tickets)
+    assert free.engines == 3
+    for bound in ({"max_engines": 1}, {"max_engine_bytes": 1}):
+        backend = make(policy, **bound)
+        tickets = [submit(backend, *one, seed=i) for i, one in enumerate(asked)]
+        backend.cancel(submit(backend, 20))
+        assert answers(backend, tickets) == expected
+        assert backend.engines == 1
+
+
+def test_the_engine_that_has_been_idle_longest_goes(policy):
+    backend = make(policy, max_engines=2)
+    for one in ((5, 1), (20, 1), (5, 1), (5, 2)):
+        answers(backend, [submit(backend, *one)])
+    assert list(backend._engines) == [(16, 1), (16, 8)]
+    two = backend.engine_bytes
+    bounded = make(policy, max_engine_bytes=two)
+    for one in ((5, 1), (20, 1), (5, 2), (5, 1)):
+        answers(bounded, [submit(bounded, *one)])
+        assert 0 < bounded.engine_bytes <= two
+    with pytest.raises(ValueError, match="max_engines must be at least 1"):
+        make(policy, max_engines=0)

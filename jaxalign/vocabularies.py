@@ -102,10 +102,16 @@ class ByteVocabulary(_Vocabulary):
         kept = kept[(kept >= 0) & (kept < 256)].astype(np.uint8).tobytes()
         return kept.decode("utf-8", errors="ignore")
 
-    def token_bytes(self, first: bool = False) -> list[bytes | None]:
-        """What each id spells; None for special ids. ``first`` changes nothing."""
+    def token_bytes(
+        self, first: bool = False, special: bool = False
+    ) -> list[bytes | None]:
+        """What each id spells; None for special ids, which with ``special`` are empty.
+
+        ``first`` changes nothing.
+        """
         letters = [bytes([b]) for b in range(256)]
-        return [None] * 3 + letters + [None] * self.extra_ids
+        none = b"" if special else None
+        return [none] * 3 + letters + [none] * self.extra_ids
 
     def to_json(self) -> dict[str, Any]:
         """A JSON description for :func:`from_json`."""
@@ -291,16 +297,21 @@ class SentencePieceVocabulary(_Vocabulary):
         )
         return re.sub(pattern, restore, text, flags=re.DOTALL)
 
-    def token_bytes(self, first: bool = False) -> list[bytes | None]:
+    def token_bytes(
+        self, first: bool = False, special: bool = False
+    ) -> list[bytes | None]:
         """What each id spells, before escapes are undone; None for special ids.
 
         Args:
           first: with nothing before it; decoding drops a piece's space there.
+          special: what special ids read as, too, in place of None.
         """
         model, spelt = self._model, []
         for i in range(self.vocab_size):
-            special = model.is_control(i) or model.is_unknown(i) or model.is_unused(i)
-            if special or i >= self.vocab_size - self.extra_ids:
+            own = model.is_control(i) or model.is_unknown(i) or model.is_unused(i)
+            if special and (model.is_control(i) or model.is_unknown(i)):
+                spelt.append(model.decode([i]).encode("utf-8"))
+            elif not special and (own or i >= self.vocab_size - self.extra_ids):
                 spelt.append(None)
             elif model.is_byte(i):
                 spelt.append(bytes([int(model.id_to_piece(i)[3:5], 16)]))

@@ -162,6 +162,7 @@ class SentencePieceVocabulary(_Vocabulary):
         self._model = sentencepiece.SentencePieceProcessor(
             model_proto=self.model_bytes + sentinels
         )
+        self._sentinels = sentinels
         special = (self._model.pad_id(), self._model.eos_id(), self._model.unk_id())
         if special != (PAD_ID, EOS_ID, UNK_ID):
             raise ValueError(
@@ -186,6 +187,25 @@ class SentencePieceVocabulary(_Vocabulary):
         return (
             f"SentencePieceVocabulary({self.path!r}, extra_ids={self.extra_ids}, "
             f"escape={self.escape})"
+        )
+
+    def encode_inside(self, text: str) -> list[int]:
+        """Ids of text behind other text, to which no space is added.
+
+        Where they cannot spell it, as without escapes, they decode to something else.
+        """
+        if text[:1] == " " and text[1:2].strip():
+            return self.encode(text[1:])  # that of the first piece
+        return self._inside.encode(self.escape_text(text))
+
+    @functools.cached_property
+    def _inside(self) -> Any:
+        """The model that does not put a space before a text."""
+        import sentencepiece
+
+        # Appended fields replace earlier ones: normalizer_spec.add_dummy_prefix is 0.
+        return sentencepiece.SentencePieceProcessor(
+            model_proto=self.model_bytes + self._sentinels + b"\x1a\x02\x18\x00"
         )
 
     def encode(self, text: str) -> list[int]:

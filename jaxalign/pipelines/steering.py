@@ -5,10 +5,12 @@ from __future__ import annotations
 import functools
 import logging
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
@@ -247,7 +249,7 @@ def _program(
     vocabulary, num_tokens = policy.vocabulary, policy.model.config.vocab_size
     parts: list[programs.Program] = []
     if wish.template is not None:
-        parts.append(_template(wish.template, vocabulary))
+        parts.append(_template(wish.template, vocabulary, num_tokens))
     elif wish.include:
         parts.append(
             constraints.must_include(
@@ -267,20 +269,74 @@ def _program(
     return parts[0] if len(parts) == 1 else programs.Product(tuple(parts))
 
 
-def _template(template: str, vocabulary: Any) -> programs.Infilling:
+def _template(template: str, vocabulary: Any, num_tokens: int) -> programs.Program:
+    """The program that fills a template's blanks and keeps its text to the letter."""
     if BLANK not in template:
         raise ValueError(f"The template {template!r} has no {BLANK} in it.")
-    # SentencePiece begins every piece of fixed text with a space of its own.
-    own_space = vocabulary.to_json()["kind"] == "sentencepiece"
+    texts = template.split(BLANK)
+    if vocabulary.to_json()["kind"] == "bytes":
+        parts = [ids for text in texts for ids in (None, vocabulary.encode(text))][1:]
+        return programs.infilling([p for p in parts if p is None or p])
     parts: list[list[int] | None] = []
-    for i, text in enumerate(template.split(BLANK)):
+    spaced_blanks = []
+    for i, text in enumerate(texts):
         if i:
             parts.append(None)
-        if own_space:
-            text = text.removeprefix(" ").removesuffix(" ")
-        if text:
-            parts.append(list(vocabulary.encode(text)))
-    return programs.infilling(parts)
+        ids, space_left = _fixed_ids(text, vocabulary, i > 0, i + 1 < len(texts))
+        if space_left:
+            spaced_blanks.append(i)  # the blank that follows
+        if ids:
+            parts.append(ids)
+    spelt = [raw or b"" for raw in vocabulary.token_bytes()]
+    spelt += [b""] * (num_tokens - len(spelt))
+    spaced = jnp.array([raw.startswith(b" ") for raw in spelt])
+    filling = programs.infilling(parts, spaced_blanks, spaced)
+    # What a blank ends with may still change the text behind it: an open escape, a
+    # line's end that takes a space along. Such responses have no weight.
+    kept = re.compile("(?s:.*)".join(map(re.escape, texts)))
+
+    def whole(responses: list[str], prompt_ids: list[int]) -> list[float]:
+        return [0.0 if kept.fullmatch(r) else -math.inf for r in responses]
+
+    check = programs.Potential(programs.text_function(whole, vocabulary))
+    return programs.Product((filling, check))
+
+
+def _fixed_ids(
+    text: str, vocabulary: Any, behind: bool, before: bool
+) -> tuple[list[int], bool]:
+    """Ids that spell a template's text between blanks, to the letter.
+
+    Args:
+      text: the text.
+      vocabulary: of SentencePiece.
+      behind: whether a blank comes before it.
+      before: whether a blank comes after it; then a last space is best left to the
+        blank's first piece, which begins with one as the model is used to.
+
+    Returns:
+      The ids, and whether a space is left to the blank.
+    """
+    encode = vocabulary.encode_inside if behind else vocabulary.encode
+    begun = vocabulary.encode("a") if behind else []
+    word = vocabulary.encode("a")  # begins with a space
+
+    def spells(ids: list[int], rest: list[int], expected: str) -> bool:
+        found = vocabulary.decode([*begun, *ids, *rest])
+        return found == vocabulary.decode(begun) + expected
+
+    if before and text.endswith(" ") and (behind or text[:-1]):
+        ids = encode(text[:-1]) if text[:-1] else []
+        if spells(ids, word, text + "a"):
+            return ids, True
+    ids = encode(text) if text else []
+    if not spells(ids, [], text):
+        raise ValueError(
+            f"The template's text {text!r} cannot be spelt by this vocabulary: it "
+            f"would read {vocabulary.decode(ids)!r}. Change it, or use a vocabulary with "
+            "escapes or of bytes."
+        )
+    return ids, False
 
 
 def _encoder_tokens(

@@ -332,7 +332,7 @@ def _fixed_ids(
     ids = encode(text) if text else []
     if not spells(ids, [], text):
         raise ValueError(
-            f"The template's text {text!r} cannot be spelt by this vocabulary: it "
+            f"The template's text {text!r} cannot be spelt by this vocabulary, it "
             f"would read {vocabulary.decode(ids)!r}. Change it, or use a vocabulary with "
             "escapes or of bytes."
         )

@@ -10,7 +10,22 @@ import sentence_pieces
 
 from jaxalign.decoding import bad_words
 
-WORDS = ["no", ".", "{", "\n", "\n\n", "§", "é", "🎉", "x1", "1", " t", "§x", "ab ", "(b"]
+WORDS = [
+    "no",
+    ".",
+    "{",
+    "\n",
+    "\n\n",
+    "§",
+    "é",
+    "🎉",
+    "x1",
+    "1",
+    " t",
+    "§x",
+    "ab ",
+    "(b",
+]
 
 
 @pytest.mark.parametrize("which", range(5))

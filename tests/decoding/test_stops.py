@@ -34,7 +34,7 @@ def test_text_told_so_far_is_a_prefix_of_the_whole(vocabularies):
 def test_the_stop_completed_first_ends_a_response_however_it_is_looked_at(vocabularies):
     rng, ended = random.Random(1), 0
     for vocabulary in vocabularies:
-        for _ in range(150):
+        for _ in range(40):
             texts = rng.sample(STOPS, rng.randint(1, 3))
             stops = Stops(texts, vocabulary)
             ids = sentence_pieces.random_ids(vocabulary, rng, 10, texts)
@@ -46,7 +46,7 @@ def test_the_stop_completed_first_ends_a_response_however_it_is_looked_at(vocabu
                     done = [t for t in texts if told[:end].endswith(t)]
                     if done and expected is None:
                         expected = (told[:end], end - max(map(len, done)), n)
-            for size in range(1, len(ids) + 1):  # tokens a look
+            for size in (1, 3, 8):  # tokens a look
                 looks = [ids[:n] for n in range(0, len(ids) + size, size)]
                 cuts = [cut for cut in map(stops.cut, looks) if cut]
                 assert (cuts[0] if cuts else None) == expected, (ids, texts)
@@ -62,7 +62,7 @@ def test_the_stop_completed_first_ends_a_response_however_it_is_looked_at(vocabu
             if expected is None and (cut := stops.cut(ids, final=True)):
                 assert cut.tokens == len(ids)
             ended += expected is not None
-    assert ended > 100
+    assert ended > 60
 
 
 def test_of_stops_completed_together_the_longest_cuts():
@@ -86,8 +86,7 @@ class Letters:
         return "".join(chr(ord("a") + i - 2) for i in ids if i > 1)
 
 
-@pytest.mark.parametrize("slots", [2, 4])
-def test_stopped_responses_are_the_beginnings_of_the_others(tiny, slots):
+def test_stopped_responses_are_the_beginnings_of_the_others(tiny):
     model, params = tiny
     rng = np.random.default_rng(0)
     prompts = [np.append(rng.integers(2, 24, 5), 1) for _ in range(9)]
@@ -96,7 +95,7 @@ def test_stopped_responses_are_the_beginnings_of_the_others(tiny, slots):
         "max_new_tokens": 24,
         "num_samples": 4,
         "batch_size": 4,
-        "slots": slots,
+        "slots": 2,
     }
     whole = list(Generator(model, Letters(), **settings)(params, prompts))
     stop = ["d", "ef", "e"]

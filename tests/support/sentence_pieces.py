@@ -43,7 +43,8 @@ def vocabularies(folder: str) -> tuple:
 
 def random_ids(vocabulary, rng: random.Random, length: int, texts=()) -> list[int]:
     """Any ids but EOS, many of them from escapes and from ``texts``."""
-    hot = [i for t in (*texts, "§§x1f389;n( a{", "🎉\n é") for i in vocabulary.encode(t)]
+    texts = (*texts, "§§x1f389;n( a{", "🎉\n é")
+    hot = [i for text in texts for i in vocabulary.encode(text)]
     if vocabulary.to_json()["kind"] == "sentencepiece":
         hot += [i for i in range(vocabulary.vocab_size) if vocabulary._model.is_byte(i)]
     ids = [

@@ -102,10 +102,16 @@ class ByteVocabulary(_Vocabulary):
         kept = kept[(kept >= 0) & (kept < 256)].astype(np.uint8).tobytes()
         return kept.decode("utf-8", errors="ignore")
 
-    def token_bytes(self, first: bool = False) -> list[bytes | None]:
-        """What each id spells; None for special ids. ``first`` changes nothing."""
+    def token_bytes(
+        self, first: bool = False, special: bool = False
+    ) -> list[bytes | None]:
+        """What each id spells; None for special ids, which with ``special`` are empty.
+
+        ``first`` changes nothing.
+        """
         letters = [bytes([b]) for b in range(256)]
-        return [None] * 3 + letters + [None] * self.extra_ids
+        none = b"" if special else None
+        return [none] * 3 + letters + [none] * self.extra_ids
 
     def to_json(self) -> dict[str, Any]:
         """A JSON description for :func:`from_json`."""
@@ -156,6 +162,7 @@ class SentencePieceVocabulary(_Vocabulary):
         self._model = sentencepiece.SentencePieceProcessor(
             model_proto=self.model_bytes + sentinels
         )
+        self._sentinels = sentinels
         special = (self._model.pad_id(), self._model.eos_id(), self._model.unk_id())
         if special != (PAD_ID, EOS_ID, UNK_ID):
             raise ValueError(
@@ -180,6 +187,25 @@ class SentencePieceVocabulary(_Vocabulary):
         return (
             f"SentencePieceVocabulary({self.path!r}, extra_ids={self.extra_ids}, "
             f"escape={self.escape})"
+        )
+
+    def encode_inside(self, text: str) -> list[int]:
+        """Ids of text behind other text, to which no space is added.
+
+        Where they cannot spell it, as without escapes, they decode to something else.
+        """
+        if text[:1] == " " and text[1:2].strip():
+            return self.encode(text[1:])  # that of the first piece
+        return self._inside.encode(self.escape_text(text))
+
+    @functools.cached_property
+    def _inside(self) -> Any:
+        """The model that does not put a space before a text."""
+        import sentencepiece
+
+        # Appended fields replace earlier ones: normalizer_spec.add_dummy_prefix is 0.
+        return sentencepiece.SentencePieceProcessor(
+            model_proto=self.model_bytes + self._sentinels + b"\x1a\x02\x18\x00"
         )
 
     def encode(self, text: str) -> list[int]:
@@ -291,16 +317,21 @@ class SentencePieceVocabulary(_Vocabulary):
         )
         return re.sub(pattern, restore, text, flags=re.DOTALL)
 
-    def token_bytes(self, first: bool = False) -> list[bytes | None]:
+    def token_bytes(
+        self, first: bool = False, special: bool = False
+    ) -> list[bytes | None]:
         """What each id spells, before escapes are undone; None for special ids.
 
         Args:
           first: with nothing before it; decoding drops a piece's space there.
+          special: what special ids read as, too, in place of None.
         """
         model, spelt = self._model, []
         for i in range(self.vocab_size):
-            special = model.is_control(i) or model.is_unknown(i) or model.is_unused(i)
-            if special or i >= self.vocab_size - self.extra_ids:
+            own = model.is_control(i) or model.is_unknown(i) or model.is_unused(i)
+            if special and (model.is_control(i) or model.is_unknown(i)):
+                spelt.append(model.decode([i]).encode("utf-8"))
+            elif not special and (own or i >= self.vocab_size - self.extra_ids):
                 spelt.append(None)
             elif model.is_byte(i):
                 spelt.append(bytes([int(model.id_to_piece(i)[3:5], 16)]))

@@ -135,6 +135,7 @@ class _Carry(NamedTuple):
     inputs: jax.Array  # [B, K]
     groups: tuple[_Group, ...]
     history: histories.History
+    constraint: Any  # [B, K, ...] states
     cache: Any
 
 
@@ -146,6 +147,7 @@ def beam_search(
     max_new_tokens: int,
     search: BeamSearch,
     num_return: int = 1,
+    constraint: loop.Constraint | None = None,
 ) -> Beams:
     """Searches the most probable responses to each prompt.
 
@@ -158,6 +160,7 @@ def beam_search(
       max_new_tokens: ``T``, EOS included.
       search: the rules.
       num_return: ``R``, how many beams to return of each prompt (n-best).
+      constraint: which tokens may come next.
 
     Returns:
       ``Beams``; groups of a diverse search are merged by score.
@@ -176,6 +179,7 @@ def beam_search(
         model,
         params,
         jnp.asarray(encoder_input_tokens, jnp.int32),
+        constraint,
         length=int(max_new_tokens),
         search=search,
     )
@@ -187,6 +191,7 @@ def _search(
     model: Any,
     params: Any,
     encoder_input_tokens: jax.Array,
+    constraint: loop.Constraint | None,
     *,
     length: int,
     search: BeamSearch,
@@ -209,8 +214,14 @@ def _search(
             mask,
         )
         logps = jax.nn.log_softmax(logits, axis=-1)
-        if rules.looks_back:
-            logps = histories.apply_rules(logps, rules, carry.history, carry.position)
+        allowed = None
+        if constraint is not None:
+            remaining = jnp.full((batch, beams), length - carry.position, jnp.int32)
+            allowed = constraint.allowed(carry.constraint, remaining)
+        if rules.looks_back or allowed is not None:
+            logps = histories.apply_rules(
+                logps, rules, carry.history, carry.position, allowed
+            )
         groups, taken, parents, ended = [], [], [], []
         for g, group in enumerate(carry.groups):
             own = logps[:, g * size : (g + 1) * size]
@@ -231,12 +242,16 @@ def _search(
             return jnp.take_along_axis(x, index, axis=1)
 
         history = jax.tree.map(follow, carry.history)
+        states = jax.tree.map(follow, carry.constraint)
+        if constraint is not None:
+            states = constraint.advance(states, inputs)
         return _Carry(
             position=carry.position + 1,
             go_on=~jnp.all(jnp.stack(ended)),
             inputs=inputs,
             groups=tuple(groups),
             history=histories.extend(history, inputs),
+            constraint=states,
             cache=jax.tree.map(follow, cache),
         )
 
@@ -259,6 +274,11 @@ def _search(
         inputs=jnp.full((batch, beams), START_ID, jnp.int32),
         groups=(group,) * search.num_groups,
         history=histories.empty((batch, beams), vocab_size, rules),
+        constraint=constraint
+        and jax.tree.map(
+            lambda x: jnp.broadcast_to(x, (batch, beams, *jnp.shape(x))),
+            constraint.start(),
+        ),
         cache=model.init_self_cache(batch, beams, length),
     )
     groups = jax.lax.while_loop(lambda carry: carry.go_on, step, start).groups

@@ -31,9 +31,9 @@ class Automaton(Program):
     Tokens that act alike in every state share a column.
 
     Attributes:
-      next_state: int32 ``[S, C]``, the state after a token of each class, or -1; state
-        0 is the start. Both sizes are powers of two, so that constraints of like size
-        share what is compiled.
+      next_state: int32 ``[S, C]``, the state after a token of each class, or -1, which
+        stands for the last state and leads nowhere; state 0 is the start. Both sizes
+        are powers of two, so that constraints of like size share what is compiled.
       token_class: int32 ``[V]``.
       distance: int32 ``[S]``, the fewest tokens to the end, EOS included.
     """
@@ -46,8 +46,23 @@ class Automaton(Program):
         return jnp.int32(0)
 
     def advance(self, state: jax.Array, token: jax.Array) -> jax.Array:
-        """The state after ``token``; meaningful for allowed tokens only."""
-        return jnp.maximum(self.next_state[state, self.token_class[token]], 0)
+        """The state after ``token``; -1, for good, if it was not allowed."""
+        return self.next_state[state, self.token_class[token]]
+
+    @property
+    def fewest_tokens(self) -> int:
+        """Of a response that meets the constraint, EOS included."""
+        return int(self.distance[0])
+
+    def accepts(self, tokens: Sequence[int] | np.ndarray) -> bool:
+        """Whether a response meets the constraint as it stands; on the host."""
+        table, token_class, distance = map(np.asarray, jax.tree.leaves(self))
+        state = 0
+        for token in tokens:
+            state = table[state, token_class[token]]
+        # Also where a stop ended it before its EOS.
+        end = table[state, token_class[EOS_ID]]
+        return bool(distance[state] == 0 or distance[end] == 0)
 
     def mask(self, state: jax.Array, remaining: jax.Array | int) -> jax.Array:
         """Which tokens are allowed, bool ``[V]``.
@@ -93,6 +108,7 @@ def must_include(
     num_tokens: int | None = None,
     *,
     pattern: str | None = None,
+    bad_words: Sequence[str] = (),
 ) -> Automaton:
     """Texts that hold every phrase, anywhere, in any order.
 
@@ -101,9 +117,11 @@ def must_include(
       vocabulary: of the model.
       num_tokens: see :func:`over_tokens`.
       pattern: a regular expression that the whole text has to match as well.
+      bad_words: strings that the text must not hold.
     """
     whole = regular.text() if pattern is None else regular.compile_regex(pattern)
     parts = [whole, *map(regular.including, phrases)]
+    parts += map(regular.excluding, bad_words)
     return over_tokens(regular.intersection(parts), vocabulary, num_tokens)
 
 
@@ -134,18 +152,31 @@ def over_tokens(
     # the state behind EOS.
     end = size + 1
     targets = np.full((size + 2, num_tokens), regular.DEAD, np.int32)
-    inside = _walk(table, np.arange(size), [spelt[i] for i in usable])
+    inside = walk(table, np.arange(size), [spelt[i] for i in usable])
     targets[1 : size + 1, usable] = np.where(inside >= 0, inside + 1, regular.DEAD)
     at_start = vocabulary.token_bytes(first=True)
     first = [at_start[i] for i in usable]
-    begun = _walk(table, np.zeros(1, np.int64), first)[0]
+    begun = walk(table, np.zeros(1, np.int64), first)[0]
     begun = np.where(begun >= 0, begun + 1, regular.DEAD)
     empty = np.array([not raw for raw in first])
     targets[0, usable] = np.where(empty, 0, begun)
     targets[1 : size + 1, EOS_ID] = np.where(accepting, end, regular.DEAD)
     targets[0, EOS_ID] = end if accepting[0] else regular.DEAD
+    return pack(targets, np.arange(size + 2) == end)
+
+
+def pack(targets: np.ndarray, ends: np.ndarray) -> Automaton:
+    """An :class:`Automaton` of a table over tokens.
+
+    Args:
+      targets: int32 ``[S, V]``, the next state or -1; state 0 is the start.
+      ends: bool ``[S]``: where a response may stand as it is.
+
+    Raises:
+      ValueError: when no sequence of tokens leads from the start to an end.
+    """
     columns, token_class = _classes(targets)
-    distance = _distances(columns, end)
+    distance = _distances(columns, ends)
     if distance[0] >= _FAR:
         raise ValueError(
             "No sequence of tokens of this vocabulary spells a text that meets the "
@@ -154,7 +185,10 @@ def over_tokens(
     columns = np.where(
         (columns >= 0) & (distance[columns] < _FAR), columns, regular.DEAD
     )
-    states, width = (max(16, 1 << (n - 1).bit_length()) for n in columns.shape)
+    # At least one more state than there are: the last one leads nowhere, and is what
+    # -1 stands for.
+    states = max(16, 1 << len(columns).bit_length())
+    width = max(16, 1 << (columns.shape[1] - 1).bit_length())
     more = ((0, states - len(columns)), (0, width - columns.shape[1]))
     return Automaton(
         jnp.asarray(np.pad(columns, more, constant_values=regular.DEAD)),
@@ -163,7 +197,7 @@ def over_tokens(
     )
 
 
-def _walk(table: np.ndarray, states: np.ndarray, spelt: list[bytes]) -> np.ndarray:
+def walk(table: np.ndarray, states: np.ndarray, spelt: list[bytes]) -> np.ndarray:
     """The state after each token from each state, int32 ``[states, tokens]``."""
     closed = np.vstack([table, np.full((1, 256), regular.DEAD, np.int32)])
     lengths = np.array([len(raw) for raw in spelt])
@@ -193,10 +227,9 @@ def _classes(targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return targets[:, first], token_class.astype(np.int32)
 
 
-def _distances(columns: np.ndarray, end: int) -> np.ndarray:
-    """The fewest tokens from each state to ``end``, int32; ``_FAR`` for never."""
-    distance = np.full(len(columns), _FAR, np.int32)
-    distance[end] = 0
+def _distances(columns: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """The fewest tokens from each state to one of ``ends``; ``_FAR`` for never."""
+    distance = np.where(ends, 0, _FAR).astype(np.int32)
     while True:
         via = np.where(columns >= 0, distance[columns], _FAR).min(axis=1) + 1
         better = np.minimum(distance, via)

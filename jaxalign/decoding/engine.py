@@ -31,7 +31,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxalign.decoding import loop
-from jaxalign.decoding.generate import pad_prefixes, prompt_keys
+from jaxalign.decoding.generate import check_constraint, pad_prefixes, prompt_keys
 from jaxalign.decoding.loop import Constraint, Groups, Requests, State
 from jaxalign.decoding.sampling import PAD_ID, RowSettings, Sampling
 
@@ -247,6 +247,7 @@ class Engine:
         )
         self._params = params
         self._constraint = constraint
+        self._checked: set[int] = set()  # lengths in which the constraint can be met
         self._waiting: collections.deque[_Request] = collections.deque()
         self._seated: dict[int, _Request] = {}  # by group
         self._cancelled: set[int] = set()  # groups
@@ -319,6 +320,11 @@ class Engine:
             if not setup.prefixes:
                 raise ValueError("Prefixes need an Engine made with prefixes=True.")
             pad_prefixes([prefixes], setup.num_samples, chosen["max_new_tokens"])
+        if self._constraint is not None:
+            limit = chosen["max_new_tokens"]
+            if len(prefixes) or limit not in self._checked:
+                check_constraint(self._constraint, limit, [prefixes])
+            self._checked.add(limit)
         rules = setup.rules
         if not setup.per_prompt and (temperature, top_p) != (None, None):
             raise ValueError(

@@ -64,8 +64,8 @@ def generate(
       ``Samples``.
 
     Raises:
-      ValueError: on a size below 1, prompts that are not right-padded, or prefixes
-        that do not fit.
+      ValueError: on a size below 1, prompts that are not right-padded, prefixes that
+        do not fit or break the constraint, or a constraint that needs more tokens.
     """
     slots = num_samples if slots is None else min(slots, num_samples)
     sizes = {
@@ -88,6 +88,7 @@ def generate(
     if prefixes is not None:
         planned, lengths = pad_prefixes(prefixes, num_samples, max_new_tokens)
         chex.assert_axis_dimension(planned, 0, encoder_input_tokens.shape[0])
+    check_constraint(constraint, max_new_tokens, prefixes or ())
     return _generate(
         model,
         params,
@@ -108,6 +109,54 @@ def generate(
 def prompt_keys(key: jax.Array, prompt_ids: jax.Array) -> jax.Array:
     """One key per prompt ``[B]``; sample ``n`` at position ``t`` folds in both."""
     return jax.vmap(jax.random.fold_in, (None, 0))(key, prompt_ids)
+
+
+def check_constraint(
+    constraint: Constraint | None,
+    max_new_tokens: int,
+    prefixes: Sequence[Sequence[Sequence[int]]] = (),
+) -> None:
+    """Refuses a constraint that no response can meet, before anything is decoded.
+
+    Args:
+      constraint: of the responses.
+      max_new_tokens: of a response, EOS included.
+      prefixes: that responses begin with, by prompt and sample.
+
+    Raises:
+      ValueError: when the tokens are too few, or naming the prefix that breaks it.
+    """
+    if constraint is None:
+        return
+
+    def allowed(state: Any, position: int) -> np.ndarray:
+        remaining = np.int32(max_new_tokens - position)
+        return np.asarray(constraint.allowed(state, remaining))
+
+    if not allowed(constraint.start(), 0).any():
+        needed = getattr(constraint, "fewest_tokens", None)
+        raise ValueError(
+            f"No response of max_new_tokens={max_new_tokens} tokens, EOS included, "
+            "meets the constraint"
+            + (f", which needs at least {needed}" if needed else "")
+            + ": allow more tokens, or a shorter text."
+        )
+    for b, rows in enumerate(prefixes):
+        for n, row in enumerate(rows):
+            state = constraint.start()
+            for position, token in enumerate(row):
+                if not allowed(state, position)[token]:
+                    raise ValueError(
+                        f"prefixes[{b}][{n}] breaks the constraint at its token "
+                        f"{position} (id {token}): behind it no response of "
+                        f"{max_new_tokens} tokens meets it. Change either."
+                    )
+                state = constraint.advance(state, np.int32(token))
+            if len(row) == max_new_tokens or not allowed(state, len(row)).any():
+                raise ValueError(
+                    f"prefixes[{b}][{n}] leaves no token for what the constraint still "
+                    f"needs; max_new_tokens is {max_new_tokens}, prefix included."
+                )
 
 
 def pad_prefixes(

@@ -11,6 +11,7 @@ import numpy as np
 import tqdm
 
 from jaxalign.decoding.engine import Engine, Finished
+from jaxalign.decoding.generate import check_constraint
 from jaxalign.decoding.loop import Constraint
 from jaxalign.decoding.sampling import EOS_ID, PAD_ID, Sampling
 from jaxalign.decoding.stops import LOOK, Cut, Stops
@@ -28,7 +29,8 @@ class Generation:
     Attributes:
       prompt_id: as given; with the sample index and the seed it fixes the samples.
       truncated: whether the prompt was longer than the limit.
-      texts: ``N`` decoded responses, up to and including the stop that ended them.
+      texts: ``N`` decoded responses, up to and including the stop that ended them;
+        None where other rules left no way to meet the constraint.
       tokens: ``N`` int32 arrays, EOS included where one came; of a response that a
         stop ended, those up to the one that completed it.
       logps: ``N`` float32 arrays, the model's full distribution, one number a token.
@@ -38,7 +40,7 @@ class Generation:
 
     prompt_id: int
     truncated: bool
-    texts: list[str]
+    texts: list[str | None]
     tokens: list[np.ndarray]
     logps: list[np.ndarray]
     sampler_logps: list[np.ndarray]
@@ -126,6 +128,9 @@ class Generator:
         self._slots = slots
         self._stops = Stops(stop, vocabulary)
         self._constraint = constraint
+        # On the host, where responses are judged.
+        judges = hasattr(constraint, "accepts")
+        self._judged = jax.device_get(constraint) if judges else None
         self._entropy = entropy
         self._seed = seed
         self._sharding = sharding
@@ -170,6 +175,7 @@ class Generator:
                 raise ValueError(
                     f"prompt_ids[{i}] must lie in [0, 2**32), got {prompt_id}."
                 )
+        check_constraint(self._constraint, self._max_new_tokens, prefixes or ())
         cut = [self._cut(i, prompt) for i, prompt in enumerate(prompts)]
         # Not inside the generator function below: arguments are checked when called.
         return self._run(params, cut, ids, prefixes, start)
@@ -293,14 +299,19 @@ class Generator:
         def kept(arrays: list[np.ndarray]) -> list[np.ndarray]:
             return [a[:size] for a, size in zip(arrays, sizes, strict=True)]
 
+        texts = [
+            c.text if c else self._vocabulary.decode(t.tolist())
+            for c, t in zip(cuts, tokens, strict=True)
+        ]
+        tokens = kept(tokens)
+        if self._judged is not None:
+            fit = map(self._judged.accepts, tokens)
+            texts = [text if ok else None for text, ok in zip(texts, fit, strict=True)]
         return Generation(
             prompt_id=finished.prompt_id,
             truncated=truncated,
-            texts=[
-                c.text if c else self._vocabulary.decode(t.tolist())
-                for c, t in zip(cuts, tokens, strict=True)
-            ],
-            tokens=kept(tokens),
+            texts=texts,
+            tokens=tokens,
             logps=kept(finished.logps),
             sampler_logps=kept(finished.sampler_logps),
             entropies=finished.entropies and kept(finished.entropies),

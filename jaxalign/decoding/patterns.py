@@ -122,7 +122,8 @@ def _one(kind: Any, value: Any, flags: int) -> str:
 
 def _why_not(kind: Any, value: Any) -> str:
     if kind is codes.AT and value in _BOUNDARIES:
-        return f"{_BOUNDARIES[value]} is not supported; expected plain regular operators."
+        name = _BOUNDARIES[value]
+        return f"{name} is not supported; expected plain regular operators."
     if kind is codes.AT:
         return (
             "anchors are not supported; the whole text has to match anyway. Remove "

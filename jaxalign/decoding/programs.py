@@ -37,6 +37,7 @@ import numpy as np
 
 EOS_ID = 1
 BLANK = -1  # stands for "one or more tokens" in a template
+SPACED_BLANK = -2  # the first of which begins with a space
 
 State = Any
 
@@ -116,46 +117,64 @@ class Infilling(Program):
     blank ends at once, and costs the 1/2 of that choice.
 
     Attributes:
-      template: int32 ``[L]`` token ids, ``BLANK`` (-1) for blanks, EOS at the end; made
-        by :func:`infilling`.
+      template: int32 ``[L]`` token ids, ``BLANK`` (-1) for blanks, ``SPACED_BLANK``
+        (-2) for those that begin with a space, EOS at the end; made by
+        :func:`infilling`.
+      spaced: bool ``[V]``, tokens that begin with a space; needed for the latter.
     """
 
     template: jax.Array
+    spaced: jax.Array | None = None
 
     def init(self) -> State:
-        return jnp.int32(0)
+        return jnp.int32(0), jnp.bool_(True)  # where it is; whether a part begins
 
     def proposal(self, state: State, context: Context) -> jax.Array:
-        wanted = self.template[state]
+        at, begins = state
+        wanted = self.template[at]
         ids = jnp.arange(context.logps.shape[-1])
-        allowed = jnp.where(wanted == BLANK, ids != EOS_ID, ids == wanted)
-        enough = context.remaining >= self.template.size - state
+        allowed = jnp.where(wanted < 0, ids != EOS_ID, ids == wanted)
+        if self.spaced is not None:
+            allowed &= self.spaced | ~begins | (wanted != SPACED_BLANK)
+        enough = context.remaining >= self.template.size - at
         return jnp.where(allowed & enough, context.logps[0], -jnp.inf)
 
     def step(self, state, context, token, key):
-        blank = self.template[state] == BLANK
+        state, _ = state
+        blank = self.template[state] < 0
         more = jax.random.bernoulli(key)
         # Staying needs a token for everything from here on, this blank included.
         short = context.remaining - 1 < self.template.size - state
         stay = blank & more & ~short
         log_g = jnp.where(blank & short, jnp.log(0.5), 0.0)
-        return jnp.where(stay, state, state + 1), log_g, False
+        return (jnp.where(stay, state, state + 1), ~stay), log_g, False
 
 
-def infilling(parts: Sequence[Sequence[int] | None]) -> Infilling:
+def infilling(
+    parts: Sequence[Sequence[int] | None],
+    spaced_blanks: Sequence[int] = (),
+    spaced: jax.Array | None = None,
+) -> Infilling:
     """An :class:`Infilling` from token ids and ``None`` for each blank.
+
+    Args:
+      parts: of the template.
+      spaced_blanks: which of the blanks, counted from 0, begin with a space.
+      spaced: bool ``[V]``, the tokens that do.
 
     >>> infilling([[5, 6], None, [7]]).template
     Array([ 5,  6, -1,  7,  1], dtype=int32)
     """
     flat: list[int] = []
     for i, part in enumerate(parts):
-        if part is None and i and parts[i - 1] is None:
+        blank = part is None and sum(p is None for p in parts[:i])
+        begins = part is None and blank in spaced_blanks
+        if part is None and i and parts[i - 1] is None and not begins:
             raise ValueError(f"parts[{i - 1}] and parts[{i}] are both blank; use one.")
-        flat.extend([BLANK] if part is None else part)
+        flat.extend([SPACED_BLANK if begins else BLANK] if part is None else part)
     if any(token in (0, EOS_ID) for token in flat):
         raise ValueError("Fixed text may hold neither padding (0) nor EOS (1).")
-    return Infilling(jnp.array([*flat, EOS_ID], jnp.int32))
+    return Infilling(jnp.array([*flat, EOS_ID], jnp.int32), spaced)
 
 
 @flax.struct.dataclass

@@ -104,6 +104,19 @@ def including(phrase: str) -> ByteAutomaton:
     return ByteAutomaton(table, np.arange(n + 1) == n)
 
 
+def excluding(phrase: str) -> ByteAutomaton:
+    """All texts that do not hold ``phrase``.
+
+    >>> excluding("aba").accepts("abba"), excluding("aba").accepts("ababa")
+    (True, False)
+    """
+    table, _ = including(phrase)
+    held = len(table) - 1
+    return ByteAutomaton(
+        np.where(table == held, DEAD, table)[:held], np.ones(held, bool)
+    )
+
+
 def text() -> ByteAutomaton:
     """All texts: well-formed UTF-8."""
     return compile_regex("(?s:.)*")

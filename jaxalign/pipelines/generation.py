@@ -32,6 +32,9 @@ from jaxalign.decoding import (
     Sampling,
     constraints,
 )
+from jaxalign.decoding import bad_words as forbidden
+from jaxalign.decoding.generate import check_constraint
+from jaxalign.decoding.stops import Stops
 from jaxalign.pipelines import outputs, searching
 from jaxalign.training import checkpoints, exclusive, run_directory
 from jaxalign.training import mesh as meshes
@@ -79,7 +82,8 @@ def generate(
       prompts: rows with a ``prompt``.
       output: a JSON Lines file: each row as it was read, once per sample, with
         ``response``, ``sample`` (its index), ``logp`` (sum under the model's full
-        distribution, EOS included) and ``num_tokens``.
+        distribution, EOS included) and ``num_tokens``. A response that other rules
+        left no way to meet `regex` and `include` is null.
       num_samples: per prompt; the encoder runs once for all of them.
       temperature: 0 takes the most probable tokens.
       top_k: keep so many tokens; 0 keeps all.
@@ -87,7 +91,7 @@ def generate(
       min_p: keep tokens at least so probable relative to the most probable one.
       typical_p: keep so much probability around the entropy.
       repetition_penalty: above 1 makes tokens of the response less probable.
-      bad_words: texts whose tokens are never completed, as tokenised alone.
+      bad_words: texts that no response holds, whatever tokens spell them.
       stop: texts that end a response, whatever tokens spell them; kept in it. Of
         several the one that is completed first.
       num_beams: above 1: beam search (`jaxalign.decoding.BeamSearch`), of which the
@@ -117,7 +121,8 @@ def generate(
       The number of lines in the file.
 
     Raises:
-      ValueError: when the output, finished or not, was asked for with other settings.
+      ValueError: when the output, finished or not, was asked for with other settings,
+        or no response of `max_new_tokens` meets `regex`, `include` and `bad_words`.
     """
     settings = {k: v for k, v in locals().items() if k not in ("output", "prompts")}
     searches = num_beams > 1 or contrastive_alpha > 0
@@ -136,14 +141,16 @@ def generate(
         _log.info("%s was finished with these settings: nothing to do.", output)
         return count
     policy, sharding = load(checkpoint, mesh)
+    of = policy.vocabulary, policy.model.config.vocab_size
     constraint = None
     if regex is not None or include:
         constraint = constraints.must_include(
-            include,
-            policy.vocabulary,
-            policy.model.config.vocab_size,
-            pattern=regex,
+            include, *of, pattern=regex, bad_words=bad_words
         )
+    elif bad_words:
+        constraint = forbidden.without(bad_words, *of)
+    check_constraint(constraint, max_new_tokens)
+    Stops(stop, policy.vocabulary)  # refuses what is none
     sampling = Sampling(
         temperature,
         top_k,
@@ -151,7 +158,6 @@ def generate(
         min_p,
         typical_p,
         repetition_penalty,
-        bad_words=[policy.vocabulary.encode(text) for text in bad_words],
         min_new_tokens=min_new_tokens,
     )
     examples, _ = records.load(
@@ -190,6 +196,7 @@ def generate(
                 contrastive=(top_k or 4, contrastive_alpha)
                 if contrastive_alpha
                 else None,
+                constraint=constraint,
                 **common,
             )
         else:
@@ -206,8 +213,16 @@ def generate(
             )
         if metric:
             generations = searching.choose(generations, metric)
+        dead = 0
         for (raw, _), generation in zip(rows[whole:], generations, strict=True):
             writer.write(_lines(raw, generation))
+            dead += generation.texts.count(None)
+    if dead:
+        _log.warning(
+            "%d responses are null: min_new_tokens or a stop left them no way to meet "
+            "the constraint.",
+            dead,
+        )
     return len(rows) * per_prompt
 
 
@@ -297,8 +312,8 @@ def _lines(
             **raw,
             "response": text,
             "sample": i,
-            "logp": float(generation.logp[i]),
-            "num_tokens": len(generation.tokens[i]),
+            "logp": None if text is None else float(generation.logp[i]),
+            "num_tokens": 0 if text is None else len(generation.tokens[i]),
             **more[i],
         }
         yield jsonl.json_line(line)

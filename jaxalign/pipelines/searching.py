@@ -13,6 +13,7 @@ from tqdm import tqdm
 from jaxalign.data.bad_rows import nearest
 from jaxalign.decoding import (
     BeamSearch,
+    Constraint,
     Generation,
     beam_search,
     contrastive_search,
@@ -66,13 +67,13 @@ class Found:
     """What a search or a choice gives for one prompt, best first.
 
     Attributes:
-      texts: responses.
+      texts: responses; None where one could not meet the constraint.
       tokens: their ids, EOS included where one came.
       logp: float64, summed log-probabilities.
       more: further numbers of each response, by name.
     """
 
-    texts: list[str]
+    texts: list[str | None]
     tokens: list[np.ndarray]
     logp: np.ndarray
     more: list[dict[str, float]]
@@ -88,6 +89,7 @@ def search(
     batch_size: int,
     beams: BeamSearch | None = None,
     contrastive: tuple[int, float] | None = None,
+    constraint: Constraint | None = None,
     start: int = 0,
 ) -> Iterator[Found]:
     """Yields the best responses to each prompt, in order, from `start` on.
@@ -102,6 +104,7 @@ def search(
         the result, does not depend on `start`.
       beams: the rules of a beam search.
       contrastive: ``(k, alpha)`` of a contrastive search, in place of `beams`.
+      constraint: of a beam search.
       start: the first prompt.
     """
     vocabulary, eos = policy.vocabulary, policy.vocabulary.eos_id
@@ -141,6 +144,7 @@ def search(
                         max_new_tokens=max_new_tokens,
                         search=beams,
                         num_return=num_samples,
+                        constraint=constraint,
                     )
                 )
                 found, lengths, scores = result.tokens, result.lengths, result.scores
@@ -196,11 +200,15 @@ def choose(
 ) -> Iterator[Found]:
     """Of each prompt's samples the one with the least Bayes risk."""
     for generation in generations:
-        utilities = mbr.expected_utilities(generation.texts, metric)
-        best = int(np.argmax(utilities))
+        fit = [i for i, text in enumerate(generation.texts) if text is not None]
+        best, utility = 0, None
+        if fit:
+            texts = [generation.texts[i] for i in fit]
+            utilities = mbr.expected_utilities(texts, metric)
+            best, utility = fit[int(np.argmax(utilities))], float(max(utilities))
         yield Found(
             [generation.texts[best]],
             [generation.tokens[best]],
             generation.logp[best : best + 1],
-            [{"utility": float(utilities[best])}],
+            [{"utility": utility}],
         )

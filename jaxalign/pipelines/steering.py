@@ -5,16 +5,19 @@ from __future__ import annotations
 import functools
 import logging
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
 from jaxalign.data import records
 from jaxalign.data.bad_rows import quoted, show
 from jaxalign.decoding import constraints, programs
+from jaxalign.decoding.generate import check_constraint
 from jaxalign.decoding.smc import smc
 from jaxalign.evaluation import judges
 from jaxalign.pipelines import generation
@@ -24,6 +27,8 @@ from jaxalign.training import checkpoints, exclusive
 _log = logging.getLogger(__name__)
 
 BLANK = "[BLANK]"
+# Log-potentials: sums of a few are still float32.
+_LARGEST = float(np.finfo(np.float32).max) / 1024
 _FIELDS = ("regex", "include", "template", "more_prompts")
 
 
@@ -76,7 +81,8 @@ def steer(
       include: phrases that it has to hold.
       template: text with ``[BLANK]`` in it, each to be filled; excludes the two above.
       potential: ``"package.module:function"``, ``(prompt, response) -> score``; the
-        target is the model times ``exp(score / beta)``.
+        target is the model times ``exp(score / beta)``. ``-inf`` forbids a response;
+        NaN, ``inf``, None and what float32 does not hold are an error.
       beta: see ``potential``.
       num_particles: ``N``.
       expansion: children of a particle at each step, ``K``.
@@ -107,13 +113,18 @@ def steer(
     rows = [(e.raw, record["prompt"]) for e in examples for record in e.records]
     default = {"regex": regex, "include": tuple(include), "template": template}
     wishes = [_wish(i, raw, default) for i, (raw, _) in enumerate(rows)]
-    reward = None
+    judge = None
     if potential:
-        reward = _reward(potential, beta, [text for _, text in rows], policy.vocabulary)
-    program_of = functools.cache(lambda wish: _program(wish, reward, policy))
+        judge = _Judge(potential, beta, [text for _, text in rows])
+    program_of = functools.cache(
+        lambda wish: _program(wish, judge, policy, max_new_tokens)
+    )
     groups: dict[_Wish, list[int]] = {}
     for i, wish in enumerate(wishes):
-        program_of(wish)  # mistakes come before anything is computed
+        try:
+            program_of(wish)  # mistakes come before anything is computed
+        except ValueError as error:
+            raise ValueError(f"Row {i}: {error}") from error
         groups.setdefault(wish, []).append(i)
 
     found: dict[int, list[dict[str, Any]]] = {}
@@ -139,16 +150,21 @@ def steer(
                         vocab_size=policy.vocabulary.vocab_size,
                     )
                 )
+                if judge:
+                    judge.check()
                 for at, i in enumerate(batch):
                     found[i] = _lines(particles, at, policy.vocabulary)
                 bar.update(len(batch))
     dead = sum(lines[0]["response"] is None for lines in found.values())
     if dead:
         _log.warning(
-            "No particle of %d of %d prompts survived; more particles, a larger "
+            "No particle of %d of %d prompts survived%s; more particles, a larger "
             "expansion or more new tokens may help.",
             dead,
             len(rows),
+            f" ({judge.forbidden} responses had a potential of -inf)"
+            if judge and judge.forbidden
+            else "",
         )
 
     def lines() -> Iterable[dict[str, Any]]:
@@ -182,23 +198,67 @@ def _wish(i: int, raw: Mapping[str, Any], default: Mapping[str, Any]) -> _Wish:
     return wish
 
 
-def _reward(path: str, beta: float, texts: list[str], vocabulary: Any):
-    if not beta > 0.0:
-        raise ValueError(f"beta must be above 0, got {beta!r}.")
-    judge = judges.resolve_callable(path)
+class _Judge:
+    """The user's potential, each value checked; called from inside the computation.
 
-    def score(responses: list[str], prompt_ids: list[int]) -> list[float]:
-        pairs = zip(prompt_ids, responses, strict=True)
-        return [float(judge(texts[i], response)) / beta for i, response in pairs]
+    What goes wrong there is kept for `check`: an error that is raised inside comes out
+    as a page of the compiler's.
 
-    return programs.Potential(programs.text_function(score, vocabulary))
+    Attributes:
+      forbidden: how many responses had ``-inf``.
+    """
+
+    def __init__(self, path: str, beta: float, prompts: list[str]):
+        if not (beta > 0.0 and math.isfinite(beta)):
+            raise ValueError(f"beta must be above 0 and finite, got {beta!r}.")
+        self._path, self._beta, self._prompts = path, beta, prompts
+        self._function = judges.resolve_callable(path)
+        self._error: Exception | None = None
+        self.forbidden = 0
+
+    def __call__(self, responses: list[str], prompt_ids: list[int]) -> list[float]:
+        """Log-potentials; -inf for all once something has gone wrong."""
+        found = []
+        for i, response in zip(prompt_ids, responses, strict=True):
+            value = -math.inf
+            if self._error is None:
+                try:
+                    value = self._value(self._prompts[i], response)
+                except Exception as error:  # of the user's function, too
+                    self._error = error
+            found.append(value)
+        return found
+
+    def _value(self, prompt: str, response: str) -> float:
+        given = self._function(prompt, response)
+        try:
+            score = float(given)
+            value = score / self._beta
+        except (TypeError, ValueError, OverflowError):
+            score = value = math.nan
+        if math.isnan(value) or value > _LARGEST:
+            beyond = math.isfinite(score) and "beyond what float32 holds, " or ""
+            raise ValueError(
+                f"{self._path} gave {given!r} for the prompt {prompt[:80]!r} and the "
+                f"response {response[:80]!r}, {beyond}with beta={self._beta!r}; "
+                "expected a number, or -inf for what must not be."
+            )
+        self.forbidden += value == -math.inf
+        return max(value, -_LARGEST) if value > -math.inf else value
+
+    def check(self) -> None:
+        """Raises what went wrong."""
+        if self._error is not None:
+            raise self._error
 
 
-def _program(wish: _Wish, reward: Any, policy: checkpoints.Policy) -> programs.Program:
+def _program(
+    wish: _Wish, judge: _Judge | None, policy: checkpoints.Policy, max_new_tokens: int
+) -> programs.Program:
     vocabulary, num_tokens = policy.vocabulary, policy.model.config.vocab_size
     parts: list[programs.Program] = []
     if wish.template is not None:
-        parts.append(_template(wish.template, vocabulary))
+        parts.append(_template(wish.template, vocabulary, num_tokens))
     elif wish.include:
         parts.append(
             constraints.must_include(
@@ -207,30 +267,92 @@ def _program(wish: _Wish, reward: Any, policy: checkpoints.Policy) -> programs.P
         )
     elif wish.regex is not None:
         parts.append(constraints.regex(wish.regex, vocabulary, num_tokens))
+    if wish.template is None and parts:
+        check_constraint(parts[0], max_new_tokens)
     if wish.contexts > 1:
         parts.append(programs.PromptIntersection(wish.contexts))
-    if reward is not None:
-        parts.append(reward)
+    if judge is not None:
+        parts.append(programs.Potential(programs.text_function(judge, vocabulary)))
     if not parts:
         return programs.Unconditioned()
     return parts[0] if len(parts) == 1 else programs.Product(tuple(parts))
 
 
-def _template(template: str, vocabulary: Any) -> programs.Infilling:
+def _template(template: str, vocabulary: Any, num_tokens: int) -> programs.Program:
+    """The program that fills a template's blanks and keeps its text to the letter."""
     if BLANK not in template:
+<<<<<<< HEAD
         shown = quoted(repr(template))
         raise ValueError(f"The template {shown} has no {BLANK} in it.")
     # SentencePiece begins every piece of fixed text with a space of its own.
     own_space = vocabulary.to_json()["kind"] == "sentencepiece"
+=======
+        raise ValueError(f"The template {template!r} has no {BLANK} in it.")
+    texts = template.split(BLANK)
+    if vocabulary.to_json()["kind"] == "bytes":
+        parts = [ids for text in texts for ids in (None, vocabulary.encode(text))][1:]
+        return programs.infilling([p for p in parts if p is None or p])
+>>>>>>> decode
     parts: list[list[int] | None] = []
-    for i, text in enumerate(template.split(BLANK)):
+    spaced_blanks = []
+    for i, text in enumerate(texts):
         if i:
             parts.append(None)
-        if own_space:
-            text = text.removeprefix(" ").removesuffix(" ")
-        if text:
-            parts.append(list(vocabulary.encode(text)))
-    return programs.infilling(parts)
+        ids, space_left = _fixed_ids(text, vocabulary, i > 0, i + 1 < len(texts))
+        if space_left:
+            spaced_blanks.append(i)  # the blank that follows
+        if ids:
+            parts.append(ids)
+    spelt = [raw or b"" for raw in vocabulary.token_bytes()]
+    spelt += [b""] * (num_tokens - len(spelt))
+    spaced = jnp.array([raw.startswith(b" ") for raw in spelt])
+    filling = programs.infilling(parts, spaced_blanks, spaced)
+    # What a blank ends with may still change the text behind it: an open escape, a
+    # line's end that takes a space along. Such responses have no weight.
+    kept = re.compile("(?s:.*)".join(map(re.escape, texts)))
+
+    def whole(responses: list[str], prompt_ids: list[int]) -> list[float]:
+        return [0.0 if kept.fullmatch(r) else -math.inf for r in responses]
+
+    check = programs.Potential(programs.text_function(whole, vocabulary))
+    return programs.Product((filling, check))
+
+
+def _fixed_ids(
+    text: str, vocabulary: Any, behind: bool, before: bool
+) -> tuple[list[int], bool]:
+    """Ids that spell a template's text between blanks, to the letter.
+
+    Args:
+      text: the text.
+      vocabulary: of SentencePiece.
+      behind: whether a blank comes before it.
+      before: whether a blank comes after it; then a last space is best left to the
+        blank's first piece, which begins with one as the model is used to.
+
+    Returns:
+      The ids, and whether a space is left to the blank.
+    """
+    encode = vocabulary.encode_inside if behind else vocabulary.encode
+    begun = vocabulary.encode("a") if behind else []
+    word = vocabulary.encode("a")  # begins with a space
+
+    def spells(ids: list[int], rest: list[int], expected: str) -> bool:
+        found = vocabulary.decode([*begun, *ids, *rest])
+        return found == vocabulary.decode(begun) + expected
+
+    if before and text.endswith(" ") and (behind or text[:-1]):
+        ids = encode(text[:-1]) if text[:-1] else []
+        if spells(ids, word, text + "a"):
+            return ids, True
+    ids = encode(text) if text else []
+    if not spells(ids, [], text):
+        raise ValueError(
+            f"The template's text {text!r} cannot be spelt by this vocabulary, it "
+            f"would read {vocabulary.decode(ids)!r}. Change it, or use a vocabulary with "
+            "escapes or of bytes."
+        )
+    return ids, False
 
 
 def _encoder_tokens(

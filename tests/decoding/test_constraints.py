@@ -12,6 +12,7 @@ import pytest
 import sentencepiece
 
 from jaxalign.decoding import constraints, regular
+from jaxalign.decoding.generate import check_constraint
 from jaxalign.vocabularies import ByteVocabulary, SentencePieceVocabulary
 
 LONGEST = 4  # tokens of a sequence, EOS included
@@ -253,3 +254,47 @@ def test_intersections_against_their_parts():
         assert both.accepts(text) == (a.accepts(text) and "aba" in text)
     with pytest.raises(ValueError, match="need more than 5 states"):
         regular.intersection([a, b], limit=5)
+
+
+def test_what_no_response_can_meet_is_refused_before_decoding():
+    vocabulary = ByteVocabulary()
+    ids = vocabulary.encode
+    rule = constraints.regex("[0-9]{10}", vocabulary)
+    with pytest.raises(ValueError, match="max_new_tokens=10 .* at least 11"):
+        check_constraint(rule, 10)
+    check_constraint(rule, 11, [[ids("0123")], [ids("0123456789")]])
+    for prefix, message in {
+        "12x": r"prefixes\[1\]\[0\] breaks the constraint at its token 2",
+        "0" * 11: "breaks the constraint at its token 10",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            check_constraint(rule, 20, [[], [ids(prefix)]])
+
+
+def test_a_broken_constraint_stays_broken():
+    vocabulary = ByteVocabulary()
+    rule = jax.device_get(constraints.regex("ab", vocabulary))
+    state = rule.advance(0, vocabulary.encode("x")[0])
+    for token in [*vocabulary.encode("ab"), 1]:
+        assert not rule.mask(state, 100).any()
+        state = rule.advance(state, token)
+    for text, ends, fits in [
+        ("ab", [1], True),
+        ("ab", [], True),  # as a stop leaves it
+        ("a", [], False),
+        ("a", [1], False),
+        ("abx", [1], False),
+        ("", [1], False),
+    ]:
+        assert rule.accepts([*vocabulary.encode(text), *ends]) == fits
+
+
+def test_bad_words_and_a_pattern_are_one_language():
+    vocabulary = ByteVocabulary()
+    with pytest.raises(ValueError, match="No sequence of tokens"):
+        constraints.must_include([], vocabulary, pattern="(yes|yea)", bad_words=["e"])
+    rule = jax.device_get(
+        constraints.must_include([], vocabulary, pattern="(yes|yea)", bad_words=["es"])
+    )
+    assert rule.accepts(vocabulary.encode("yea"))
+    assert not rule.accepts(vocabulary.encode("yes"))

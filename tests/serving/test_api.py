@@ -16,6 +16,7 @@ import urllib.request
 import jax
 import openai
 import pytest
+import sentence_pieces
 import uvicorn
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -593,6 +594,7 @@ def test_a_body_that_never_ends_is_given_up():
         assert b"408" in sock.recv(1000)
 
 
+<<<<<<< HEAD
 # Engines; of the sizes of the server's, so that nothing is compiled twice.
 
 
@@ -649,3 +651,86 @@ def test_the_engine_that_has_been_idle_longest_goes(policy):
         assert 0 < bounded.engine_bytes <= two
     with pytest.raises(ValueError, match="max_engines must be at least 1"):
         make(policy, max_engines=0)
+=======
+class Scripted(Recorder):
+    """A backend whose samples are one text, eight tokens a step."""
+
+    def __init__(self, vocabulary, text):
+        super().__init__()
+        self.ids = vocabulary.encode(text)
+        self.steps, self.at, self.ended = 0, {}, []
+
+    def submit(self, prompt, seed, settings, *, max_new_tokens, num_samples):
+        self.at[len(self.at)] = 0
+        self.running[len(self.at) - 1] = num_samples, self.ids[:max_new_tokens]
+        return len(self.at) - 1
+
+    def step(self):
+        self.steps += 1
+        done = {}
+        for ticket, (n, ids) in list(self.running.items()):
+            self.at[ticket] += 8
+            if self.at[ticket] >= len(ids):
+                done[ticket] = [ids] * n
+                del self.running[ticket]
+        return done
+
+    def progress(self):
+        return {t: [ids[: self.at[t]]] * n for t, (n, ids) in self.running.items()}
+
+    def end(self, ticket, sample):
+        self.ended.append((ticket, sample))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_stop_ends_decoding_and_the_count_of_tokens(stream, n):
+    text = "A: yes\nQ: " + "more " * 30
+    backend = Scripted(ByteVocabulary(), text)
+    limits = dataclasses.replace(LIMITS, new_tokens=200)
+    settings = {"model": "tiny", "prompt": "x", "stop": ["\n", "s\nQ"], "n": n}
+    with running(backend, limits=limits) as server, client(server) as api_client:
+        if stream:
+            options = {"include_usage": True}
+            chunks = list(
+                api_client.completions.create(
+                    **settings, stream=True, stream_options=options
+                )
+            )
+            texts = [
+                "".join(
+                    c.choices[0].text
+                    for c in chunks
+                    if c.choices and c.choices[0].index == i
+                )
+                for i in range(n)
+            ]
+            usage = chunks[-1].usage
+        else:
+            answer = api_client.completions.create(**settings)
+            texts, usage = [c.text for c in answer.choices], answer.usage
+            assert {c.finish_reason for c in answer.choices} == {"stop"}
+    assert texts == ["A: yes"] * n
+    assert backend.steps == 1 and not backend.running
+    assert usage.completion_tokens == n * len("A: yes\n")
+
+
+def test_pieces_of_a_stream_never_break_an_escape(tmp_path):
+    vocabulary = sentence_pieces.vocabularies(str(tmp_path))[1]
+    asked = parse(
+        {"model": "tiny", "prompt": "x", "max_tokens": 90, "stop": ["}}"]},
+        chat=False,
+        model="tiny",
+        vocabulary=vocabulary,
+        limits=dataclasses.replace(LIMITS, new_tokens=90),
+    )
+    answer = Answer(asked, vocabulary, chat=False, model="tiny")
+    text = 'if x < y:\n\treturn {"a": §}, 日本 🎉 } ok'
+    ids = [*vocabulary.encode(text), 1]
+    told = ""
+    for n in range(len(ids) + 1):
+        now, _ = answer.text(ids[:n], complete=False)
+        assert now.startswith(told)
+        told = now
+    assert told == text
+>>>>>>> decode

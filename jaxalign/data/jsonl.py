@@ -18,18 +18,6 @@ from jaxalign import remote
 from jaxalign.data.bad_rows import BadRow, FieldError, show
 
 
-def dumps(value: Any, **settings: Any) -> str:
-    """A value as JSON that every reader takes: a number that is not finite is null.
-
-    >>> dumps({"logp": float("nan"), "text": "a"})
-    '{"logp": null, "text": "a"}'
-    """
-    try:
-        return json.dumps(value, **settings, allow_nan=False)
-    except ValueError:  # rare, so only then is all of it looked at
-        return json.dumps(nulled(value), **settings, allow_nan=False)
-
-
 def read_jsonl(
     path: str | pathlib.PurePath,
 ) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:

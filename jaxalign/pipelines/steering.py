@@ -281,18 +281,12 @@ def _program(
 def _template(template: str, vocabulary: Any, num_tokens: int) -> programs.Program:
     """The program that fills a template's blanks and keeps its text to the letter."""
     if BLANK not in template:
-<<<<<<< HEAD
         shown = quoted(repr(template))
         raise ValueError(f"The template {shown} has no {BLANK} in it.")
-    # SentencePiece begins every piece of fixed text with a space of its own.
-    own_space = vocabulary.to_json()["kind"] == "sentencepiece"
-=======
-        raise ValueError(f"The template {template!r} has no {BLANK} in it.")
     texts = template.split(BLANK)
     if vocabulary.to_json()["kind"] == "bytes":
         parts = [ids for text in texts for ids in (None, vocabulary.encode(text))][1:]
         return programs.infilling([p for p in parts if p is None or p])
->>>>>>> decode
     parts: list[list[int] | None] = []
     spaced_blanks = []
     for i, text in enumerate(texts):

@@ -594,7 +594,6 @@ def test_a_body_that_never_ends_is_given_up():
         assert b"408" in sock.recv(1000)
 
 
-<<<<<<< HEAD
 # Engines; of the sizes of the server's, so that nothing is compiled twice.
 
 
@@ -651,7 +650,8 @@ def test_the_engine_that_has_been_idle_longest_goes(policy):
         assert 0 < bounded.engine_bytes <= two
     with pytest.raises(ValueError, match="max_engines must be at least 1"):
         make(policy, max_engines=0)
-=======
+
+
 class Scripted(Recorder):
     """A backend whose samples are one text, eight tokens a step."""
 
@@ -733,4 +733,3 @@ def test_pieces_of_a_stream_never_break_an_escape(tmp_path):
         assert now.startswith(told)
         told = now
     assert told == text
->>>>>>> decode

@@ -32,6 +32,8 @@ _CONSEQUENCES = {
     "reward_stats": ("data_fingerprint",),
 }
 
+_OF_REFERENCE = ("reference_checkpoint", "moving_reference")
+
 
 def of(ready: Setup, parents: Mapping[str, str | None]) -> dict[str, Any]:
     """Everything that the parameters of a run depend on.
@@ -39,8 +41,7 @@ def of(ready: Setup, parents: Mapping[str, str | None]) -> dict[str, Any]:
     Args:
       ready: the run.
       parents: fingerprints of the ``"initial"`` and the ``"reference"`` policy, of
-        those that there are. A reference made from the run's seed is no entry of its
-        own.
+        those that there are. One made from the run's seed needs no entry of its own.
 
     Returns:
       JSON values by name, nested once.
@@ -67,7 +68,8 @@ def of(ready: Setup, parents: Mapping[str, str | None]) -> dict[str, Any]:
     }
     if objective.uses_reference:
         moving = ready.moving_reference
-        found["reference_checkpoint"] = parents.get("reference")
+        named = run.reference_checkpoint_path or run.initial_checkpoint_path
+        found["reference_checkpoint"] = parents.get("reference") if named else None
         found["moving_reference"] = dataclasses.asdict(moving) if moving else None
     return json.loads(json.dumps(found))  # as it comes back: lists, no tuples
 
@@ -110,13 +112,14 @@ def _differing(
     theirs, ours = _flat(before), _flat(now)
     # The names inside a closure are its library's: of another one, what both have.
     other_library = before.get("described_by") != now.get("described_by")
+    other_objective = theirs["objective"] != ours["objective"]
     differing = {}
     for name in sorted({*theirs, *ours}):
         both = name in theirs and name in ours
-        lenient = other_library or "[python " in name
-        if name == "described_by" or (
-            name.startswith("optimizer") and lenient and not both
-        ):
+        part = name.split(".")[0]
+        optional = part == "optimizer" and (other_library or "[python " in name)
+        optional |= other_objective and part in ("objective", *_OF_REFERENCE)
+        if name == "described_by" or (optional and not both):
             continue
         if not description.same(theirs.get(name), ours.get(name)):
             differing[name] = (theirs.get(name), ours.get(name))

@@ -128,10 +128,13 @@ def _stacked(known: Any, head: Any, tail: Any, wanted: Any) -> Any:
         leaves.append(known[*head, f"layers_{len(leaves)}", *tail])
     if leaves[0].shape == wanted.shape:
         return leaves[0]
+    if wanted.shape[PARAM_SCAN_AXIS] == 1:  # one for the whole stack
+        leaves = leaves[:1]
     return jnp.stack(leaves, axis=PARAM_SCAN_AXIS)
 
 
 def _cut(leaf: Any, layer: int, wanted: Any) -> Any:
     if leaf.shape == wanted.shape:
         return leaf
+    layer = min(layer, leaf.shape[PARAM_SCAN_AXIS] - 1)
     return leaf[(slice(None),) * PARAM_SCAN_AXIS + (layer,)]

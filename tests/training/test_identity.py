@@ -136,15 +136,10 @@ def _check(ready, saved):
         {"log_period": 3, "eval_period": 2, "keep_checkpoints": None},
         {"reference": "online", "train_steps": 50},
         {"moving_reference": MovingReference(0.1, 3)},
-        {"dataset": {"eval_data": "data.jsonl"}, "train_steps": 3},
     ],
     ids=lambda changes: "-".join(changes),
 )
 def test_how_and_how_long_are_no_part_of_it(work, changes):
-    changes = dict(changes)
-    if "dataset" in changes:  # what is held out is not what is trained on
-        pytest.importorskip("jax")
-        changes = {"train_steps": 3}
     _check(
         runs.setup(job(work, "run", **changes)), checkpoints.newest_meta(work / "run")
     )
@@ -189,14 +184,14 @@ def test_another_library_is_no_other_optimizer(work):
     ready = runs.setup(job(work, "run", optimizer=optax.sgd(1e-2)))
     now = identity.of(ready, {"initial": None})
     before = json.loads(json.dumps(now))
-    renamed = next(k for k in before["optimizer"] if before["optimizer"][k] == 1e-2)
+    renamed = next(k for k, v in before["optimizer"].items() if v == -1e-2)
     before["optimizer"]["older_name"] = before["optimizer"].pop(renamed)
     with pytest.raises(ValueError, match="older_name"):
         identity.check({"identity": before}, now, ready, "DIR")
     before["described_by"] = "optax 0.0.1"
     identity.check({"identity": before}, now, ready, "DIR")
     before["optimizer"][renamed] = 0.5
-    with pytest.raises(ValueError, match=r"saved 0\.5, now 0\.01"):
+    with pytest.raises(ValueError, match=r"saved 0\.5, now -0\.01"):
         identity.check({"identity": before}, now, ready, "DIR")
 
 
@@ -232,7 +227,7 @@ def test_adafactors_moments_change_their_layout(factored):
     stacked = {"policy": models.stack_layers(apart["policy"])}
     states = []
     for params in (apart, stacked):
-        _, state = tx.update(params, tx.init(params), params)
+        _, state = jax.jit(tx.update)(params, tx.init(params), params)
         states.append(state)
     for tree, like in (states, reversed(states)):
         jax.tree.map(
@@ -247,8 +242,9 @@ def test_a_start_holds_one_copy_and_begins_at_the_loaded_policy(work):
     ready = runs.setup(
         job(work, "start", "DROV", optimizer=optax.contrib.schedule_free_sgd(1e-8))
     )
-    policy = checkpoints.load_policy(work / "sft").params
-    placed = jax.device_put(policy, ready.policy_shardings)
+    policy = jax.device_get(runs.load_policy(str(work / "sft"), ready).params)
+    policy = jax.tree.map(np.array, policy)
+    placed = runs.load_policy(str(work / "sft"), ready).params
     state = ready.init_state(jax.random.key(0), placed)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(placed))
     jax.tree.map(np.testing.assert_array_equal, state.params["policy"], policy)

@@ -228,7 +228,7 @@ def newest_meta(run_dir: str | Path) -> dict[str, Any] | None:
     for step in sorted((int(p.name) for p in steps if p.name.isdigit()), reverse=True):
         try:
             return read_meta(Path(run_dir) / _FOLDER / str(step))
-        except (OSError, ValueError):  # damage, which restoring tells
+        except Exception:  # noqa: BLE001 - any damage, which restoring tells
             continue
     return None
 

@@ -109,9 +109,10 @@ def train(run: Run, config_text: str = "") -> dict[str, float]:
     key = jax.random.key(run.seed)
     checkpoints = ckpt.Checkpoints(run_dir, keep=run.keep_checkpoints)
     watch = symptoms.Watch()
-    restored = restore(checkpoints, ready, saved) if saved else None
+    restored = restore(checkpoints, ready, saved)
     if restored:
         state, saved = restored
+        identity.check(saved, this, ready, folder.name)
         watch.resume(saved.get("symptoms") or watch.state())
         _log.info("Resumed %s at step %d", folder.name, int(state.step))
     else:
@@ -273,11 +274,12 @@ def train(run: Run, config_text: str = "") -> dict[str, float]:
 
 
 def restore(
-    checkpoints: ckpt.Checkpoints, ready: Setup, saved: dict[str, Any]
+    checkpoints: ckpt.Checkpoints, ready: Setup, saved: dict[str, Any] | None
 ) -> tuple[steps.TrainState, dict[str, Any]] | None:
     """The newest intact state of a run, in the layout that the run has now."""
-    layout = ckpt.stored_model(saved).config.scan_layers
-    if layout == ready.run.model.config.scan_layers:
+    own = ready.run.model.config.scan_layers
+    layout = ckpt.stored_model(saved).config.scan_layers if saved else own
+    if layout == own:
         return checkpoints.restore(ready.abstract_state)
     found = checkpoints.restore(ready.in_layout(layout).abstract_state)
     if found is None:

@@ -40,7 +40,9 @@ def job(work, name, objective="DPO", **changes):
         **changes,
     }
     data = settings.pop("data", work / "data.jsonl")
-    return tiny_run.make_run(work / name, data, work, objective, **settings)
+    run = tiny_run.make_run(work / name, data, work, objective, **settings)
+    dataset = dataclasses.replace(run.dataset, eval_fraction=0.0)
+    return dataclasses.replace(run, dataset=dataset)
 
 
 def content(folder: Path) -> dict[str, str]:
@@ -168,6 +170,13 @@ def test_checkpoints_from_before_are_compared_in_what_they_hold(work):
         other = runs.setup(job(work, "run", **changes))
         with pytest.raises(ValueError, match=f" {name}: saved"):
             _check(other, _as_format_1(meta, ready))
+
+
+def test_a_checkpoint_keeps_what_symptoms_are_measured_against(work):
+    saved = checkpoints.newest_meta(work / "run")["symptoms"]
+    lines = (work / "run" / "metrics.jsonl").read_text().splitlines()
+    assert saved["first"]["loss"] == json.loads(lines[0])["train/loss"]
+    assert saved["latest"]["loss"] == json.loads(lines[-1])["train/loss"]
 
 
 def test_the_initial_checkpoint_may_be_gone(work, caplog):

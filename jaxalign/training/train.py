@@ -81,26 +81,26 @@ def train(run: Run, config_text: str = "") -> dict[str, float]:
     folder = mirror.RunFolder(run.run_dir, keep=run.keep_checkpoints)
     run_dir = folder.path
     main_process = jax.process_index() == 0
-    saved = ckpt.newest_meta(run_dir)
+    before = ckpt.newest_meta(run_dir)
     # Rewards stay in the units that the run started with.
-    stats = saved.get("reward_stats") if saved else None
+    stats = before.get("reward_stats") if before else None
 
     # ---- 2. Data, objective, mesh: every check that needs no compiler ---------------
     ready = setup(run, reward_stats=tuple(stats) if stats else None)
     dataset = run.dataset
     feed = ready.inputs.train
     rows = meshes.process_rows(ready.mesh, dataset.batch_size)
-    parents = run_parents(ready, saved)
+    parents = run_parents(ready, before)
     this = identity.of(ready, parents)
-    if saved:
-        identity.check(saved, this, ready, folder.name)
+    if before:
+        identity.check(before, this, ready, folder.name)
         done = run_directory.read_manifest(run_dir)
-        if done.get("status") == "finished" and saved["step"] >= run.train_steps:
+        if done.get("status") == "finished" and before["step"] >= run.train_steps:
             _log.info(
                 "%s is already finished, at step %d of %d. A larger TRAIN_STEPS goes "
                 "on from there.",
                 folder.name,
-                saved["step"],
+                before["step"],
                 run.train_steps,
             )
             return run_directory.last_metrics(run_dir)
@@ -109,11 +109,11 @@ def train(run: Run, config_text: str = "") -> dict[str, float]:
     key = jax.random.key(run.seed)
     checkpoints = ckpt.Checkpoints(run_dir, keep=run.keep_checkpoints)
     watch = symptoms.Watch()
-    restored = restore(checkpoints, ready, saved)
+    restored = restore(checkpoints, ready, before)
     if restored:
-        state, saved = restored
-        identity.check(saved, this, ready, folder.name)
-        watch.resume(saved.get("symptoms") or watch.state())
+        state, before = restored
+        identity.check(before, this, ready, folder.name)
+        watch.resume(before.get("symptoms") or watch.state())
         _log.info("Resumed %s at step %d", folder.name, int(state.step))
     else:
         state = start(ready, key)
@@ -124,8 +124,9 @@ def train(run: Run, config_text: str = "") -> dict[str, float]:
         beginning = None if restored else state
         parents["reference"], load = reference_policy(ready, key, parents, beginning)
         if ready.online_reference:
-            # A copy: a training step gives up its state's buffers.
-            frozen = jax.tree.map(jnp.copy, load())
+            frozen = load()
+            if frozen is state.params["policy"]:  # whose buffers the first step takes
+                frozen = jax.tree.map(jnp.copy, frozen)
         eval_feed = ready.inputs.evaluation
         join = functools.partial(
             reference_cache.join,

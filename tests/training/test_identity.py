@@ -12,9 +12,10 @@ import jax
 import numpy as np
 import optax
 import pytest
+import sentencepiece
 import tiny_run
 
-from jaxalign import models, objectives
+from jaxalign import models, objectives, vocabularies
 from jaxalign.training import checkpoints, identity, optimizers, run_directory
 from jaxalign.training import run as runs
 from jaxalign.training import train as loop
@@ -270,3 +271,32 @@ def test_a_start_holds_one_copy_and_begins_at_the_loaded_policy(work):
         fresh["value"]["value_head"]["kernel"],
         rtol=1e-6,
     )
+
+
+def test_two_models_of_equal_settings_are_two_vocabularies(tmp_path):
+    """By content: both files are called vocabulary.model, with as many pieces."""
+    found = []
+    for name, line in (("one", "the cat {} sat on {}"), ("two", "we sold {} for {}")):
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter([line.format(i, 7 * i) for i in range(100)]),
+            model_prefix=str(tmp_path / name),
+            vocab_size=32,
+            pad_id=0,
+            eos_id=1,
+            unk_id=2,
+            bos_id=-1,
+            minloglevel=2,
+        )
+        found.append(vocabularies.SentencePieceVocabulary(f"{tmp_path / name}.model"))
+    one, two = found
+    assert one.to_json() == two.to_json() and one.vocab_size == two.vocab_size
+    meta = {"vocabulary": one.to_json()}
+    step = tmp_path / "run" / "checkpoints" / "1"
+    (step / "meta").mkdir(parents=True)
+    one.save(tmp_path / "run")
+    # A checkpoint that names its content, and an older one that has it beside itself.
+    for stored in ({**meta, "vocabulary_fingerprint": one.fingerprint}, meta):
+        for path in (tmp_path / "run", step):
+            runs._check_vocabulary(str(path), stored, one)
+            with pytest.raises(ValueError, match="trained with another vocabulary"):
+                runs._check_vocabulary(str(path), stored, two)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import platform
 import subprocess
@@ -50,6 +51,21 @@ def update_manifest(run_dir: str | Path, **entries: Any) -> None:
         merged = {**read_manifest(run_dir), **entries}
         text = jsonl.dumps(merged, indent=2, sort_keys=True) + "\n"
         write_atomically(Path(run_dir) / _NAME, text)
+
+
+def last_metrics(run_dir: str | Path) -> dict[str, float]:
+    """What a run logged last of its training, without the ``train/``."""
+    path = Path(run_dir) / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    for line in reversed(lines):
+        found = {
+            name.removeprefix("train/"): value
+            for name, value in json.loads(line).items()
+            if name.startswith("train/")
+        }
+        if found:
+            return found
+    return {}
 
 
 def environment() -> dict[str, Any]:

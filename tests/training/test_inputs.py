@@ -1,73 +1,133 @@
-"""What a run learns of its data before the first step."""
+"""Which rows are trained on, which are held out, and which an evaluation sees."""
 
 from __future__ import annotations
 
-import logging
-from types import SimpleNamespace
+import dataclasses
 
 import numpy as np
 import pytest
+import tiny_run
 
-from jaxalign import objectives
-from jaxalign.training import inputs
+from jaxalign import models, objectives
+from jaxalign import vocabularies as vocabs
+from jaxalign.data import TokenizedCache
+from jaxalign.training import inputs, reference_cache
 
-
-def _cache(rewards=(), labels=(), rows=None):
-    """What the functions below look at of a cache."""
-    return SimpleNamespace(
-        index=SimpleNamespace(
-            response_reward=np.asarray(rewards, np.float64),
-            response_label=np.asarray(labels, np.int32),
-            num_rows=rows or len(rewards),
-        )
-    )
+VOCABULARY = vocabs.ByteVocabulary(extra_ids=125)
+OBJECTIVE = objectives.DPO(model=models.T5(tiny_run.CONFIG))
 
 
-@pytest.mark.parametrize("value", [0.1, 1 / 3, 4.6, -1e-9, 2.0**60, 0.0])
-@pytest.mark.parametrize("count", [1, 3, 7, 60, 4000])
-def test_equal_rewards_are_refused_whatever_their_rounding(value, count):
-    with pytest.raises(ValueError, match=rf"All {count} rewards equal"):
-        inputs._reward_stats([_cache(np.full(count, value))])
-    # As two programs, one of them in float32, compute the same number.
-    rounded = np.where(np.arange(count) % 2, value, np.float64(np.float32(value)))
-    with pytest.raises(ValueError, match=rf"All {2 * count} rewards equal"):
-        inputs._reward_stats([_cache(rounded), _cache(rounded)], [1.0, 2.0])
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    tiny_run.write_data(folder / "data.jsonl", count=100)
+    tiny_run.write_data(folder / "other.jsonl", count=30)
+    return folder
 
 
-def test_rewards_that_differ_a_little_are_not_equal():
-    mean, deviation = inputs._reward_stats([_cache(1e6 + np.array([0.0, 1.0]))])
-    assert (mean, deviation) == (1e6 + 0.5, 0.5)
+@pytest.fixture(scope="module")
+def prepared(work):
+    """A prepared folder with both splits."""
+    return inputs.prepare(dataset(work), OBJECTIVE, VOCABULARY)["train"][0].path.parent
 
 
-def test_rewards_without_a_deviation_are_refused():
-    with pytest.raises(ValueError, match="reach 1e.300, too far"):
-        inputs._reward_stats([_cache([1e300, -1e300])])
+def dataset(work, **changes):
+    settings = {
+        "data": str(work / "data.jsonl"),
+        "eval_fraction": 0.2,
+        "cache_dir": str(work),
+        "feature_lengths": {"inputs": 12, "targets": 12},
+        **changes,
+    }
+    return inputs.Dataset(**settings)
 
 
-def test_reward_statistics_of_a_mixture_follow_its_rates():
-    # A row of the second source has two responses; one source has no reward for one.
-    small, large = [0.0, 2.0, np.nan], list(np.linspace(-3.0, 9.0, 80))
-    caches = [_cache(small), _cache(large, rows=40)]
-    # Three rows at rate 3, forty at rate 1: each of the three comes forty times.
-    met = np.concatenate([np.repeat(small, 40), large])
-    mean, deviation = inputs._reward_stats(caches, [3.0, 1.0])
-    np.testing.assert_allclose(mean, np.nanmean(met), rtol=1e-12)
-    np.testing.assert_allclose(deviation, np.nanstd(met), rtol=1e-12)
+def opened(work, **changes):
+    found = inputs.prepare(dataset(work, **changes), OBJECTIVE, VOCABULARY)
+    return {split: [c.path for c in caches] for split, caches in found.items()}
 
 
-@pytest.mark.parametrize(
-    ("labels", "told"),
-    [
-        ([[1, 1], [1, -1]], "3 labels.*thumbs up"),
-        ([[0]], "thumbs down"),
-        ([[0, 1]], ""),
-    ],
-)
-def test_labels_that_all_point_one_way_are_told(labels, told, caplog):
-    caches = [_cache(labels=of_cache, rows=1) for of_cache in labels]
-    with caplog.at_level(logging.WARNING):
-        inputs._tell_one_sided_labels(caches, objectives.KTO(model=None))
-    assert len(caplog.records) == bool(told)
-    if told:
-        assert caplog.records[0].getMessage().startswith("All ")
-        assert told.split(".*")[-1] in caplog.text and "KTO has nothing" in caplog.text
+def prompts(path):
+    return {VOCABULARY.decode(row.prompts[0]) for row in TokenizedCache(path)}
+
+
+def test_no_prompt_held_out_by_one_seed_is_trained_on_by_another(work):
+    splits = [opened(work, seed=seed) for seed in (0, 1, 17)]
+    assert splits[0] == splits[1] == splits[2]
+    train, held = (splits[0][name][0] for name in ("train", "validation"))
+    assert not prompts(train) & prompts(held)
+    split = TokenizedCache(held).source["split"]
+    assert split == {"eval_fraction": 0.2, "seed": 0}
+    assert opened(work, split_seed=1)["validation"] != splits[0]["validation"]
+
+
+def test_the_reference_cache_is_the_same_for_every_seed_and_way_to_the_rows(work):
+    """Keyed by the rows: a prepared folder and its source have one cache."""
+    keys = []
+    for changes in ({}, {"seed": 1}, {"on_bad_row": "skip"}):
+        made = inputs.build(dataset(work, **changes), OBJECTIVE, VOCABULARY)
+        keys.append(reference_cache.cache_key(OBJECTIVE, "policy", made.train))
+    assert keys[0] == keys[1] == keys[2]
+    fast = dataclasses.replace(tiny_run.CONFIG, attention="chunked", logits_chunk=4)
+    other = dataclasses.replace(OBJECTIVE, model=models.T5(fast))
+    assert reference_cache.cache_key(other, "policy", made.train) == keys[0]
+    half = dataclasses.replace(tiny_run.CONFIG, dtype="bfloat16")
+    other = dataclasses.replace(OBJECTIVE, model=models.T5(half))
+    assert reference_cache.cache_key(other, "policy", made.train) != keys[0]
+
+
+def test_of_a_prepared_folder_an_evaluation_takes_the_held_out_split(work, prepared):
+    found = opened(work, data=str(prepared), eval_data=str(prepared))
+    assert found == {
+        "train": [prepared / "train"],
+        "validation": [prepared / "validation"],
+    }
+    found = opened(work, eval_data=str(prepared / "validation"), data=str(prepared))
+    assert found["validation"] == [prepared / "validation"]
+
+
+def test_other_evaluation_data_replaces_a_prepared_folders_own(work, prepared):
+    found = opened(work, data=str(prepared), eval_data=str(work / "other.jsonl"))
+    assert found["train"] == [prepared / "train"]
+    (held,) = found["validation"]
+    assert len(TokenizedCache(held)) == 30
+    assert opened(work, data=str(prepared))["validation"] == [prepared / "validation"]
+
+
+def test_evaluation_on_the_training_rows_is_told(work, prepared, caplog):
+    opened(work, data=str(prepared), eval_data=str(prepared / "train"))
+    assert "EVAL_DATA is the data that is trained on" in caplog.text
+
+
+@pytest.mark.parametrize("packing", [None, 2])
+def test_a_short_evaluation_sees_all_of_the_data(work, packing):
+    """Not the head of the file: its prompts are numbered in order."""
+    data = dataset(work, eval_data=str(work / "data.jsonl"), packing=packing)
+    made = inputs.build(dataclasses.replace(data, batch_size=5), OBJECTIVE, VOCABULARY)
+    feed = made.evaluation
+    bins = made.evaluation_bins(4)
+    assert len(bins) == 20 == len(set(bins))
+    plan = feed.plans[0]
+    seen = np.concatenate([plan[i].row_ids for i in bins])
+    assert 30 < seen.mean() < 70 and seen.max() > 80
+    assert bins == made.evaluation_bins(4)
+    assert len(feed.evaluation_batches(bins=bins)) == 4
+    assert made.evaluation_bins(None) is None
+    assert made.evaluation_bins(1000) is None
+
+
+def test_a_short_evaluation_of_a_mixture_sees_every_source(work):
+    names = {str(work / "data.jsonl"): 1.0, str(work / "other.jsonl"): 1.0}
+    data = dataset(work, data=names, eval_fraction=0.5, batch_size=2, packing=None)
+    made = inputs.build(data, OBJECTIVE, VOCABULARY)
+    first = len(made.evaluation.plans[0])
+    bins = made.evaluation_bins(12)
+    assert min(bins) < first <= max(bins)
+
+
+def test_a_mixture_takes_no_validation_of_its_folders_beside_evaluation_data(
+    work, prepared
+):
+    names = {str(prepared): 1.0, str(work / "other.jsonl"): 2.0}
+    found = opened(work, data=names, eval_data=str(work / "data.jsonl"))
+    assert len(found["train"]) == 2 and len(found["validation"]) == 1

@@ -106,6 +106,15 @@ def test_own_files_among_themselves_keep_their_order(folder):
     assert (configs.macro("LEARNING_RATE"), configs.macro("BATCH_SIZE")) == (2.0, 4)
 
 
+def test_a_copy_of_what_a_run_includes_stays_below_the_run(folder):
+    text = find("runs/train.gin", ()).read_text().replace("PACKING = 2", "PACKING = 5")
+    (folder / "runs").mkdir()
+    (folder / "runs" / "train.gin").write_text(text)
+    configs.parse(["runs/dpo.gin", "models/byt5_small.gin"])
+    check("byt5_small", "dpo")
+    assert configs.macro("PACKING") == 5
+
+
 OWN_MODEL = """
 from __gin__ import dynamic_registration
 from jaxalign import models

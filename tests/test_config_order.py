@@ -69,7 +69,12 @@ def test_the_network_that_is_named_is_taken_in_every_order(folder, model, run):
         assert configs.network() == f"models/{model}.gin"
         tiny = any(path.name == "t5_1_1_tiny.gin" for path in read)
         assert tiny == (model == "t5_1_1_tiny")
-    for order in itertools.permutations(files[:2]):
+
+
+def test_the_command_line_overrides_files_in_every_order(folder):
+    (folder / "own.gin").write_text(OWN)
+    files = ["models/byt5_small.gin", "runs/dpo.gin", "own.gin"]
+    for order in itertools.permutations(files):
         configs.parse(order, ["LEARNING_RATE = 9.0", "models.T5Config.emb_dim = 32"])
         assert configs.macro("LEARNING_RATE") == 9.0
         assert configs.macro("MODEL").config.emb_dim == 32
@@ -104,6 +109,15 @@ def test_own_files_among_themselves_keep_their_order(folder):
     assert configs.macro("LEARNING_RATE") == 3.0
     configs.parse(["b.gin", "a.gin"])
     assert (configs.macro("LEARNING_RATE"), configs.macro("BATCH_SIZE")) == (2.0, 4)
+
+
+def test_a_copy_of_what_a_run_includes_stays_below_the_run(folder):
+    text = find("runs/train.gin", ()).read_text().replace("PACKING = 2", "PACKING = 5")
+    (folder / "runs").mkdir()
+    (folder / "runs" / "train.gin").write_text(text)
+    configs.parse(["runs/dpo.gin", "models/byt5_small.gin"])
+    check("byt5_small", "dpo")
+    assert configs.macro("PACKING") == 5
 
 
 OWN_MODEL = """

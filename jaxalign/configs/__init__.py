@@ -82,9 +82,9 @@ def parse(
 
     gin.clear_config()
     scanned = [file for root in files for file in root.walk()]
-    for packaged in (True, False):
+    for defaults in (True, False):
         for file in files:
-            _apply(file, scanned, packaged)
+            _apply(file, scanned, defaults)
     for binding in flags:
         _apply_binding(binding, scanned)
     try:
@@ -152,16 +152,16 @@ def operative_config_str() -> str:
     return gin.operative_config_str()
 
 
-def _apply(file: Scanned, scanned: Sequence[Scanned], packaged: bool) -> None:
+def _apply(file: Scanned, scanned: Sequence[Scanned], defaults: bool) -> None:
     """Hands a file to gin in pieces, with the included files between them.
 
     Included files are found by this module rather than by gin, whose search paths are
     global and whose reader for Python packages imports what is named like a folder.
-    Of the packaged files, or of all others, only.
+    Only what is a default, or only what is none.
     """
     lines = file.text.splitlines(keepends=True)
     import_lines = {statement.location.line_num for statement in file.imports}
-    own = strength.packaged(file) == packaged
+    own = file.is_default == defaults
     start = 0
     for line, included in [*file.includes, (len(lines) + 1, None)]:
         # Other lines become blank, which keeps the line numbers of gin's messages;
@@ -181,7 +181,7 @@ def _apply(file: Scanned, scanned: Sequence[Scanned], packaged: bool) -> None:
         except SyntaxError as e:
             raise ConfigError(f"{file.path}:{e.lineno}: {e.msg}") from e
         if included is not None:
-            _apply(included, scanned, packaged)
+            _apply(included, scanned, defaults)
         start = line
 
 

@@ -92,6 +92,7 @@ class Scanned:
     )
     includes: list[tuple[int, Scanned]] = dataclasses.field(default_factory=list)
     left_out: list[int] = dataclasses.field(default_factory=list)  # includes' lines
+    is_default: bool = False  # weaker than what a user writes; see `strength`
 
     def walk(self) -> Iterator[Scanned]:
         """Itself, then what it includes."""

@@ -2,8 +2,8 @@
 
 Two rules, whatever the order in which files are named or included:
 
-* the packaged files are read first, then all others, so that a user's line is never
-  taken back by a packaged one;
+* the packaged files, and what they include, are read first, then all others, so that
+  a user's line is never taken back by a packaged one;
 * the network that a packaged file includes is a default: it is left out as soon as
   another one is named. Two networks that are both named are a mistake.
 """
@@ -32,10 +32,10 @@ def packaged(file: Scanned) -> bool:
 
 
 def in_order(files: Sequence[Scanned]) -> list[Scanned]:
-    """All files, those that win last."""
+    """All files that were settled, those that win last."""
     # Of files that include each other the including one speaks last, by convention.
     every = [f for root in files for f in reversed([*root.walk()])]
-    return sorted(every, key=lambda file: not packaged(file))
+    return sorted(every, key=lambda file: not file.is_default)
 
 
 def settle(files: Sequence[Scanned]) -> Network | None:
@@ -50,21 +50,34 @@ def settle(files: Sequence[Scanned]) -> Network | None:
     Raises:
       ConfigError: for two networks, or two objectives, that are both named.
     """
+    for file in files:
+        _mark(file, False)
     _check_objective(files)
     found = [pair for file in files for pair in _networks(file, None)]
-    named = _distinct([f for f, above in found if above is None or not packaged(above)])
+    named = _distinct([f for f, above in found if not (above and above.is_default)])
     if len(named) > 1:
         raise ConfigError(
             f"Two networks are named, {short(named[0].path)} and "
             f"{short(named[1].path)}: each sets {_MODEL}. Name one of them; a file "
             "that changes a network includes it."
         )
-    default = _distinct([f for f, above in found if above and packaged(above)])
+    defaults = [f for f, above in found if above and above.is_default]
     if not named:
-        return Network(default[-1], True) if default else None
+        return Network(defaults[-1], True) if defaults else None
     for file in files:
-        _leave_out(file, {id(f) for f, above in found if above and packaged(above)})
+        _leave_out(file, {id(f) for f in defaults})
     return Network(named[0], False)
+
+
+def _mark(file: Scanned, included_by_default: bool) -> None:
+    """Says of a tree of files which are defaults.
+
+    A copy in the working folder that a packaged file includes is one too: the file that
+    includes it goes on overriding it.
+    """
+    file.is_default = included_by_default or packaged(file)
+    for _, included in file.includes:
+        _mark(included, file.is_default)
 
 
 def _networks(

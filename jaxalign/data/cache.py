@@ -209,6 +209,7 @@ class CacheWriter:
             "summary": self.summary,
             "source": self._source,
         }
+        meta = json.loads(json.dumps(meta))  # as it is read back: every key is a text
         meta[_SELF] = _own_sha256(meta)
         (self._temporary / _META).write_text(json.dumps(meta, indent=1))
         for path in (*self._temporary.iterdir(), self._temporary):

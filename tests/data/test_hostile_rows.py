@@ -132,7 +132,7 @@ def test_a_folder_is_no_file(tmp_path):
 @pytest.mark.parametrize("damage", ["cut", "garbled", "false", "empty"])
 def test_damaged_gzip_names_file_and_line(tmp_path, damage):
     r = random.Random(0)
-    rows = [{"prompt": f"{r.random()}", "completion": "c"} for _ in range(4000)]
+    rows = [{"prompt": f"{r.random()}", "completion": "c"} for _ in range(1000)]
     packed = gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode())
     if damage == "cut":
         packed = packed[: len(packed) // 2]
@@ -156,7 +156,7 @@ def test_damaged_gzip_names_file_and_line(tmp_path, damage):
 
 def test_json_lines_are_read_back_as_they_were():
     r = random.Random(1)
-    for _ in range(500):
+    for _ in range(200):
         value = anything(r, 4)
         line = jsonl.json_line({"x": value})
         assert line.endswith("\n") and "\n" not in line[:-1]
@@ -238,7 +238,7 @@ def storable(value):
 def test_fuzzed_rows_are_judged_as_an_oracle_judges_them(tmp_path):
     r = random.Random(2)
     rows = []
-    for _ in range(3000):
+    for _ in range(600):
         row = {"prompt": "p", "completion": "c"}
         for name in r.sample(
             ["prompt", "completion", "metadata", "note", r.choice(TEXTS)],
@@ -267,7 +267,7 @@ def test_fuzzed_rows_are_judged_as_an_oracle_judges_them(tmp_path):
             assert type(encoded).from_bytes(encoded.to_bytes()).key == encoded.key
         else:
             assert str(item).isprintable()
-    assert 500 < accepted < 2500
+    assert 100 < accepted < 500
     # For generating and scoring a row only has to be written again.
     good, bad = load(path, on_bad_row="skip")
     assert len(good) + bad.total == len(rows) and len(good) >= accepted

@@ -1,8 +1,8 @@
 """One writer at a time in one place: locks that survive kills.
 
-A lock is a file held with `flock`, which the kernel drops when its process ends, however
-it ends. So a lock that nobody holds is stale and is taken over; nothing has to be
-cleaned up after a kill. In the file stand its holder and a beat that grows while the
+A lock is a file held with `flock`, which the kernel drops when its process ends,
+however it ends. So a lock that nobody holds is stale and is taken over; nothing has to
+be cleaned up after a kill. In the file stand its holder and a beat that grows while the
 holder lives. The beat decides where `flock` does not reach: another host on a disk that
 does not pass it on, a file system without it, and a bucket.
 """

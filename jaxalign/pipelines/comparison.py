@@ -20,11 +20,13 @@ from jaxalign import objectives, remote, world
 from jaxalign.data.bad_rows import nearest
 from jaxalign.decoding import Sampling
 from jaxalign.evaluation import compare
-from jaxalign.pipelines import generation, inference, stages
+from jaxalign.pipelines import generation, inference, outputs, stages
 from jaxalign.pipelines.stages import COMMON, SFT, Stage
-from jaxalign.training import checkpoints, run_directory
+from jaxalign.training import checkpoints, exclusive, run_directory
 
 RESPONSES_PER_STEP = 48
+_TEMPERATURE = 1.0
+_MAX_NEW_TOKENS = 64
 _ROWS = {"trajectory": 8000, "preference": 4000, "rationale": 4000}
 _NOTHING_ELSE = {
     # No evaluation on the way and no samples: the comparison does its own.
@@ -71,10 +73,8 @@ def stage_of(name: str, steps: int) -> Stage:
       ValueError: naming the nearest one.
     """
     if name not in SETTINGS:
-        raise ValueError(
-            f"No objective {name!r} to compare; known: {list(SETTINGS)}"
-            f"{nearest(name, SETTINGS)}."
-        )
+        hint = nearest(name, SETTINGS) or f"; known: {', '.join(SETTINGS)}"
+        raise ValueError(f"No objective {name!r} to compare{hint}.")
     class_name, own = SETTINGS[name]
     kind = objectives.OBJECTIVES[class_name]
     per_row = 1 if kind.schema == "trajectory" else 2
@@ -101,7 +101,7 @@ def run(
     num_prompts: int = 300,
     split: str = "test",
 ) -> dict[str, dict[str, Any]]:
-    """Trains and compares; what is finished is not repeated.
+    """Trains and compares; what is finished under the same settings is not repeated.
 
     Args:
       run_dir: gets ``seed<n>/<objective>/``, ``responses/``, ``comparison.json`` and
@@ -114,14 +114,48 @@ def run(
 
     Returns:
       ``{objective: {"reward", "kl", "tokens": [one per seed]}}``.
+
+    Raises:
+      ValueError: when `run_dir` holds stages or answers of other settings, before
+        anything is trained; or for an unknown name.
     """
     folder = remote.local_only(run_dir, "--run_dir of several runs").absolute()
     names = list(names or SETTINGS)
     wanted = [stage_of(name, steps) for name in names]
-    for seed in range(seeds):
+    with exclusive.holding(folder, "folder of a comparison"):
+        _refuse_other(folder, wanted, range(seeds), split, num_prompts)
+        _make(folder, wanted, range(seeds), split, num_prompts)
+        results = collect(folder, ["sft", *names], seeds, split)
+        run_directory.write_atomically(
+            folder / "comparison.json", json.dumps(results, indent=2) + "\n"
+        )
+        from jaxalign.report import comparison as page
+
+        page.write(folder / "comparison.html", results, steps=steps, split=split)
+    return results["objectives"]
+
+
+def _refuse_other(
+    folder: Path, wanted: list[Stage], seeds: Sequence[int], split: str, count: int
+) -> None:
+    """Refuses what there is of other settings, before anything new is made."""
+    for seed in seeds:
+        prompts = world.sample_prompts(split, count, seed)
+        for stage in (SFT, *wanted):
+            home = folder / f"seed{seed}"
+            stages.check(home, stage, data=folder / "data", seed=seed)
+            path = answers_path(folder, stage.name, seed, split)
+            outputs.check_file(path, _asked(prompts, seed, split))
+
+
+def _make(
+    folder: Path, wanted: list[Stage], seeds: Sequence[int], split: str, count: int
+) -> None:
+    """Trains and answers, one seed after another."""
+    for seed in seeds:
         home = folder / f"seed{seed}"
         sft = stages.train(home, SFT, data=folder / "data", seed=seed, quiet=True)
-        prompts = world.sample_prompts(split, num_prompts, seed)
+        prompts = world.sample_prompts(split, count, seed)
         answer(folder, "sft", seed, split, prompts)
         start_from = {"INITIAL_CHECKPOINT_PATH": repr(str(sft))}
         for stage in tqdm(wanted, f"seed {seed}", disable=None):
@@ -129,14 +163,6 @@ def run(
             stage = dataclasses.replace(stage, settings=settings)
             stages.train(home, stage, data=folder / "data", seed=seed, quiet=True)
             answer(folder, stage.name, seed, split, prompts)
-    results = collect(folder, ["sft", *names], seeds, split)
-    run_directory.write_atomically(
-        folder / "comparison.json", json.dumps(results, indent=2) + "\n"
-    )
-    from jaxalign.report import comparison as page
-
-    page.write(folder / "comparison.html", results, steps=steps, split=split)
-    return results["objectives"]
 
 
 def answers_path(folder: Path, name: str, seed: int, split: str) -> Path:
@@ -146,16 +172,21 @@ def answers_path(folder: Path, name: str, seed: int, split: str) -> Path:
 def answer(
     folder: Path, name: str, seed: int, split: str, prompts: Sequence[str]
 ) -> None:
-    """Samples and scores a policy's answers, once."""
+    """Samples and scores a policy's answers, once for the same policy and prompts."""
     path = answers_path(folder, name, seed, split)
-    if path.exists():
+    homes = {"policy": name, "reference": "sft"}
+    key = _asked(prompts, seed, split)
+    for role, run in homes.items():
+        meta = checkpoints.read_meta(folder / f"seed{seed}" / run)
+        key[role] = meta["policy_fingerprint"]
+    if outputs.finished(path, key):
         return
     policy = checkpoints.load_policy(folder / f"seed{seed}" / name)
     generations = generation.sample(
         policy,
         prompts,
-        sampling=Sampling(temperature=1.0),
-        max_new_tokens=64,
+        sampling=Sampling(temperature=_TEMPERATURE),
+        max_new_tokens=_MAX_NEW_TOKENS,
         batch_size=100,
         seed=seed,
     )
@@ -178,7 +209,20 @@ def answer(
                 prompts, found, own, reference, strict=True
             )
         ),
+        key=key,
     )
+
+
+def _asked(prompts: Sequence[str], seed: int, split: str) -> dict[str, Any]:
+    """What answers depend on, but for the policies."""
+    return {
+        "split": split,
+        "num_prompts": len(prompts),
+        "prompts": outputs.text_sha256(json.dumps(list(prompts))),
+        "seed": seed,
+        "temperature": _TEMPERATURE,
+        "max_new_tokens": _MAX_NEW_TOKENS,
+    }
 
 
 def _answers(

@@ -4,9 +4,9 @@ Lines go to ``OUTPUT.partial``, which takes its name when all are written. Besid
 lies ``OUTPUT.partial.json`` with what was asked for. The same command, started again
 after a kill, keeps the whole lines that are there and goes on; the result has the bytes
 of a run that was never killed, because whole windows of prompts are decoded again and
-what a window gives is a function of its prompts alone. When all is written, the settings
-stay beside it (`jaxalign.pipelines.outputs`): the same command has nothing to do, and
-another one does not overwrite it.
+what a window gives is a function of its prompts alone. When all is written, the
+settings stay beside it (`jaxalign.pipelines.outputs`): the same command has nothing to
+do, and another one does not overwrite it.
 """
 
 from __future__ import annotations

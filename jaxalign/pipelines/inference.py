@@ -242,10 +242,24 @@ def evaluate(
     return result
 
 
-def write_jsonl(path: str | Path, lines: Iterable[Mapping[str, Any]]) -> int:
+def write_jsonl(
+    path: str | Path,
+    lines: Iterable[Mapping[str, Any]],
+    key: Mapping[str, Any] | None = None,
+    **noted: Any,
+) -> int:
     """Streams JSON lines into ``path.partial`` and renames it when all are written.
 
     Of several processes the first writes; `lines` are the same in all of them.
+
+    Args:
+      path: the file, here or in a bucket.
+      lines: JSON objects.
+      key: what a local file depends on, kept beside it (`jaxalign.pipelines.outputs`).
+      **noted: what else is kept there.
+
+    Returns:
+      The number of lines.
     """
     if jax.process_index() > 0:
         return sum(1 for _ in lines)
@@ -257,5 +271,8 @@ def write_jsonl(path: str | Path, lines: Iterable[Mapping[str, Any]]) -> int:
                 text = json.dumps(line, ensure_ascii=False) + "\n"
                 file.write(text.encode("utf-8"))
                 count += 1
-        os.replace(outputs.partial_path(local), local)
+        if key is None:
+            os.replace(outputs.partial_path(local), local)
+        else:
+            outputs.finish(local, key, **noted)
     return count

@@ -3,10 +3,11 @@
 Each round samples responses to its prompts from the policy of the round before, has a
 judge score them, and trains on the result with any offline objective: preference
 objectives on the best against the worst response, those of single trajectories on all
-of them with their scores (arXiv 2312.11456, 2404.19733). Every piece is an ordinary
-resumable one, so the same command after a kill goes on where it stopped.
+of them with their scores (arXiv 2312.11456, 2404.19733). The same command after a kill
+goes on where it stopped: what was sampled is not sampled again, what was judged keeps
+its verdict, however noisy the judge is. Under other settings the folder is refused.
 
-    run_dir/round1/{samples.jsonl, data.jsonl, train/}, round2/..., rounds.jsonl
+    run_dir/round1/{samples.jsonl, verdicts.jsonl, data.jsonl, train/}, rounds.jsonl
 """
 
 from __future__ import annotations
@@ -18,19 +19,23 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from jaxalign import configs, remote
 from jaxalign.data import records
+from jaxalign.data.cache import file_sha256
 from jaxalign.evaluation import judges
-from jaxalign.pipelines import generation
+from jaxalign.pipelines import generation, outputs
 from jaxalign.pipelines.inference import write_jsonl
-from jaxalign.training import run_directory
+from jaxalign.training import checkpoints, exclusive, run_directory
+from jaxalign.training import mesh as meshes
 from jaxalign.training import train as loop
 
 _log = logging.getLogger(__name__)
 
 REFERENCES = ("fixed", "refreshed")
+SCHEMAS = ("preference", "trajectory", "supervised")  # what judged samples give
 
 
 def iterate(
@@ -72,7 +77,8 @@ def iterate(
       temperature: of the samples.
       top_p: of the samples.
       max_new_tokens: of a sample.
-      batch_size: prompts decoded at a time.
+      batch_size: prompts decoded at a time, over the training run's mesh; rounded up
+        to what its devices share evenly.
       seed: of samples and training; round ``n`` uses ``seed + n``.
 
     Returns:
@@ -81,8 +87,9 @@ def iterate(
       (prompts without a preference).
 
     Raises:
-      ValueError: for an unknown `reference`, fewer than two samples, or a round in
-        which no prompt has a preference.
+      ValueError: before anything is sampled, for an unknown `reference`, fewer than
+        two samples, an objective that judged samples cannot serve, or a `run_dir` of
+        other settings; later, for a round in which no prompt has a preference.
     """
     if reference not in REFERENCES:
         raise ValueError(f"--reference must be one of {REFERENCES}, got {reference!r}.")
@@ -92,64 +99,115 @@ def iterate(
     judge_fn = judges.resolve_callable(judge)
     examples, _ = records.load(prompts, "prompts")
     texts = [record["prompt"] for e in examples for record in e.records]
-    table: list[dict[str, Any]] = []
     first = initial if remote.is_remote(initial) else str(Path(initial).absolute())
-    policy = first
-    for number in range(1, rounds + 1):
-        home = folder / f"round{number}"
-        asked = _slice(texts, number, prompts_per_round)
-        _write_prompts(home / "prompts.jsonl", asked)
-        samples = home / "samples.jsonl"
-        if not samples.exists():
+    sampling = {
+        "num_samples": num_samples,
+        "temperature": temperature,
+        "top_p": top_p,
+        "max_new_tokens": max_new_tokens,
+    }
+    key = {
+        "initial": _fingerprint(first),
+        "prompts": outputs.text_sha256(json.dumps(texts)),
+        "judge": outputs.function_key(judge, judge_fn),
+        "reference": reference,
+        "prompts_per_round": prompts_per_round,
+        **sampling,
+        "seed": seed,
+    }
+    table: list[dict[str, Any]] = []
+    with exclusive.holding(folder, "folder of rounds"):
+        outputs.check_folder(folder, key)
+        policy = first
+        for number in range(1, rounds + 1):
+            home = folder / f"round{number}"
+            own = {
+                "DATA": str(home / "data.jsonl"),
+                "MODEL_DIR": str(home / "train"),
+                "INITIAL_CHECKPOINT_PATH": policy,
+                "REFERENCE_CHECKPOINT_PATH": (
+                    policy if reference == "refreshed" else first
+                ),
+            }
+            lines = [f"{name} = {value!r}" for name, value in own.items()]
+            lines.append(f"RANDOM_SEED = {seed + number}")
+            configs.parse(gin_files, [*bindings, *lines], search_paths)
+            config = configs.config_str()
+            run = configs.configured(loop.Run)()
+            schema = _schema(run)
+            mesh, shared = _mesh(run, batch_size)
+            outputs.note_folder(folder, key)
+            asked = _slice(texts, number, prompts_per_round)
+            _write_prompts(home / "prompts.jsonl", asked)
+            samples = home / "samples.jsonl"
             generation.generate(
                 checkpoint=policy,
                 prompts=str(home / "prompts.jsonl"),
                 output=str(samples),
-                num_samples=num_samples,
-                temperature=temperature,
-                top_p=top_p,
-                max_new_tokens=max_new_tokens,
-                batch_size=batch_size,
+                batch_size=shared,
                 seed=seed + number,
+                mesh=mesh,
+                **sampling,
             )
-        own = {
-            "DATA": str(home / "data.jsonl"),
-            "MODEL_DIR": str(home / "train"),
-            "INITIAL_CHECKPOINT_PATH": policy,
-            "REFERENCE_CHECKPOINT_PATH": (
-                policy if reference == "refreshed" else first
-            ),
-        }
-        lines = [f"{name} = {value!r}" for name, value in own.items()]
-        lines.append(f"RANDOM_SEED = {seed + number}")
-        configs.parse(gin_files, [*bindings, *lines], search_paths)
-        config = configs.config_str()
-        run = configs.configured(loop.Run)()
-        schema = run.objective(model=run.model).schema
-        rows, reward, tied = judged_rows(_groups(samples), judge_fn, schema)
-        if not rows:
-            raise ValueError(
-                f"Round {number}: the judge told no two responses to any of the "
-                f"{len(asked)} prompts apart, so there is nothing to learn from. Give "
-                "a higher --temperature or more --num_samples, or look at the judge."
+            judged = _judged(samples, home / "verdicts.jsonl", judge_fn, key["judge"])
+            rows, reward, tied = training_rows(judged, schema)
+            if not rows:
+                raise ValueError(
+                    f"Round {number}: the judge told no two responses to any of the "
+                    f"{len(asked)} prompts apart, so there is nothing to learn from. "
+                    "Give a higher --temperature or more --num_samples, or look at "
+                    "the judge."
+                )
+            write_jsonl(own["DATA"], rows)
+            table.append(
+                {
+                    "round": number,
+                    "policy": own["MODEL_DIR"],
+                    "sampled_from": policy,
+                    "reward": reward,
+                    "rows": len(rows),
+                    "tied": tied,
+                }
             )
-        write_jsonl(own["DATA"], rows)
-        table.append(
-            {
-                "round": number,
-                "policy": own["MODEL_DIR"],
-                "sampled_from": policy,
-                "reward": reward,
-                "rows": len(rows),
-                "tied": tied,
-            }
-        )
-        _log.info("Round %d: samples score %.4g on average", number, reward)
-        loop.train(run, config)
-        policy = own["MODEL_DIR"]
-        text = "".join(json.dumps(row) + "\n" for row in table)
-        run_directory.write_atomically(folder / "rounds.jsonl", text)
+            _log.info("Round %d: samples score %.4g on average", number, reward)
+            loop.train(run, config)
+            policy = own["MODEL_DIR"]
+            text = "".join(json.dumps(row) + "\n" for row in table)
+            run_directory.write_atomically(folder / "rounds.jsonl", text)
     return table
+
+
+def _fingerprint(checkpoint: str) -> str:
+    return checkpoints.read_meta(checkpoint)["policy_fingerprint"]
+
+
+def _schema(run: loop.Run) -> str:
+    """The schema of the run's objective, if judged samples can have it."""
+    objective = run.objective(model=run.model)
+    name = type(objective).__name__
+    if objective.schema not in SCHEMAS:
+        raise ValueError(
+            f"{name} trains on data of the schema {objective.schema!r}, which judged "
+            f"samples cannot give: take an objective of {', '.join(SCHEMAS)}, such as "
+            "runs/dpo.gin or runs/dro_v.gin."
+        )
+    if "label" in objective.requires and run.dataset.desirable_above is None:
+        raise ValueError(
+            f"{name} needs a thumbs-up or -down for every response, and a judge gives "
+            "a score: say above which score a response is good, "
+            "--gin.DESIRABLE_ABOVE=0.5."
+        )
+    return objective.schema
+
+
+def _mesh(run: loop.Run, batch_size: int) -> tuple[Mapping[str, int] | None, int]:
+    """The mesh to sample on, and the batch rounded up to what it shares evenly."""
+    if jax.device_count() == 1:
+        return None, batch_size
+    mesh = dict(run.mesh or {})
+    shape = meshes.make_mesh(**mesh).shape
+    ways = shape["data"] * shape["fsdp"]
+    return mesh, -(-batch_size // ways) * ways
 
 
 def _slice(texts: Sequence[str], number: int, size: int | None) -> list[str]:
@@ -180,15 +238,82 @@ def _groups(path: Path) -> Iterator[tuple[str, list[str]]]:
             yield prompt, list(dict.fromkeys(group))
 
 
-def judged_rows(
-    groups: Iterable[tuple[str, Sequence[str]]], judge: judges.Judge, schema: str
-) -> tuple[list[dict[str, Any]], float, int]:
-    """Training rows from judged responses.
+def _judged(
+    samples: Path, path: Path, judge: judges.Judge, judge_key: str
+) -> list[dict[str, Any]]:
+    """A round's verdicts, each asked for once and kept as soon as it is there."""
+    key = {"samples": file_sha256(samples), "judge": judge_key}
+    if not outputs.finished(path, key):
+        groups = list(_groups(samples))
+        with outputs.open_partial(path) as file:
+            kept = _kept(outputs.partial_path(path).read_bytes(), groups)
+            file.truncate(sum(map(len, kept)))
+            file.seek(0, 2)
+            for verdict in verdicts(groups[len(kept) :], judge):
+                text = json.dumps(verdict, ensure_ascii=False) + "\n"
+                file.write(text.encode("utf-8", "surrogatepass"))
+                file.flush()
+        outputs.finish(path, key)
+    text = path.read_text("utf-8", "surrogatepass")
+    return [json.loads(line) for line in text.split("\n") if line]
+
+
+def _kept(content: bytes, groups: list[tuple[str, list[str]]]) -> list[bytes]:
+    """The whole lines of unfinished verdicts that are about these groups."""
+    lines = content[: content.rfind(b"\n") + 1].splitlines(keepends=True)
+    kept = []
+    for line, group in zip(lines, groups, strict=False):
+        found = json.loads(line.decode("utf-8", "surrogatepass"))
+        if (found["prompt"], found["responses"]) != (group[0], _worth(group[1])):
+            break
+        kept.append(line)
+    return kept
+
+
+def _worth(responses: Iterable[str]) -> list[str]:
+    # Neither is an empty text one to learn to prefer, nor may a data file hold one.
+    return [text for text in responses if text.strip()]
+
+
+def verdicts(
+    groups: Iterable[tuple[str, Sequence[str]]], judge: judges.Judge
+) -> Iterator[dict[str, Any]]:
+    """``{"prompt", "responses", "scores"}`` of each group, empty responses left out.
 
     Args:
       groups: ``(prompt, distinct responses)``.
       judge: scores a response, or prefers one of two; then a response's score is its
         mean preference over the others.
+
+    >>> list(verdicts([("2+2?", ["4", " "])], lambda p, r: r == "4"))
+    [{'prompt': '2+2?', 'responses': ['4'], 'scores': [1.0]}]
+    """
+    for prompt, responses in groups:
+        texts = _worth(responses)
+        scores = _scores(judge, prompt, texts)
+        yield {"prompt": prompt, "responses": texts, "scores": scores}
+
+
+def judged_rows(
+    groups: Iterable[tuple[str, Sequence[str]]], judge: judges.Judge, schema: str
+) -> tuple[list[dict[str, Any]], float, int]:
+    """Training rows of a schema from responses; see `verdicts` and `training_rows`.
+
+    >>> groups = [("2+2?", ["4", "5", "four"])]
+    >>> rows, mean, tied = judged_rows(groups, lambda p, r: r == "4", "preference")
+    >>> rows
+    [{'prompt': '2+2?', 'chosen': '4', 'rejected': '5', 'margin': 1.0}]
+    """
+    return training_rows(verdicts(groups, judge), schema)
+
+
+def training_rows(
+    judged: Iterable[Mapping[str, Any]], schema: str
+) -> tuple[list[dict[str, Any]], float, int]:
+    """Training rows from verdicts.
+
+    Args:
+      judged: ``{"prompt", "responses", "scores"}`` each.
       schema: ``"preference"``: the best against the worst response, with the
         difference of their scores as the margin; ``"trajectory"``: every response with
         its score as the reward; ``"supervised"``: the best response.
@@ -198,22 +323,21 @@ def judged_rows(
 
     Raises:
       ValueError: for another schema.
-
-    >>> groups = [("2+2?", ["4", "5", "four"])]
-    >>> rows, mean, tied = judged_rows(groups, lambda p, r: r == "4", "preference")
-    >>> rows
-    [{'prompt': '2+2?', 'chosen': '4', 'rejected': '5', 'margin': 1.0}]
     """
+    if schema not in SCHEMAS:
+        raise ValueError(
+            f"Judged samples make no rows of the schema {schema!r}; expected an "
+            f"objective of {', '.join(SCHEMAS)}."
+        )
     rows: list[dict[str, Any]] = []
     all_scores: list[float] = []
     tied = 0
-    for prompt, responses in groups:
-        # Neither is a text to learn to prefer, nor one that a data file may hold.
-        responses = [text for text in responses if text.strip()]
+    for verdict in judged:
+        prompt, responses = verdict["prompt"], verdict["responses"]
+        scores = verdict["scores"]
         if not responses:
             tied += 1
             continue
-        scores = _scores(judge, prompt, responses)
         all_scores += scores
         best, worst = int(np.argmax(scores)), int(np.argmin(scores))
         if schema == "trajectory":
@@ -232,13 +356,8 @@ def judged_rows(
                     "margin": scores[best] - scores[worst],
                 }
             )
-        elif schema == "supervised":
-            rows.append({"prompt": prompt, "completion": responses[best]})
         else:
-            raise ValueError(
-                f"Judged samples make no rows of the schema {schema!r}; expected an "
-                "objective of 'preference', 'trajectory' or 'supervised'."
-            )
+            rows.append({"prompt": prompt, "completion": responses[best]})
     return rows, float(np.mean(all_scores)) if all_scores else float("nan"), tied
 
 

@@ -3,8 +3,8 @@
 Beside a finished ``OUTPUT`` lies ``OUTPUT.settings.json``: what was asked for, and the
 SHA-256 of what was written, so that settings that lie beside another file than theirs
 speak for nothing. The same key: the output is kept. Another: it is refused, and what
-differs is named. A folder says what it was made with in ``settings.json`` from its
-beginning, so that what is unfinished goes on under the same key only.
+differs is named. The run directory of a stage says what it is made with in
+``stage.json``, from its beginning, so that it goes on under the same key only.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from jaxalign.evaluation import judges
 from jaxalign.training import run_directory
 
 Key = Mapping[str, Any]
+
+_STAGE = "stage.json"
 
 
 def settings_path(path: Path) -> Path:
@@ -58,6 +60,19 @@ def finished(path: Path, key: Key) -> dict[str, Any] | None:
     return noted
 
 
+def check_file(path: Path, key: Key) -> None:
+    """Refuses an output that was made under another key; see `finished`.
+
+    Args:
+      path: the output, which may not be there yet.
+      key: what is known of the key; entries that it lacks are not compared.
+    """
+    noted = _read(settings_path(path)) if path.exists() else None
+    if noted:
+        before = {k: v for k, v in noted["asked"].items() if k in key}
+        refuse_other(f"{path} was made", before, key)
+
+
 def finish(path: Path, key: Key, **noted: Any) -> None:
     """Writes down what an output was made with, before it takes its name.
 
@@ -76,29 +91,26 @@ def finish(path: Path, key: Key, **noted: Any) -> None:
     os.replace(partial, path)
 
 
-def begin_folder(folder: Path, key: Key) -> None:
-    """Notes what a folder is made with; what another key began is refused.
-
-    A folder that says nothing, as one that `jaxalign train` made, is taken as it is:
-    `train` compares it with the run itself.
-
-    Raises:
-      ValueError: naming what differs.
-    """
-    check_folder(folder, key)
-    run_directory.write_atomically(
-        folder / "settings.json", json.dumps({"asked": key}, indent=2) + "\n"
-    )
+def note_folder(folder: Path, key: Key) -> None:
+    """Notes what a run directory is made with, for `check_folder`."""
+    text = json.dumps({"asked": key}, indent=2) + "\n"
+    run_directory.write_atomically(folder / _STAGE, text)
 
 
 def check_folder(folder: Path, key: Key) -> None:
-    """Refuses a folder that was begun under another key; see `begin_folder`.
+    """Refuses a run directory that was begun under another key.
+
+    One that says nothing, as `jaxalign train` makes them, is left to `train`, which
+    compares the run itself.
 
     Args:
       folder: which may not be there yet.
       key: what is known of the key; entries that it lacks are not compared.
+
+    Raises:
+      ValueError: naming what differs.
     """
-    noted = _read(folder / "settings.json")
+    noted = _read(folder / _STAGE)
     if noted is not None:
         before = {k: v for k, v in noted["asked"].items() if k in key}
         refuse_other(f"{folder} was begun", before, key)

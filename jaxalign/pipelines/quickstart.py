@@ -18,7 +18,7 @@ from jaxalign.decoding import Sampling
 from jaxalign.evaluation import compare, mean_reward
 from jaxalign.pipelines import generation, stages
 from jaxalign.pipelines.stages import COMMON, SFT, Stage
-from jaxalign.training import checkpoints, run_directory
+from jaxalign.training import checkpoints, exclusive, run_directory
 
 _ALIGNED = (
     Stage(
@@ -54,8 +54,16 @@ def run(run_dir: str | Path, seed: int = 0) -> str:
 
     Returns:
       The table that `jaxalign quickstart` prints.
+
+    Raises:
+      ValueError: when a stage in `run_dir` was trained with other settings.
     """
     folder = remote.local_only(run_dir, "--run_dir of several runs")
+    with exclusive.holding(folder, "folder of the quickstart"):
+        return _run(folder, seed)
+
+
+def _run(folder: Path, seed: int) -> str:
     started = time.monotonic()
     data = folder / "data"
     sft = stages.train(folder, SFT, data=data, seed=seed)

@@ -1,18 +1,26 @@
 """A training run on the embedded data, as one stage of something larger.
 
 Every stage is an ordinary ``jaxalign train`` run of a packaged gin file; the command
-that repeats it by itself is printed before it starts.
+that repeats it by itself is printed before it starts. Its folder says what it was
+trained with (`jaxalign.pipelines.outputs`): under other settings it is refused.
 """
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
 from jaxalign import configs, world
+from jaxalign.data.cache import file_sha256
+from jaxalign.pipelines import outputs
+from jaxalign.training import checkpoints, run_directory
 from jaxalign.training import train as loop
+
+# Settings that change where things lie, not what is learnt.
+_PLACES = ("CACHE_DIR", "INITIAL_CHECKPOINT_PATH", "DATA", "EVAL_DATA")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +63,48 @@ def train(
 
     Returns:
       The run directory.
+
+    Raises:
+      ValueError: when the folder was begun with other settings, naming them.
     """
+    macros = _macros(stage, data, seed, data_seed)
+    gin_file = f"runs/{stage.gin_file or stage.name}.gin"
+    directory = str(folder / stage.name)
+    flags = [f"--gin.{name}={value}" for name, value in macros.items()]
+    command = ["jaxalign", "train", f"--gin_file={gin_file}", *flags]
+    if not quiet:
+        text = shlex.join([*command, f"--run_dir={directory}"])
+        print(f"\n$ {text}", flush=True)
+    key = _key(macros, gin_file)
+    outputs.check_folder(Path(directory), key)
+    macros["MODEL_DIR"] = repr(directory)
+    configs.parse([gin_file], [f"{name} = {value}" for name, value in macros.items()])
+    text = configs.config_str()
+    if not run_directory.read_manifest(directory):
+        outputs.note_folder(Path(directory), key)  # what is unfinished has a key too
+    loop.train(configs.configured(loop.Run)(), text)
+    outputs.note_folder(Path(directory), key)
+    return Path(directory)
+
+
+def check(
+    folder: Path,
+    stage: Stage,
+    *,
+    data: Path,
+    seed: int = 0,
+    data_seed: int | None = None,
+) -> None:
+    """Refuses what `train` would refuse, of a stage whose start may not exist yet."""
+    macros = _macros(stage, data, seed, data_seed)
+    key = _key(macros, f"runs/{stage.gin_file or stage.name}.gin")
+    outputs.check_folder(folder / stage.name, key)
+
+
+def _macros(
+    stage: Stage, data: Path, seed: int, data_seed: int | None
+) -> dict[str, str]:
+    """What a stage sets; its data are written if they are missing."""
     data_seed = seed if data_seed is None else data_seed
     paths = {}
     for macro, split, size in (
@@ -64,24 +113,25 @@ def train(
     ):
         paths[macro] = data / f"{stage.schema}.{split}.{size}.{data_seed}.jsonl"
         world.write_dataset(paths[macro], stage.schema, split, size, data_seed)
-    macros = {
+    return {
         **{name: repr(str(path)) for name, path in paths.items()},
         "CACHE_DIR": repr(str(data / "cache")),
         "RANDOM_SEED": str(seed),
         **stage.settings,
     }
-    gin_file = f"runs/{stage.gin_file or stage.name}.gin"
-    directory = str(folder / stage.name)
-    flags = [f"--gin.{name}={value}" for name, value in macros.items()]
-    command = ["jaxalign", "train", f"--gin_file={gin_file}", *flags]
-    if not quiet:
-        text = shlex.join([*command, f"--run_dir={directory}"])
-        print(f"\n$ {text}", flush=True)
-    macros["MODEL_DIR"] = repr(directory)
-    configs.parse([gin_file], [f"{name} = {value}" for name, value in macros.items()])
-    text = configs.config_str()
-    loop.train(configs.configured(loop.Run)(), text)
-    return Path(directory)
+
+
+def _key(macros: Mapping[str, str], gin_file: str) -> dict[str, str]:
+    """Everything a stage's parameters depend on, with contents in place of paths."""
+    key = {name: value for name, value in macros.items() if name not in _PLACES}
+    key["gin_file"] = gin_file
+    for name in ("DATA", "EVAL_DATA"):
+        key[name] = file_sha256(Path(ast.literal_eval(macros[name])))
+    start = macros.get("INITIAL_CHECKPOINT_PATH")
+    if start is not None:
+        meta = checkpoints.read_meta(ast.literal_eval(start))
+        key["INITIAL_CHECKPOINT_PATH"] = meta["policy_fingerprint"]
+    return key
 
 
 # The embedded data's lengths in bytes, and a schedule that suits runs of minutes.

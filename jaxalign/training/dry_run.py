@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxalign import prepare
 from jaxalign.batch import REFERENCE_FIELDS
-from jaxalign.training import checkpoints, inputs
+from jaxalign.training import announce, checkpoints, inputs
 from jaxalign.training import mesh as meshes
 from jaxalign.training import run as runs
 
@@ -34,9 +34,9 @@ def describe(run: runs.Run) -> str:
     }
     key = jax.eval_shape(lambda: jax.random.key(0))
     frozen = ready.abstract_state.params["policy"] if ready.online_reference else None
-    compiled = (
-        ready.train_step().lower(ready.abstract_state, batch, key, frozen).compile()
-    )
+    lowered = ready.train_step().lower(ready.abstract_state, batch, key, frozen)
+    with announce.compiling("the training step"):
+        compiled = lowered.compile()
     memory = compiled.memory_analysis()
     sizes = {
         "parameters": _bytes(ready.abstract_state.params),
@@ -44,7 +44,8 @@ def describe(run: runs.Run) -> str:
         "batch": _bytes(batch),
         "temporaries of a step, per device": int(memory.temp_size_in_bytes),
     }
-    lines = [f"Objective: {type(ready.objective).__name__}   Mesh: {_mesh(ready.mesh)}"]
+    announce.random_start(run, ready.objective)
+    lines = announce.describe(run, ready, 0)
     lines += ["", "Parameters:", *_parameter_table(ready.abstract_state.params)]
     lines += ["", "Batch:"]
     lines += [f"  {n:<26}{s.dtype!s:<10}{s.shape}" for n, s in sorted(batch.items())]
@@ -81,10 +82,6 @@ def _parameter_table(params: Any) -> list[str]:
     ]
     total = sum(math.prod(s.shape) for s in named.values())
     return [*lines, f"  {total:,} parameters in {len(named)} arrays"]
-
-
-def _mesh(mesh: jax.sharding.Mesh) -> str:
-    return " x ".join(f"{name}={size}" for name, size in mesh.shape.items())
 
 
 def _bytes(tree: Any) -> int:

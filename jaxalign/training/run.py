@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,8 +18,6 @@ from jaxalign.training import distributed, sampling
 from jaxalign.training import inputs as inputs_lib
 from jaxalign.training import mesh as meshes
 from jaxalign.training import step as steps
-
-_log = logging.getLogger(__name__)
 
 REFERENCES = ("cached", "online", "moving")
 
@@ -269,10 +266,6 @@ def reference_policy(
     if path:
         fingerprint = ckpt.read_meta(path)["policy_fingerprint"]
         return fingerprint, lambda: load_policy(path, ready).params
-    _log.warning(
-        "No INITIAL_CHECKPOINT_PATH: the reference is the randomly initialised policy. "
-        "Give a supervised run's directory to align a trained one."
-    )
     state = ready.init_state(key)
     policy = state.params["policy"]
     return ckpt.params_fingerprint(policy), lambda: policy

@@ -14,8 +14,8 @@ import jax
 import numpy as np
 
 from jaxalign.objectives.metrics import Metrics, sample_pairs, summarize
-from jaxalign.training import checkpoints as ckpt
 from jaxalign.training import (
+    announce,
     distributed,
     exclusive,
     mirror,
@@ -26,6 +26,7 @@ from jaxalign.training import (
     symptoms,
     watchdog,
 )
+from jaxalign.training import checkpoints as ckpt
 from jaxalign.training import mesh as meshes
 from jaxalign.training import step as steps
 from jaxalign.training.metric_writers import (
@@ -99,6 +100,7 @@ def train(run: Run, config_text: str = "") -> dict[str, float]:
         parents = {
             "initial": start_policy.meta["policy_fingerprint"] if start_policy else None
         }
+    announce.started(run, ready, int(state.step))
 
     # ---- 4. The reference policy's log-probabilities --------------------------------
     frozen = None
@@ -193,8 +195,9 @@ def train(run: Run, config_text: str = "") -> dict[str, float]:
             with profile.input():
                 rows_of_step = next(batches)
                 batch = meshes.put_batch(ready.mesh, rows_of_step, dataset.batch_size)
-            train_step = profile.compiled(train_step, state, batch, key, frozen)
-            state, metrics = train_step(state, batch, key, frozen)
+            with announce.compiling("the training step", step == first):
+                train_step = profile.compiled(train_step, state, batch, key, frozen)
+                state, metrics = train_step(state, batch, key, frozen)
             profile.after(done, state)
             window.append(metrics)
             last = done == run.train_steps
@@ -219,6 +222,7 @@ def train(run: Run, config_text: str = "") -> dict[str, float]:
                     found = evaluate(ready, eval_step, state, run.eval_steps)
                     summary = steps.evaluation_loss(summarize(found))
                     writer.write(done, {f"eval/{k}": v for k, v in summary.items()})
+                    announce.evaluated(done, summary)
                     pairs = sample_pairs(found, "value/correlation")
                     if pairs and main_process:
                         write_calibration(run_dir, done, *pairs)
@@ -253,6 +257,8 @@ def train(run: Run, config_text: str = "") -> dict[str, float]:
             Path(marker).touch()
     checkpoints.close()
     folder.close()
+    if finished:
+        announce.ended(folder.name, int(state.step))
     return latest
 
 

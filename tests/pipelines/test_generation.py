@@ -11,7 +11,7 @@ import pytest
 import sacrebleu
 import tiny_run
 
-from jaxalign import decoding, models
+from jaxalign import decoding, locks, models
 from jaxalign import vocabularies as vocabs
 from jaxalign.decoding import Sampling
 from jaxalign.pipelines import generation, inference
@@ -91,6 +91,7 @@ def test_a_resumed_run_gives_the_bytes_of_an_unbroken_one(run, monkeypatch):
     for size in (len(left), len(left) - 7, len(whole) // 3, 5):
         partial.write_bytes(left[:size])
         partial.with_name(partial.name + ".json").write_bytes(about)
+        broken.unlink(missing_ok=True)
         assert run("broken.jsonl")[0] == 120
         assert broken.read_bytes() == whole
         assert not partial.exists()
@@ -104,6 +105,64 @@ def test_other_settings_do_not_go_on(run, monkeypatch):
             run("broken.jsonl")
     with pytest.raises(ValueError, match=r"other settings: seed=0 \(now seed=1\)"):
         run("broken.jsonl", seed=1)
+
+
+def test_a_finished_output_is_kept_and_only_for_the_same_settings(
+    run, policy, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(checkpoints, "read_meta", lambda path: policy.meta)
+    count, output = run("done.jsonl", short=True, max_new_tokens=2, num_samples=1)
+    before = output.read_bytes()
+    names = sorted(p.name for p in tmp_path.iterdir())
+    assert "done.jsonl.settings.json" in names
+
+    def again(name="done.jsonl", **changes):
+        same = {"short": True, "max_new_tokens": 2, "num_samples": 1}
+        return run(name, **(same | changes))[0]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(generation, "load", None)  # nothing is loaded to say so
+        # What changes no text is no other setting.
+        assert again() == count == again(batch_size=4, slots=1)
+        with pytest.raises(ValueError, match=r"seed=0 \(now seed=1\)"):
+            again(seed=1)
+        with pytest.raises(ValueError, match="checkpoint='abc' .now checkpoint='abd'"):
+            patch.setitem(policy.meta, "policy_fingerprint", "abd")
+            again()
+    with pytest.raises(ValueError, match="prompts="):
+        again(short=False)
+    # Settings speak for the bytes that they were written for, and for no others.
+    output.write_bytes(before + b"{}\n")
+    with pytest.raises(ValueError, match="it was changed since"):
+        again()
+    output.rename(tmp_path / "moved.jsonl")
+    with pytest.raises(ValueError, match="there is no moved.jsonl.settings.json"):
+        again("moved.jsonl")
+    assert again() == count and output.read_bytes() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*names, "moved.jsonl"])
+
+
+def test_an_unfinished_output_is_never_written_through_a_link(run, tmp_path):
+    (tmp_path / "victim").write_text("precious")
+    partial = tmp_path / "linked.jsonl.partial"
+    partial.symlink_to("victim")
+    with pytest.raises(ValueError, match=r"linked.jsonl.partial is a symbolic link"):
+        run("linked.jsonl", short=True)
+    with pytest.raises(ValueError, match="is a symbolic link"):
+        inference.write_jsonl(tmp_path / "linked.jsonl", [{}])
+    assert (tmp_path / "victim").read_text() == "precious"
+    partial.unlink()
+    partial.mkdir()
+    with pytest.raises(ValueError, match="is not a file"):
+        inference.write_jsonl(tmp_path / "linked.jsonl", [{}])
+    assert not (tmp_path / "linked.jsonl").exists()
+
+
+def test_of_two_writers_the_second_is_refused(run, tmp_path):
+    with locks.hold(tmp_path / "one.jsonl", "output", is_file=True):
+        with pytest.raises(locks.HeldError, match="one.jsonl is in use by process"):
+            run("one.jsonl", short=True)
+    assert not list(tmp_path.glob("*one.jsonl*"))
 
 
 def test_a_mesh_and_other_batches_change_no_text(run, policy, monkeypatch):

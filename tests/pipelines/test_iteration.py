@@ -54,8 +54,15 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("rounds")
     data = tiny_run.write_data(folder / "data.jsonl", 12)
     train(tiny_run.make_run(folder / "sft", data, folder, "SFT", train_steps=2))
-    code = "def length(prompt, response):\n    return len(response)\n"
-    (folder / "judge.py").write_text(code)
+    # A judge that never says the same twice, and writes down that it was asked.
+    calls = str(folder / "calls")
+    (folder / "judge.py").write_text(
+        "import random\n\n\n"
+        "def length(prompt, response):\n"
+        f"    with open({calls!r}, 'a') as file:\n"
+        "        file.write('x')\n"
+        "    return len(response) + random.random()\n"
+    )
     return folder
 
 
@@ -118,12 +125,70 @@ def test_rounds_chain_and_hold_on_to_the_reference_asked_for(folder, reference, 
     ]
     assert asked[1][:4] == [f"say {i}" for i in (8, 9, 10, 11)]
     assert asked[1][4:] == asked[0][:4]  # round again
-    # The same command once more: nothing is sampled or trained again.
-    before = {p: p.stat().st_mtime_ns for p in home.rglob("samples.jsonl")}
-    assert cli.main(argv) == 0
-    assert before == {p: p.stat().st_mtime_ns for p in home.rglob("samples.jsonl")}
+    # The same command once more: nothing is sampled, judged or trained again.
+    kept = [*home.rglob("samples.jsonl"), *home.rglob("verdicts.jsonl")]
+    before = {path: path.stat().st_mtime_ns for path in kept}
+    asked = (folder / "calls").read_text()
+    assert len(kept) == 4 and cli.main(argv) == 0
+    assert before == {path: path.stat().st_mtime_ns for path in kept}
+    assert (folder / "calls").read_text() == asked
     again = run_directory.read_manifest(home / "round2" / "train")
     assert again["params_fingerprint"] == second["params_fingerprint"]
+    # Other settings: refused, and the folder is as it was.
+    capsys.readouterr()
+    files = {path: path.read_bytes() for path in home.rglob("*") if path.is_file()}
+    assert cli.main([*argv, "--num_samples=8", "--temperature=0.2"]) == 2
+    error = capsys.readouterr().err
+    assert "num_samples=4, temperature=1.0 (now num_samples=8, temp" in error
+    assert files == {p: p.read_bytes() for p in home.rglob("*") if p.is_file()}
+
+
+def test_a_verdict_is_kept_as_soon_as_it_is_there(tmp_path):
+    samples, verdicts = tmp_path / "samples.jsonl", tmp_path / "verdicts.jsonl"
+    groups = [(f"say {i}", [f"{i}", f"{i} {i}", " "]) for i in range(6)]
+    samples.write_text(
+        "".join(
+            json.dumps({"prompt": p, "response": r, "sample": n}) + "\n"
+            for p, texts in groups
+            for n, r in enumerate(texts)
+        )
+    )
+    calls = []
+
+    def noisy(prompt, response):
+        calls.append(prompt)
+        if len(calls) == 8:
+            raise KeyboardInterrupt
+        return float(len(calls))
+
+    with pytest.raises(KeyboardInterrupt):
+        iteration._judged(samples, verdicts, noisy, "noisy")
+    partial = tmp_path / "verdicts.jsonl.partial"
+    left = partial.read_bytes()
+    partial.write_bytes(left + b'{"prompt": "sa')  # torn by a kill
+    found = iteration._judged(samples, verdicts, noisy, "noisy")
+    assert calls == [f"say {i}" for i in (0, 0, 1, 1, 2, 2, 3, 3, 3, 3, 4, 4, 5, 5)]
+    assert [v["responses"] for v in found] == [texts[:2] for _, texts in groups]
+    assert verdicts.read_bytes().startswith(left)
+    assert iteration._judged(samples, verdicts, noisy, "noisy") == found
+    with pytest.raises(ValueError, match="judge='noisy' .now judge='other'"):
+        iteration._judged(samples, verdicts, noisy, "other")
+
+
+@pytest.mark.parametrize(
+    ("gin_file", "message"),
+    [
+        ("runs/rdpo.gin", "RDPO trains on data of the schema 'rationale'"),
+        ("runs/kto.gin", "--gin.DESIRABLE_ABOVE=0.5"),
+    ],
+)
+def test_an_objective_that_judged_samples_cannot_serve(
+    folder, capsys, gin_file, message
+):
+    argv = command(folder, "impossible", f"--gin_file={gin_file}")
+    assert cli.main(argv) == 2
+    assert message in capsys.readouterr().err
+    assert list((folder / "impossible").iterdir()) == []  # nothing was sampled
 
 
 def test_mistakes_are_named_before_anything_runs(folder, capsys):

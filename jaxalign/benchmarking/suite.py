@@ -189,7 +189,8 @@ def run(
     for name in wanted:
         if name not in known:
             raise ValueError(
-                f"No case {name!r}; known: {', '.join(known)}{nearest(name, known)}."
+                f"No case {name!r}"
+                f"{nearest(name, known) or '; known: ' + ', '.join(known)}."
             )
     # Not jax.devices(): it would keep an accelerator from the workers.
     platform = os.environ.get("JAX_PLATFORMS", "").split(",")[0] or "cpu"

@@ -5,13 +5,15 @@ Nothing but parsing; each verb calls one function.
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 
 from jaxalign import configs
-from jaxalign.cli import inference, overview, training
+from jaxalign.cli import completion, inference, overview, training
 
 _USAGE = """\
 jaxalign VERB [--gin_file=FILE ...] [--gin.NAME=VALUE ...] [flags]
@@ -30,6 +32,7 @@ jaxalign VERB [--gin_file=FILE ...] [--gin.NAME=VALUE ...] [flags]
   iterate      rounds of sampling, judging and training: --prompts=FILE --judge=...
   compare      every objective on embedded data at equal compute
   quickstart   supervised fine-tuning, then DRO-V, KTO and DPO, on embedded data
+  completion   for the shell: source <(jaxalign completion bash), or zsh
 
 `jaxalign VERB --help` lists a verb's flags. Gin files are looked up in the working
 folder, then in the package. Strings need quotes: --gin.DATA="'my.jsonl'".
@@ -53,21 +56,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if verb not in _VERBS:
         near = configs.nearest(verb, _VERBS)
-        hint = f" Did you mean {' or '.join(near)}?" if near else ""
-        print(
-            f"Unknown verb {verb!r}; known: {', '.join(_VERBS)}.{hint}", file=sys.stderr
-        )
+        hint = f"did you mean {' or '.join(near)}?" if near else ""
+        hint = hint or f"known: {', '.join(_VERBS)}."
+        print(f"Unknown verb {verb!r}; {hint}", file=sys.stderr)
         return 2
     _set_up_logging()
     try:
-        return _VERBS[verb](rest)
+        return _VERBS[verb][0](rest)
     except BrokenPipeError:  # `jaxalign tasks | head`: nobody reads the rest
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except _MISTAKES as error:
         if os.environ.get("JAXALIGN_TRACEBACK"):
             raise
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        print(f"{type(error).__name__}: {_plain(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
@@ -81,19 +83,39 @@ def _set_up_logging() -> None:
     logging.getLogger("jaxalign").setLevel(logging.INFO)
 
 
-_VERBS: dict[str, Callable[[list[str]], int]] = {
-    "train": training.train,
-    "generate": inference.generate,
-    "steer": inference.steer,
-    "serve": inference.serve,
-    "score": inference.score,
-    "eval": inference.evaluate,
-    "data": training.data,
-    "plan": training.plan,
-    "tasks": overview.tasks,
-    "bench": overview.bench,
-    "report": overview.report,
-    "iterate": training.iterate,
-    "compare": overview.compare,
-    "quickstart": overview.quickstart,
+def _plain(message: str) -> str:
+    """A message without the addresses of Python's objects and gin's call stack."""
+    message = re.sub(r"\n *In call to configurable '[^\n]*", "", message)
+    # <function serve at 0x7f...>, <bound method A.b of <A object at 0x7f...>>, a lambda
+    message = re.sub(r"<bound method ([\w.<>]+) of <.*?>>", r"\1", message)
+    name = r"<(?:function )?(?:[\w.]+\.<locals>\.)?<?([\w.]+)>?[^<>]* at 0x[0-9a-f]+>"
+    return re.sub(name, r"\1", message)
+
+
+def _completion(argv: list[str]) -> int:
+    args = completion.completion_parser().parse_args(argv)
+    parsers = {verb: parser for verb, (_, parser) in _VERBS.items()}
+    print(completion.script(args.shell, parsers), end="")
+    return 0
+
+
+# What each verb runs, and what makes its parser.
+_VERBS: dict[
+    str, tuple[Callable[[list[str]], int], Callable[[], argparse.ArgumentParser]]
+] = {
+    "train": (training.train, training.train_parser),
+    "generate": (inference.generate, inference.generate_parser),
+    "steer": (inference.steer, inference.steer_parser),
+    "serve": (inference.serve, inference.serve_parser),
+    "score": (inference.score, inference.score_parser),
+    "eval": (inference.evaluate, inference.evaluate_parser),
+    "data": (training.data, training.data_parser),
+    "plan": (training.plan, training.plan_parser),
+    "tasks": (overview.tasks, overview.tasks_parser),
+    "bench": (overview.bench, overview.bench_parser),
+    "report": (overview.report, overview.report_parser),
+    "iterate": (training.iterate, training.iterate_parser),
+    "compare": (overview.compare, overview.compare_parser),
+    "quickstart": (overview.quickstart, overview.quickstart_parser),
+    "completion": (_completion, completion.completion_parser),
 }

@@ -3,21 +3,78 @@
 from __future__ import annotations
 
 import argparse
+import ast
+import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from jaxalign import configs
 
 
-def verb_parser(verb: str, doc: str) -> argparse.ArgumentParser:
-    """A verb's parser, before its own flags."""
-    parser = argparse.ArgumentParser(
+class _Help(argparse.HelpFormatter):
+    """Shows defaults: the parser's own, else those of the function that is called."""
+
+    function = ""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        default = action.default
+        if default is None:
+            default = signature(self.function).get(action.dest)
+        nothing = default is None or default is False or default in ("", (), [])
+        if (
+            nothing
+            or not action.option_strings
+            or default is argparse.SUPPRESS
+            or "default:" in action.help
+        ):
+            return action.help
+        text = str(default).replace("%", "%%")
+        return f"{action.help} (default: {text})"
+
+
+def verb_parser(
+    verb: str, doc: str, function: str = "", gin: bool = True
+) -> argparse.ArgumentParser:
+    """A verb's parser, before its own flags.
+
+    Args:
+      verb: its name.
+      doc: what it does, a sentence.
+      function: what it calls, ``"pipelines/generation.py:generate"``, whose defaults
+        ``--help`` shows. It is read, not imported: help and completion need no JAX.
+      gin: whether it takes gin's flags.
+    """
+    formatter = type("Help", (_Help,), {"function": function})
+    return argparse.ArgumentParser(
         prog=f"jaxalign {verb}",
         description=doc,
-        epilog="Gin: --gin_file=FILE (repeatable), --gin.NAME=VALUE.",
+        epilog="Gin: --gin_file=FILE (repeatable), --gin.NAME=VALUE." if gin else None,
         allow_abbrev=False,
+        formatter_class=formatter,
     )
-    return parser
+
+
+@functools.cache
+def signature(function: str) -> dict[str, Any]:
+    """The constant defaults of a function's keyword-only parameters, from its source.
+
+    >>> signature("pipelines/inference.py:score")["batch_size"]
+    16
+    """
+    if not function:
+        return {}
+    path, _, name = function.partition(":")
+    source = (Path(__file__).parents[1] / path).read_text(encoding="utf-8")
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.FunctionDef) and node.name == name:
+            pairs = zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True)
+            return {
+                argument.arg: default.value
+                for argument, default in pairs
+                if isinstance(default, ast.Constant)
+            }
+    raise LookupError(function)
 
 
 def distributed_flags(parser: argparse.ArgumentParser) -> None:
@@ -29,8 +86,8 @@ def distributed_flags(parser: argparse.ArgumentParser) -> None:
         help="auto: join the job of SLURM, MPI, GKE or Cloud TPU, if any; or off",
     )
     group.add_argument("--coordinator_address", help="HOST:PORT of process 0")
-    group.add_argument("--process_count", type=int)
-    group.add_argument("--process_index", type=int)
+    group.add_argument("--process_count", type=int, help="how many there are")
+    group.add_argument("--process_index", type=int, help="which one this is, from 0")
     group.add_argument(
         "--distributed_timeout",
         type=int,
@@ -77,13 +134,15 @@ def arguments(
 
 def sampling_flags(parser: argparse.ArgumentParser) -> None:
     """How responses are drawn."""
-    parser.add_argument("--num_samples", type=int, help="per prompt")
+    parser.add_argument("--num_samples", type=int, help="responses per prompt")
     parser.add_argument("--temperature", type=float, help="0: most probable tokens")
-    parser.add_argument("--top_k", type=int)
-    parser.add_argument("--top_p", type=float)
-    parser.add_argument("--max_new_tokens", type=int)
+    parser.add_argument("--top_k", type=int, help="keep so many tokens; 0: all")
+    parser.add_argument("--top_p", type=float, help="keep so much probability")
+    parser.add_argument(
+        "--max_new_tokens", type=int, help="tokens of a response, its end included"
+    )
     parser.add_argument("--batch_size", type=int, help="prompts at a time")
-    parser.add_argument("--seed", type=int)
+    parser.add_argument("--seed", type=int, help="of the samples")
 
 
 def call(

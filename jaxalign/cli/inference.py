@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 
 from jaxalign.cli.flags import (
@@ -14,41 +15,64 @@ from jaxalign.cli.flags import (
 )
 
 
-def generate(argv: list[str]) -> int:
-    from jaxalign.pipelines import generation
-
-    parser = verb_parser("generate", "Sample responses to the prompts of a JSONL file.")
+def generate_parser() -> argparse.ArgumentParser:
+    parser = verb_parser(
+        "generate",
+        "Sample responses to the prompts of a JSONL file.",
+        "pipelines/generation.py:generate",
+    )
     parser.add_argument("--checkpoint", help="run directory or checkpoint")
     parser.add_argument("--prompts", help='JSONL file with {"prompt"}')
     parser.add_argument(
-        "--output", help="JSONL file to write; resumes an unfinished one"
+        "--output",
+        help="JSONL file to write; an unfinished one goes on, a finished one is kept",
     )
     sampling_flags(parser)
-    parser.add_argument("--min_p", type=float)
-    parser.add_argument("--typical_p", type=float)
-    parser.add_argument("--repetition_penalty", type=float)
+    parser.add_argument(
+        "--min_p", type=float, help="least probability, relative to the best token's"
+    )
+    parser.add_argument(
+        "--typical_p", type=float, help="keep so much probability around the entropy"
+    )
+    parser.add_argument(
+        "--repetition_penalty", type=float, help="above 1: against a response's tokens"
+    )
     parser.add_argument("--stop", action="append", help="text that ends a response")
     parser.add_argument("--regex", help="what a whole response has to match")
     parser.add_argument("--include", action="append", help="a phrase; repeatable")
     parser.add_argument("--num_beams", type=int, help="above 1: beam search")
     parser.add_argument("--length_penalty", type=float, help="of beam search")
     parser.add_argument("--num_groups", type=int, help="of diverse beam search")
-    parser.add_argument("--diversity_penalty", type=float)
-    parser.add_argument("--contrastive_alpha", type=float, help="contrastive search")
+    parser.add_argument(
+        "--diversity_penalty", type=float, help="of diverse beam search"
+    )
+    parser.add_argument(
+        "--contrastive_alpha", type=float, help="above 0: contrastive search"
+    )
     parser.add_argument("--mbr", help="chrf, bleu or module:function; of each pool one")
-    parser.add_argument("--min_new_tokens", type=int)
+    parser.add_argument(
+        "--min_new_tokens", type=int, help="no end before so many tokens"
+    )
     distributed_flags(parser)
-    args = arguments(parser, argv, "runs/generate.gin")
+    return parser
+
+
+def generate(argv: list[str]) -> int:
+    args = arguments(generate_parser(), argv, "runs/generate.gin")
+    from jaxalign.pipelines import generation
+
     join(args)
     lines = call(generation.generate, args, ("checkpoint", "prompts", "output"))
     print(f"{lines} responses written to {args.output}")
     return 0
 
 
-def steer(argv: list[str]) -> int:
-    from jaxalign.pipelines import steering
-
-    parser = verb_parser("steer", "Sample responses under constraints and rewards.")
+def steer_parser() -> argparse.ArgumentParser:
+    parser = verb_parser(
+        "steer",
+        "Sample responses under constraints and rewards.",
+        "pipelines/steering.py:steer",
+    )
     parser.add_argument("--checkpoint", help="run directory or checkpoint")
     parser.add_argument(
         "--prompts",
@@ -61,59 +85,85 @@ def steer(argv: list[str]) -> int:
     parser.add_argument("--template", help="text with [BLANK] in it")
     parser.add_argument("--potential", help="module:function, (prompt, response)")
     parser.add_argument("--beta", type=float, help="divides the potential's scores")
-    parser.add_argument("--num_particles", type=int)
+    parser.add_argument("--num_particles", type=int, help="of each prompt")
     parser.add_argument("--expansion", type=int, help="children of a particle")
-    parser.add_argument("--resampling", help="default: without replacement")
-    parser.add_argument("--temperature", type=float)
-    parser.add_argument("--max_new_tokens", type=int)
+    parser.add_argument("--resampling", help="how particles are chosen to go on")
+    parser.add_argument("--temperature", type=float, help="of the conditioned model")
+    parser.add_argument(
+        "--max_new_tokens", type=int, help="tokens of a response, its end included"
+    )
     parser.add_argument("--batch_size", type=int, help="prompts at a time")
-    parser.add_argument("--seed", type=int)
-    args = arguments(parser, argv, "runs/steer.gin")
+    parser.add_argument("--seed", type=int, help="of the samples")
+    return parser
+
+
+def steer(argv: list[str]) -> int:
+    args = arguments(steer_parser(), argv, "runs/steer.gin")
+    from jaxalign.pipelines import steering
+
     lines = call(steering.steer, args, ("checkpoint", "prompts", "output"))
     print(f"{lines} responses written to {args.output}")
     return 0
 
 
-def serve(argv: list[str]) -> int:
-    from jaxalign.serving import api
-
+def serve_parser() -> argparse.ArgumentParser:
     parser = verb_parser(
-        "serve", "Serve a checkpoint by the OpenAI-compatible HTTP API."
+        "serve",
+        "Serve a checkpoint by the OpenAI-compatible HTTP API.",
+        "serving/api.py:serve",
     )
     parser.add_argument("--checkpoint", help="run directory or checkpoint")
     parser.add_argument("--host", help="address to listen on")
-    parser.add_argument("--port", type=int)
+    parser.add_argument("--port", type=int, help="port to listen on")
     parser.add_argument("--model", help="its name; default: the run directory's")
     parser.add_argument("--batch_size", type=int, help="prompts at a time")
-    parser.add_argument("--max_prompt_tokens", type=int)
-    parser.add_argument("--max_new_tokens", type=int)
-    args = arguments(parser, argv, "runs/serve.gin")
+    parser.add_argument(
+        "--max_prompt_tokens", type=int, help="longer prompts are refused"
+    )
+    parser.add_argument(
+        "--max_new_tokens", type=int, help="most tokens of a response, and the default"
+    )
+    return parser
+
+
+def serve(argv: list[str]) -> int:
+    args = arguments(serve_parser(), argv, "runs/serve.gin")
+    from jaxalign.serving import api
+
     call(api.serve, args, ("checkpoint",))
     return 0
 
 
-def score(argv: list[str]) -> int:
-    from jaxalign.pipelines import inference
-
-    parser = verb_parser("score", "Log-probabilities of a JSONL file's completions.")
+def score_parser() -> argparse.ArgumentParser:
+    parser = verb_parser(
+        "score",
+        "Log-probabilities of a JSONL file's completions.",
+        "pipelines/inference.py:score",
+    )
     parser.add_argument("--checkpoint", help="run directory or checkpoint")
     parser.add_argument("--data", help='JSONL file with {"prompt", "completion"}')
     parser.add_argument("--output", help="JSONL file to write")
     parser.add_argument("--batch_size", type=int, help="rows at a time")
     distributed_flags(parser)
-    args = arguments(parser, argv, "runs/score.gin")
+    return parser
+
+
+def score(argv: list[str]) -> int:
+    args = arguments(score_parser(), argv, "runs/score.gin")
+    from jaxalign.pipelines import inference
+
     join(args)
     lines = call(inference.score, args, ("checkpoint", "data", "output"))
     print(f"{lines} scores written to {args.output}")
     return 0
 
 
-def evaluate(argv: list[str]) -> int:
-    import jax
-
-    from jaxalign.pipelines import inference
-
-    parser = verb_parser("eval", "Generate for a file of prompts and judge the result.")
+def evaluate_parser() -> argparse.ArgumentParser:
+    parser = verb_parser(
+        "eval",
+        "Generate for a file of prompts and judge the result.",
+        "pipelines/inference.py:evaluate",
+    )
     parser.add_argument("--checkpoint", help="run directory or checkpoint")
     parser.add_argument("--data", help='JSONL file with {"prompt"[, "completion"]}')
     parser.add_argument("--baseline", help="another checkpoint to compare with")
@@ -127,7 +177,15 @@ def evaluate(argv: list[str]) -> int:
     parser.add_argument("--output", help="JSON file to write")
     sampling_flags(parser)
     distributed_flags(parser)
-    args = arguments(parser, argv, "runs/eval.gin")
+    return parser
+
+
+def evaluate(argv: list[str]) -> int:
+    args = arguments(evaluate_parser(), argv, "runs/eval.gin")
+    import jax
+
+    from jaxalign.pipelines import inference
+
     join(args)
     result = call(inference.evaluate, args, ("checkpoint", "data"))
     if jax.process_index() == 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import os
@@ -11,7 +12,7 @@ from jaxalign import configs
 from jaxalign.cli.flags import distributed_flags, join, read_gin, verb_parser
 
 
-def train(argv: list[str]) -> int:
+def train_parser() -> argparse.ArgumentParser:
     parser = verb_parser("train", "Train a model, or go on where a killed run stopped.")
     parser.add_argument("--run_dir", help="where everything is written (MODEL_DIR)")
     parser.add_argument(
@@ -26,8 +27,12 @@ def train(argv: list[str]) -> int:
         help="trace these steps for xprof, and for `jaxalign report`",
     )
     distributed_flags(parser)
+    return parser
+
+
+def train(argv: list[str]) -> int:
     flags = configs.parse_flags(argv)
-    args = parser.parse_args(flags.rest)
+    args = train_parser().parse_args(flags.rest)
     timeout = join(args)
     bindings = list(flags.gin_bindings)
     if args.run_dir:
@@ -51,7 +56,7 @@ def _two_steps(text: str) -> tuple[int, int]:
     return int(first), int(last or first)
 
 
-def data(argv: list[str]) -> int:
+def data_parser() -> argparse.ArgumentParser:
     parser = verb_parser("data", "Check and prepare data; print a summary.")
     parser.add_argument(
         "--beam_options",
@@ -60,8 +65,12 @@ def data(argv: list[str]) -> int:
         "these pipeline options: --beam_options='--direct_num_workers=4 "
         "--direct_running_mode=multi_processing'",
     )
+    return parser
+
+
+def data(argv: list[str]) -> int:
     flags = configs.parse_flags(argv)
-    args = parser.parse_args(flags.rest)
+    args = data_parser().parse_args(flags.rest)
     read_gin(flags, "data needs the run it is for")
     from jaxalign.training import dry_run, train
 
@@ -73,7 +82,7 @@ def data(argv: list[str]) -> int:
     return 0
 
 
-def plan(argv: list[str]) -> int:
+def plan_parser() -> argparse.ArgumentParser:
     parser = verb_parser(
         "plan", "Compile a run for TPU topologies on any machine; report what it needs."
     )
@@ -89,15 +98,21 @@ def plan(argv: list[str]) -> int:
         default=[],
         help="DATA,FSDP,TENSOR sizes to compare; repeatable; default: MESH, or a few",
     )
-    parser.add_argument("--steps", default="train,score,decode", help="comma-separated")
+    parser.add_argument(
+        "--steps", default="train,score,decode", help="what to compile, comma-separated"
+    )
     parser.add_argument(
         "--largest_batch",
         action="store_true",
         help="also search the largest BATCH_SIZE of the cheapest mesh",
     )
     parser.add_argument("--output", help="FILE.json to write, with FILE.html beside it")
+    return parser
+
+
+def plan(argv: list[str]) -> int:
     flags = configs.parse_flags(argv)
-    args = parser.parse_args(flags.rest)
+    args = plan_parser().parse_args(flags.rest)
     read_gin(flags, "plan needs a run")
     # The machine's own accelerator, if any, is not asked.
     os.environ["JAX_PLATFORMS"] = "cpu"
@@ -127,11 +142,11 @@ def plan(argv: list[str]) -> int:
     return 0
 
 
-def iterate(argv: list[str]) -> int:
-    from jaxalign.pipelines import iteration
-
+def iterate_parser() -> argparse.ArgumentParser:
     parser = verb_parser(
-        "iterate", "Train on judged samples of the policy itself, round by round."
+        "iterate",
+        "Train on judged samples of the policy itself, round by round.",
+        "pipelines/iteration.py:iterate",
     )
     parser.add_argument("--initial", required=True, help="checkpoint to start from")
     parser.add_argument("--prompts", required=True, help='JSONL file with {"prompt"}')
@@ -139,24 +154,36 @@ def iterate(argv: list[str]) -> int:
         "--judge", required=True, help="module:function, a score or a preference"
     )
     parser.add_argument("--run_dir", required=True, help="where all is written")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="how many")
     parser.add_argument(
         "--reference",
-        choices=iteration.REFERENCES,
+        choices=("fixed", "refreshed"),
         default="fixed",
         help="the initial policy in every round, or each round's own start",
     )
     parser.add_argument(
         "--prompts_per_round", type=int, help="default: all, every round"
     )
-    parser.add_argument("--num_samples", type=int, default=4, help="per prompt")
-    parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--top_p", type=float, default=1.0)
-    parser.add_argument("--max_new_tokens", type=int, default=128)
+    parser.add_argument(
+        "--num_samples", type=int, default=4, help="responses per prompt"
+    )
+    parser.add_argument("--temperature", type=float, default=1.0, help="of the samples")
+    parser.add_argument(
+        "--top_p", type=float, default=1.0, help="keep so much probability"
+    )
+    parser.add_argument(
+        "--max_new_tokens", type=int, default=128, help="tokens of a sample"
+    )
     parser.add_argument("--batch_size", type=int, default=16, help="prompts at a time")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of samples and training")
+    return parser
+
+
+def iterate(argv: list[str]) -> int:
     flags = configs.parse_flags(argv)
-    args = parser.parse_args(flags.rest)
+    args = iterate_parser().parse_args(flags.rest)
+    from jaxalign.pipelines import iteration
+
     table = iteration.iterate(
         gin_files=flags.gin_files or ["runs/dpo.gin"],
         bindings=flags.gin_bindings,

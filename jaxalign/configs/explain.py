@@ -11,7 +11,7 @@ from typing import Any
 
 import gin
 
-from jaxalign.configs.names import did_you_mean
+from jaxalign.configs.names import did_you_mean, did_you_mean_or
 from jaxalign.configs.scan import Macro, Scanned, short
 
 _REQUIRED = "gin.REQUIRED"
@@ -30,8 +30,7 @@ def explain(error: Exception, scanned: Sequence[Scanned], file: Scanned) -> str:
 
     if match := re.search(r"'(.+)' doesn't have a parameter named '(.+)'", text):
         parameters = _parameters(match[1])
-        hint = did_you_mean(match[2], parameters)
-        return f"{where}{text}{hint} Its parameters: {', '.join(parameters)}."
+        return where + text + did_you_mean_or(match[2], parameters, "Its parameters")
     if match := re.search(
         r"(?:No configurable matching|Could not find)\D*?"
         r"(?:reference )?'?@?([\w./]+)",
@@ -39,8 +38,7 @@ def explain(error: Exception, scanned: Sequence[Scanned], file: Scanned) -> str:
     ):
         return (
             f"{where}no parsed gin file mentions {match[1]}."
-            + did_you_mean(match[1], selectors)
-            + f" Mentioned: {', '.join(sorted(selectors)) or 'none'}."
+            + did_you_mean_or(match[1], selectors, "Mentioned")
         )
     if match := re.search(r"<module '([\w.]+)'.* has no attribute (\w+)", text):
         module = importlib.import_module(match[1])

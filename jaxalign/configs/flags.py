@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from gin import config_parser
 
-from jaxalign.configs.names import ConfigError, did_you_mean
+from jaxalign.configs.names import ConfigError, did_you_mean, did_you_mean_or
 from jaxalign.configs.scan import Scanned, short, statements_of
 
 
@@ -114,8 +114,7 @@ def check_flags(files: Sequence[Scanned], flags: Sequence[Scanned]) -> None:
                 raise ConfigError(
                     f"--gin.{flag.text}: no parsed gin file sets or reads a macro "
                     f"named {name}, so it would have no effect."
-                    f"{did_you_mean(name, macros)} Macros of {sources}: "
-                    f"{', '.join(sorted(macros)) or 'none'}."
+                    f"{did_you_mean_or(name, macros, f'Macros of {sources}')}"
                 )
         for name in flag.sets:
             if not any(_same_configurable(name, known) for known in mentioned):
@@ -123,8 +122,10 @@ def check_flags(files: Sequence[Scanned], flags: Sequence[Scanned]) -> None:
                 raise ConfigError(
                     f"--gin.{flag.text}: no parsed gin file mentions {name}, so its "
                     "parameters would have no effect."
-                    f"{did_you_mean(name, mentioned | last)} Mentioned in {sources}: "
-                    f"{', '.join(sorted(mentioned)) or 'none'}."
+                    + (
+                        did_you_mean(name, mentioned | last)
+                        or did_you_mean_or(name, mentioned, f"Mentioned in {sources}")
+                    )
                 )
 
 

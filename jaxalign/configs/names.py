@@ -24,3 +24,15 @@ def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     found = nearest(name, known)
     return f" Nearest: {', '.join(found)}." if found else ""
+
+
+def did_you_mean_or(name: str, known: Iterable[str], everything: str) -> str:
+    """The nearest names; where none is near, ``everything`` and all of them.
+
+    >>> did_you_mean_or("BETTA", ["BETA", "MODEL"], "Macros")
+    ' Nearest: BETA.'
+    >>> did_you_mean_or("xyzzy", ["BETA", "MODEL"], "Macros")
+    ' Macros: BETA, MODEL.'
+    """
+    known = sorted(set(known))
+    return did_you_mean(name, known) or f" {everything}: {', '.join(known) or 'none'}."

@@ -41,11 +41,10 @@ def find(
         for path in folder.glob("*.gin")
     }
     looked_in = ", ".join(["the working folder", *map(str, folders[1:-1])])
+    hint = did_you_mean(name, local.union(available()))
     raise ConfigError(
         f"{where}gin file {name!r} not found in {looked_in} or among the packaged "
-        f"files."
-        + did_you_mean(name, local.union(available()))
-        + f" Packaged: {', '.join(available())}."
+        f"files.{hint or ' `jaxalign tasks` lists them all.'}"
     )
 
 

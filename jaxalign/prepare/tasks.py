@@ -176,9 +176,8 @@ def get_task(name: str) -> Task:
     """
     tasks = known_tasks()
     if name not in tasks:
-        raise ValueError(
-            f"Unknown task {name!r}; known: {list(tasks)}{nearest(name, tasks)}."
-        )
+        hint = nearest(name, tasks) or f"; known: {', '.join(tasks)}"
+        raise ValueError(f"Unknown task {name!r}{hint}.")
     return tasks[name]
 
 

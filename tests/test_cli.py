@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 
 import pytest
 import tiny_run
@@ -52,10 +53,14 @@ def trained(work):
 
     before = os.getcwd()
     os.chdir(work)
+    told = logging.FileHandler(work / "told.txt")
+    logging.getLogger("jaxalign").addHandler(told)
     try:
         assert cli.main(["train", *flags(), "--run_dir=sft"]) == 0
     finally:
         os.chdir(before)
+        logging.getLogger("jaxalign").removeHandler(told)
+        told.close()
     return work / "sft"
 
 
@@ -74,6 +79,24 @@ def test_unknown_verb_names_the_nearest(capsys):
 def test_train_writes_a_whole_run_directory(trained):
     names = {p.name for p in trained.iterdir()}
     assert names >= {"config.gin", "metrics.jsonl", "manifest.json", "samples"}
+
+
+def test_train_tells_what_it_is_how_it_goes_and_what_is_next(trained, work):
+    told = (work / "told.txt").read_text().splitlines()
+    said = [
+        "SFT of a T5: ",
+        "Data: ",
+        "Start: random weights",
+        "Steps 0 to 3, 8 rows each",
+        "Compiling the training step",
+        "Compiled the training step in ",
+        "Evaluation after step 3: loss ",
+        f"Finished at step 3: {trained}/checkpoints/3",
+        f"Next: jaxalign generate --checkpoint={trained} ",
+    ]
+    at = [next(i for i, x in enumerate(told) if x.startswith(part)) for part in said]
+    assert at == sorted(at)
+    assert not (trained / ".lock").exists()
 
 
 def test_config_of_a_run_reproduces_it(trained, work):
@@ -196,6 +219,12 @@ def test_mistakes_are_named_before_anything_is_trained(argument, message, capsys
     assert message in error and "Traceback" not in error
 
 
+def test_a_dry_run_warns_of_random_weights(capsys, caplog):
+    assert cli.main(["train", *flags("runs/dpo.gin"), "--dry_run"]) == 0
+    assert "DPO starts from random weights" in caplog.text
+    assert "DPO of a T5: " in capsys.readouterr().out
+
+
 def test_kto_needs_two_prompts_in_a_row(capsys):
     arguments = flags("runs/kto.gin", "--gin.PACKING=None")
     assert cli.main(["train", *arguments, "--run_dir=never"]) == 2
@@ -247,6 +276,9 @@ def test_report_of_runs(trained, work, capsys):
     assert cli.main(["report", "sft"]) == 0
     page = capsys.readouterr().out.strip()
     assert "</html>" in (work / page).read_text()
+    # Of several, in the folder that holds them all, as the help says.
+    assert cli.main(["report", "sft", "sft"]) == 0
+    assert capsys.readouterr().out.strip() == str(trained / "report.html")
 
 
 def read_lines(path):

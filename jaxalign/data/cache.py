@@ -101,6 +101,7 @@ class CacheWriter:
                 "folder or remove it."
             )
         target.parent.mkdir(parents=True, exist_ok=True)
+        self._found = _version(target / _META)
         remove_stale(target)
         shutil.rmtree(self._temporary, ignore_errors=True)
         self._temporary.mkdir()
@@ -186,6 +187,8 @@ class CacheWriter:
         (self._temporary / _META).write_text(json.dumps(meta, indent=1))
         for path in (*self._temporary.iterdir(), self._temporary):
             _sync(path)
+        if _version(self.directory / _META) != self._found:
+            return  # another process made it meanwhile, and may be reading it
         if (self.directory / _META).is_file():
             # A folder cannot be renamed over a full one. Between these two renames
             # there is no cache, and a reader that comes then prepares its own.
@@ -195,8 +198,21 @@ class CacheWriter:
             self._temporary.rename(self.directory)
             shutil.rmtree(old, ignore_errors=True)
         else:
-            self._temporary.rename(self.directory)
+            try:
+                self._temporary.rename(self.directory)
+            except OSError:  # as above, within the last moment
+                if not (self.directory / _META).is_file():
+                    raise
         _sync(self.directory.parent)
+
+
+def _version(path: pathlib.Path) -> tuple[int, int] | None:
+    """Tells one file at a path from another that takes its place; None: no file."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_mtime_ns
 
 
 def temporary_folder(directory: pathlib.Path) -> pathlib.Path:

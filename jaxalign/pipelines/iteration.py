@@ -15,27 +15,27 @@ from __future__ import annotations
 import itertools
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from jaxalign import configs, remote
 from jaxalign.data import records
-from jaxalign.data.cache import file_sha256
 from jaxalign.evaluation import judges
 from jaxalign.pipelines import generation, outputs
 from jaxalign.pipelines.inference import write_jsonl
+from jaxalign.pipelines.verdicts import SCHEMAS, judged, judged_rows, training_rows
 from jaxalign.training import checkpoints, exclusive, run_directory
 from jaxalign.training import mesh as meshes
 from jaxalign.training import train as loop
 
+__all__ = ["iterate", "judged_rows"]
+
 _log = logging.getLogger(__name__)
 
 REFERENCES = ("fixed", "refreshed")
-SCHEMAS = ("preference", "trajectory", "supervised")  # what judged samples give
 
 
 def iterate(
@@ -149,8 +149,8 @@ def iterate(
                 mesh=mesh,
                 **sampling,
             )
-            judged = _judged(samples, home / "verdicts.jsonl", judge_fn, key["judge"])
-            rows, reward, tied = training_rows(judged, schema)
+            found = judged(samples, home / "verdicts.jsonl", judge_fn, key["judge"])
+            rows, reward, tied = training_rows(found, schema)
             if not rows:
                 raise ValueError(
                     f"Round {number}: the judge told no two responses to any of the "
@@ -221,152 +221,3 @@ def _slice(texts: Sequence[str], number: int, size: int | None) -> list[str]:
 def _write_prompts(path: Path, texts: Sequence[str]) -> None:
     lines = "".join(json.dumps({"prompt": t}, ensure_ascii=False) + "\n" for t in texts)
     run_directory.write_atomically(path, lines)
-
-
-def _groups(path: Path) -> Iterator[tuple[str, list[str]]]:
-    """``(prompt, responses)`` of a file of samples, equal responses once."""
-    with open(path, encoding="utf-8") as file:
-        group: list[str] = []
-        prompt = None
-        for line in map(json.loads, file):
-            if line["sample"] == 0 and prompt is not None:
-                yield prompt, list(dict.fromkeys(group))
-                group = []
-            prompt = line["prompt"]
-            group.append(line["response"])
-        if prompt is not None:
-            yield prompt, list(dict.fromkeys(group))
-
-
-def _judged(
-    samples: Path, path: Path, judge: judges.Judge, judge_key: str
-) -> list[dict[str, Any]]:
-    """A round's verdicts, each asked for once and kept as soon as it is there."""
-    key = {"samples": file_sha256(samples), "judge": judge_key}
-    if not outputs.finished(path, key):
-        groups = list(_groups(samples))
-        with outputs.open_partial(path) as file:
-            kept = _kept(outputs.partial_path(path).read_bytes(), groups)
-            file.truncate(sum(map(len, kept)))
-            file.seek(0, 2)
-            for verdict in verdicts(groups[len(kept) :], judge):
-                text = json.dumps(verdict, ensure_ascii=False) + "\n"
-                file.write(text.encode("utf-8", "surrogatepass"))
-                file.flush()
-        outputs.finish(path, key)
-    text = path.read_text("utf-8", "surrogatepass")
-    return [json.loads(line) for line in text.split("\n") if line]
-
-
-def _kept(content: bytes, groups: list[tuple[str, list[str]]]) -> list[bytes]:
-    """The whole lines of unfinished verdicts that are about these groups."""
-    lines = content[: content.rfind(b"\n") + 1].splitlines(keepends=True)
-    kept = []
-    for line, group in zip(lines, groups, strict=False):
-        found = json.loads(line.decode("utf-8", "surrogatepass"))
-        if (found["prompt"], found["responses"]) != (group[0], _worth(group[1])):
-            break
-        kept.append(line)
-    return kept
-
-
-def _worth(responses: Iterable[str]) -> list[str]:
-    # Neither is an empty text one to learn to prefer, nor may a data file hold one.
-    return [text for text in responses if text.strip()]
-
-
-def verdicts(
-    groups: Iterable[tuple[str, Sequence[str]]], judge: judges.Judge
-) -> Iterator[dict[str, Any]]:
-    """``{"prompt", "responses", "scores"}`` of each group, empty responses left out.
-
-    Args:
-      groups: ``(prompt, distinct responses)``.
-      judge: scores a response, or prefers one of two; then a response's score is its
-        mean preference over the others.
-
-    >>> list(verdicts([("2+2?", ["4", " "])], lambda p, r: r == "4"))
-    [{'prompt': '2+2?', 'responses': ['4'], 'scores': [1.0]}]
-    """
-    for prompt, responses in groups:
-        texts = _worth(responses)
-        scores = _scores(judge, prompt, texts)
-        yield {"prompt": prompt, "responses": texts, "scores": scores}
-
-
-def judged_rows(
-    groups: Iterable[tuple[str, Sequence[str]]], judge: judges.Judge, schema: str
-) -> tuple[list[dict[str, Any]], float, int]:
-    """Training rows of a schema from responses; see `verdicts` and `training_rows`.
-
-    >>> groups = [("2+2?", ["4", "5", "four"])]
-    >>> rows, mean, tied = judged_rows(groups, lambda p, r: r == "4", "preference")
-    >>> rows
-    [{'prompt': '2+2?', 'chosen': '4', 'rejected': '5', 'margin': 1.0}]
-    """
-    return training_rows(verdicts(groups, judge), schema)
-
-
-def training_rows(
-    judged: Iterable[Mapping[str, Any]], schema: str
-) -> tuple[list[dict[str, Any]], float, int]:
-    """Training rows from verdicts.
-
-    Args:
-      judged: ``{"prompt", "responses", "scores"}`` each.
-      schema: ``"preference"``: the best against the worst response, with the
-        difference of their scores as the margin; ``"trajectory"``: every response with
-        its score as the reward; ``"supervised"``: the best response.
-
-    Returns:
-      ``(rows, mean score of all responses, prompts whose responses tie)``.
-
-    Raises:
-      ValueError: for another schema.
-    """
-    if schema not in SCHEMAS:
-        raise ValueError(
-            f"Judged samples make no rows of the schema {schema!r}; expected an "
-            f"objective of {', '.join(SCHEMAS)}."
-        )
-    rows: list[dict[str, Any]] = []
-    all_scores: list[float] = []
-    tied = 0
-    for verdict in judged:
-        prompt, responses = verdict["prompt"], verdict["responses"]
-        scores = verdict["scores"]
-        if not responses:
-            tied += 1
-            continue
-        all_scores += scores
-        best, worst = int(np.argmax(scores)), int(np.argmin(scores))
-        if schema == "trajectory":
-            rows += (
-                {"prompt": prompt, "completion": text, "reward": score}
-                for text, score in zip(responses, scores, strict=True)
-            )
-        elif scores[best] == scores[worst]:
-            tied += 1
-        elif schema == "preference":
-            rows.append(
-                {
-                    "prompt": prompt,
-                    "chosen": responses[best],
-                    "rejected": responses[worst],
-                    "margin": scores[best] - scores[worst],
-                }
-            )
-        else:
-            rows.append({"prompt": prompt, "completion": responses[best]})
-    return rows, float(np.mean(all_scores)) if all_scores else float("nan"), tied
-
-
-def _scores(judge: judges.Judge, prompt: str, responses: Sequence[str]) -> list[float]:
-    if not judges.is_pairwise(judge):
-        return [judges.score(judge, prompt, text) for text in responses]
-    wins: Mapping[int, list[float]] = {i: [] for i in range(len(responses))}
-    for a, b in itertools.combinations(range(len(responses)), 2):
-        preferred, _ = judges.preference(judge, prompt, responses[a], responses[b])
-        wins[a].append(preferred)
-        wins[b].append(1.0 - preferred)
-    return [float(np.mean(found)) if found else 0.5 for found in wins.values()]

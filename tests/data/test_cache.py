@@ -239,6 +239,19 @@ def test_living_writers_are_left_alone(tmp_path):
     )
 
 
+def test_of_two_writers_the_first_cache_stays_for_who_reads_it(tmp_path, monkeypatch):
+    options = {"vocabulary": ByteVocabulary(), "fingerprint": "abc"}
+    with CacheWriter(tmp_path / "c", schema="preference", **options) as late:
+        late.write(pair_row())
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "getpid", os.getppid)  # as another, living process
+            reader = write(tmp_path / "c", [pair_row()])
+        before = (tmp_path / "c" / "cache.json").stat().st_ino
+    assert (tmp_path / "c" / "cache.json").stat().st_ino == before
+    assert_rows_equal(reader[0], pair_row())
+    assert [p.name for p in tmp_path.iterdir()] == ["c"]
+
+
 def test_a_clock_that_is_ahead_removes_no_living_writer(tmp_path, monkeypatch):
     """What is old is a question for the disk: hosts' clocks differ."""
     elsewhere = tmp_path / ".c.tmp-otherhost-1"

@@ -9,6 +9,7 @@ import tiny_run
 
 from jaxalign import cli
 from jaxalign.pipelines import iteration
+from jaxalign.pipelines.verdicts import judged
 from jaxalign.training import run_directory
 from jaxalign.training.train import train
 
@@ -162,17 +163,17 @@ def test_a_verdict_is_kept_as_soon_as_it_is_there(tmp_path):
         return float(len(calls))
 
     with pytest.raises(KeyboardInterrupt):
-        iteration._judged(samples, verdicts, noisy, "noisy")
+        judged(samples, verdicts, noisy, "noisy")
     partial = tmp_path / "verdicts.jsonl.partial"
     left = partial.read_bytes()
     partial.write_bytes(left + b'{"prompt": "sa')  # torn by a kill
-    found = iteration._judged(samples, verdicts, noisy, "noisy")
+    found = judged(samples, verdicts, noisy, "noisy")
     assert calls == [f"say {i}" for i in (0, 0, 1, 1, 2, 2, 3, 3, 3, 3, 4, 4, 5, 5)]
     assert [v["responses"] for v in found] == [texts[:2] for _, texts in groups]
     assert verdicts.read_bytes().startswith(left)
-    assert iteration._judged(samples, verdicts, noisy, "noisy") == found
+    assert judged(samples, verdicts, noisy, "noisy") == found
     with pytest.raises(ValueError, match="judge='noisy' .now judge='other'"):
-        iteration._judged(samples, verdicts, noisy, "other")
+        judged(samples, verdicts, noisy, "other")
 
 
 @pytest.mark.parametrize(

@@ -48,14 +48,9 @@ def finished(path: Path, key: Key) -> dict[str, Any] | None:
     """
     if not path.exists():
         return None
-    beside = settings_path(path)
-    noted = _read(beside)
-    if noted is None or noted.get("sha256") != file_sha256(path):
-        why = "it was changed since" if noted else f"there is no {beside.name}"
-        raise ValueError(
-            f"{path} exists, and nothing says what it was made with ({why}). Move it "
-            "away, or write to another place."
-        )
+    noted = _noted(path)
+    if noted.get("sha256") != file_sha256(path):
+        raise _unknown(path, "it was changed since")
     refuse_other(f"{path} was made", noted["asked"], key)
     return noted
 
@@ -67,9 +62,8 @@ def check_file(path: Path, key: Key) -> None:
       path: the output, which may not be there yet.
       key: what is known of the key; entries that it lacks are not compared.
     """
-    noted = _read(settings_path(path)) if path.exists() else None
-    if noted:
-        before = {k: v for k, v in noted["asked"].items() if k in key}
+    if path.exists():
+        before = {k: v for k, v in _noted(path)["asked"].items() if k in key}
         refuse_other(f"{path} was made", before, key)
 
 
@@ -191,6 +185,22 @@ def function_key(spec: str, function: Callable[..., Any] | None = None) -> str:
         return spec
     name = spec.rpartition(":")[2]
     return f"{name} of {text_sha256(source)[:16]}"
+
+
+def _noted(path: Path) -> dict[str, Any]:
+    """The settings beside an output that is there."""
+    beside = settings_path(path)
+    found = _read(beside)
+    if found is None:
+        raise _unknown(path, f"there is no {beside.name}")
+    return found
+
+
+def _unknown(path: Path, why: str) -> ValueError:
+    return ValueError(
+        f"{path} exists, and nothing says what it was made with ({why}). Move it "
+        "away, or write to another place."
+    )
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -115,12 +115,15 @@ def evaluated(step: int, numbers: Mapping[str, float]) -> None:
 
     Args:
       step: steps taken.
-      numbers: by name; those that say how large the batches were are left out.
+      numbers: by name; sizes of batches and quantiles are left to metrics.jsonl.
     """
     if jax.process_index() == 0:
-        told = {k: v for k, v in numbers.items() if not k.startswith("batch/")}
-        text = ", ".join(f"{name} {value:.4g}" for name, value in told.items())
-        _log.info("Evaluation after step %d: %s", step, text)
+        told = [
+            f"{name} {value:.4g}"
+            for name, value in numbers.items()
+            if not name.startswith("batch/") and name.count("/") < 2
+        ]
+        _log.info("Evaluation after step %d: %s", step, ", ".join(told))
 
 
 def ended(run_dir: str, step: int) -> None:

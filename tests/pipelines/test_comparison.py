@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
-from jaxalign import configs, objectives
-from jaxalign.pipelines import comparison
+from jaxalign import configs, locks, objectives
+from jaxalign.pipelines import comparison, stages
 from jaxalign.report import comparison as page
+from jaxalign.training import run_directory
 
 
 def test_every_objective_but_the_start_is_compared():
@@ -48,3 +52,74 @@ def test_the_page_shows_every_objective(tmp_path):
     assert all(f"<td>{name}</td>" in text for name in table)
     assert "0.850 ± 0.071" in text and "2 seeds" in text
     assert comparison.as_text(table).splitlines()[1].startswith("dpo")
+
+
+@pytest.fixture
+def compare(tmp_path, monkeypatch):
+    """Compares policies that are trained and sampled by nobody."""
+    done = []
+
+    def train(run, config):
+        name = Path(run.run_dir).name
+        done.append(f"{name} for {run.train_steps} steps")
+        run_directory.update_manifest(run.run_dir, status="finished")
+
+    def dataset(path, *arguments):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(repr(arguments))
+
+    def sample(policy, prompts, **_):
+        done.append(f"answers to {len(prompts)} prompts")
+        return [SimpleNamespace(texts=["yes"], tokens=[[1]]) for _ in prompts]
+
+    monkeypatch.setattr(stages.loop, "train", train)
+    monkeypatch.setattr(comparison.world, "write_dataset", dataset)
+    monkeypatch.setattr(comparison.generation, "sample", sample)
+    monkeypatch.setattr(comparison.checkpoints, "load_policy", lambda path: None)
+    meta = {"policy_fingerprint": "abc"}
+    monkeypatch.setattr(comparison.checkpoints, "read_meta", lambda path: meta)
+    zeros = np.zeros(100)
+    monkeypatch.setattr(
+        comparison.inference, "score_pairs", lambda _, p, **__: (zeros[: len(p)], None)
+    )
+    monkeypatch.setattr(page, "write", lambda *_, **__: None)
+
+    def run(**settings):
+        done.clear()
+        common = {"names": ["dpo"], "seeds": 1, "steps": 11, "num_prompts": 10}
+        comparison.run(tmp_path, **(common | settings))
+        return list(done)
+
+    run.folder, run.done, run.meta = tmp_path, done, meta
+    return run
+
+
+def test_what_is_there_serves_the_same_settings_only(compare):
+    made = ["sft for 400 steps", "answers to 10 prompts"]
+    made += ["dpo for 11 steps", "answers to 10 prompts"]
+    assert compare() == made
+    # Again: `train` finds its runs finished, and nothing is sampled.
+    assert compare() == [made[0], made[2]]
+    files = {p: p.read_bytes() for p in compare.folder.rglob("*") if p.is_file()}
+    other = r"seed0/dpo was begun with other settings: TRAIN_STEPS='11' .now .*'40'"
+    with pytest.raises(ValueError, match=other):
+        compare(steps=40)
+    other = r"sft.jsonl was made .*num_prompts=10.*now num_prompts=20"
+    with pytest.raises(ValueError, match=other):
+        compare(num_prompts=20)
+    with pytest.raises(ValueError, match="TRAIN_STEPS='11'"):
+        compare(names=["ipo", "dpo"], steps=40)
+    assert compare.done == []  # refused before anything is trained, ipo too
+    assert files == {p: p.read_bytes() for p in files}
+    # Another split or objective is not another setting of what is there.
+    assert compare(split="validation", names=["ipo"])[-2] == "ipo for 11 steps"
+    compare.meta["policy_fingerprint"] = "abd"  # somebody else's checkpoint
+    with pytest.raises(ValueError, match="'abc'.*now.*'abd'"):
+        compare()
+
+
+def test_two_comparisons_do_not_share_a_folder(compare):
+    with locks.hold(compare.folder, "folder of a comparison"):
+        with pytest.raises(locks.HeldError, match="in use by process"):
+            compare()
+    assert compare.done == []

@@ -72,7 +72,8 @@ def prepare(
       desirable_above: rewards above it make a missing label desirable.
       eval_fraction: share of *prompts* set aside as ``validation``; all rows with one
         prompt go to one side.
-      seed: decides that split, and the order of answers in rationale prompts.
+      seed: decides that split, and the order of answers in rationale prompts. Leave it
+        alone from run to run, or what one holds out another trains on.
       max_rows: reads only the first so many rows.
       sequence_length: for seqio tasks whose preprocessors ask for it.
       beam_options: tokenises JSONL and Parquet files on Apache Beam with these pipeline
@@ -147,7 +148,11 @@ def prepare(
         schema=schema,
         vocabulary=vocabulary,
         fingerprint=fingerprint,
-        source={"data": data, **source.identity},
+        source={
+            "data": data,
+            **source.identity,
+            "split": {"eval_fraction": eval_fraction, "seed": seed},
+        },
         on_bad_row=on_bad_row,
         eval_fraction=eval_fraction,
         seed=seed,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import glob
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from jaxalign import batch as batches
 from jaxalign import data as data_lib
 from jaxalign import remote, vocabularies
 from jaxalign.objectives import Objective
+
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +30,8 @@ class Dataset:
       feature_lengths: ``{"inputs": ..., "targets": ...}``, the longest prompt and
         response in tokens; longer ones are truncated and counted.
       batch_size: encoder rows per step, over all devices.
-      eval_data: like `data`; None splits `eval_fraction` off `data`, by prompt.
+      eval_data: like `data`; None splits `eval_fraction` off `data`, by prompt. Of a
+        prepared folder it is the validation split, if there is one.
       eval_fraction: share of the prompts held out when there is no `eval_data`.
       field_map: our field names to the file's.
       desirable_above: rewards above it are thumbs up where a row has no label.
@@ -43,7 +47,9 @@ class Dataset:
       eval_split: the split of a registered task used for evaluation, if it has one.
       shuffle: whether rows are shuffled each epoch.
       cache_dir: where tokenised caches and reference log-probabilities are kept.
-      seed: of shuffling and of the held-out split.
+      seed: of shuffling.
+      split_seed: of the held-out split. It is not the run's: with one for each run, a
+        prompt held out by one would be trained on by the next.
       beam_options: Apache Beam's pipeline options, to tokenise files on it; None: in
         this process.
     """
@@ -69,6 +75,7 @@ class Dataset:
     shuffle: bool = True
     cache_dir: str = "~/.cache/jaxalign"
     seed: int = 0
+    split_seed: int = 0
     beam_options: str | None = None
 
     def __post_init__(self) -> None:
@@ -104,6 +111,23 @@ class Inputs:
     evaluation: data_lib.Feed | None
     reward_stats: tuple[float, float] | None
     vocabulary: vocabularies.Vocabulary
+    packed: bool = True
+
+    def evaluation_bins(self, steps: int | None) -> list[int] | None:
+        """The bins that an evaluation of so many batches looks at; None: all.
+
+        Always the same ones, and from all over the held-out data. A packer's order is
+        a mixed one already; without packing bins stand as in the file, and several
+        sources stand one after another.
+        """
+        feed = self.evaluation
+        count = feed.num_bins if steps is None else steps * feed.batch_size
+        if count >= feed.num_bins:
+            return None
+        if self.packed and len(feed.plans) == 1:
+            return list(range(count))
+        mixed = np.random.default_rng(0).permutation(feed.num_bins)
+        return sorted(mixed[:count].tolist())
 
 
 def prepare(
@@ -127,7 +151,7 @@ def prepare(
         "task_options": dataset.task_options,
         "module": dataset.module,
         "max_rows": dataset.max_rows,
-        "seed": dataset.seed,
+        "seed": dataset.split_seed,
         "beam_options": dataset.beam_options,
     }
     from jaxalign import prepare as prepare_lib
@@ -143,13 +167,24 @@ def prepare(
         paths = prepare_lib.prepare(
             name, split=dataset.split, eval_fraction=fraction, **own
         )
-        for split, path in paths.items():
-            opened[split].append(data_lib.TokenizedCache(path))
+        # A prepared folder brings its own validation split, which other EVAL_DATA
+        # replaces.
+        for split in ("train", "validation") if held_out else ("train",):
+            if split in paths:
+                opened[split].append(data_lib.TokenizedCache(paths[split]))
     if not held_out:
         name = dataset.eval_data or next(iter(dataset.sources()))
         split = dataset.eval_split or dataset.split
         paths = prepare_lib.prepare(name, split=split, eval_fraction=0.0, **common)
-        opened["validation"].append(data_lib.TokenizedCache(paths["train"]))
+        held = data_lib.TokenizedCache(paths.get("validation", paths["train"]))
+        opened["validation"].append(held)
+        if held.path in [cache.path for cache in opened["train"]]:
+            _log.warning(
+                "EVAL_DATA is the data that is trained on, %s: its numbers say nothing "
+                "of other prompts. Leave EVAL_DATA out to hold EVAL_FRACTION of the "
+                "prompts out.",
+                held.path,
+            )
     return opened
 
 
@@ -211,6 +246,7 @@ def build(
         evaluation=feeds.get("validation"),
         reward_stats=reward_stats if objective.uses_rewards else None,
         vocabulary=vocabulary,
+        packed=bool(dataset.packing),
     )
 
 

@@ -99,8 +99,28 @@ def _instruction(event: Any) -> str:
     return event.name
 
 
+def check_steps(steps: tuple[int, int] | None, train_steps: int) -> None:
+    """Refuses steps that are no range, or that a run never comes to.
+
+    Raises:
+      ValueError: saying which steps there are.
+    """
+    if steps is not None and not 1 <= steps[0] <= steps[1]:
+        raise ValueError(
+            f"--profile_steps=FIRST,LAST needs 1 <= FIRST <= LAST, got {steps}."
+        )
+    if steps is not None and steps[0] > train_steps:
+        raise ValueError(
+            f"--profile_steps={steps[0]},{steps[1]} begins after the last step, "
+            f"{train_steps}: choose steps among 1 to {train_steps}."
+        )
+
+
 class Profile:
     """Traces steps ``first`` to ``last`` of a run, both included.
+
+    A run that begins or ends within them traces those that it takes. As a context it
+    ends a trace that is still on.
 
     Args:
       run_dir: gets ``profile/``.
@@ -114,15 +134,27 @@ class Profile:
     def __init__(
         self, run_dir: Path, steps: tuple[int, int] | None, enabled: bool = True
     ) -> None:
-        if steps is not None and not 1 <= steps[0] <= steps[1]:
-            raise ValueError(
-                f"--profile_steps=FIRST,LAST needs 1 <= FIRST <= LAST, got {steps}."
-            )
+        if steps is not None:
+            check_steps(steps, steps[1])
         self.folder = Path(run_dir) / FOLDER
         self.steps = steps if enabled else None
         self._hlo = ""
         self._input_seconds = 0.0
         self._start: float | None = None
+        self._traced: list[int] = []
+
+    def __enter__(self) -> Profile:
+        return self
+
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
+        """Ends the trace of a run that stopped, or broke, before the last of them."""
+        if self._start is None:
+            return
+        if kind is None and self._traced:
+            self._end()
+        else:
+            self._start = None
+            jax.profiler.stop_trace()
 
     def compiled(self, function: Any, *arguments: Any) -> Any:
         """The step to call: compiled here where it is traced, to know its scopes."""
@@ -142,22 +174,29 @@ class Profile:
 
     def before(self, step: int, state: Any) -> None:
         """Starts the trace before the first of its steps."""
-        if self.steps and step == self.steps[0]:
+        if not self.steps or self._start is not None or self._traced:
+            return
+        if self.steps[0] <= step <= self.steps[1]:
             jax.block_until_ready(state)
             jax.profiler.start_trace(str(self.folder))
             self._start = time.perf_counter()
 
     def after(self, step: int, state: Any) -> None:
         """Ends the trace after the last of its steps and writes the breakdown."""
-        if self._start is None or not self.steps or step < self.steps[1]:
+        if self._start is None or not self.steps:
             return
-        jax.block_until_ready(state)
+        self._traced.append(step)
+        if step >= self.steps[1]:
+            jax.block_until_ready(state)
+            self._end()
+
+    def _end(self) -> None:
         seconds = time.perf_counter() - self._start
-        jax.profiler.stop_trace()
-        count = step - self.steps[0] + 1
         self._start = None
+        jax.profiler.stop_trace()
+        count = len(self._traced)
         found = {
-            "steps": [self.steps[0], step],
+            "steps": [self._traced[0], self._traced[-1]],
             "seconds_per_step": seconds / count,
             "input_seconds_per_step": self._input_seconds / count,
             "shares": breakdown(self.folder, self._hlo),

@@ -7,8 +7,9 @@ run's manifest and on its report page.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 _log = logging.getLogger(__name__)
 
@@ -51,6 +52,10 @@ def _clamped(first: Numbers, now: Numbers) -> bool:
 def _pulled(first: Numbers, now: Numbers) -> bool:
     del first
     return now.get("log_ratios/pull/p50", 0.0) > 10.0
+
+
+def _finite(numbers: Numbers) -> dict[str, float]:
+    return {n: float(v) for n, v in numbers.items() if math.isfinite(v)}
 
 
 SYMPTOMS = (
@@ -99,6 +104,25 @@ class Watch:
         self._latest: dict[str, float] = {}
         self._counts = dict.fromkeys((s.name for s in symptoms), 0)
         self.told: list[str] = []
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps, as JSON: a run that goes on compares with its own
+        first numbers, and tells nothing twice.
+        """
+        return {
+            "first": _finite(self._first),
+            "latest": _finite(self._latest),
+            "counts": dict(self._counts),
+            "told": list(self.told),
+        }
+
+    def resume(self, saved: Mapping[str, Any]) -> None:
+        """Goes on from a `state`."""
+        self._first = dict(saved["first"])
+        self._latest = dict(saved["latest"])
+        known = [s.name for s in self._symptoms]
+        self._counts |= {n: c for n, c in saved["counts"].items() if n in known}
+        self.told = list(saved["told"])
 
     def check(self, numbers: Numbers) -> list[str]:
         """Takes numbers just measured; names the symptoms that show for the first time.

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 
+import jax
+import jax.numpy as jnp
 import pytest
 import tiny_run
 
@@ -61,3 +63,37 @@ def test_a_run_with_traced_steps(tmp_path):
 def test_steps_that_are_no_range(tmp_path):
     with pytest.raises(ValueError, match="1 <= FIRST <= LAST"):
         profiling.Profile(tmp_path, (5, 3))
+
+
+@pytest.mark.parametrize("first", [1, 4])
+def test_a_run_that_ends_or_begins_within_the_steps_traces_those_it_takes(
+    tmp_path, first
+):
+    """Steps 3 to 9 of a run that takes `first` to 5, stopped in the middle."""
+    step = jax.jit(lambda x: x * 2)
+    state = jnp.ones(3)
+    with profiling.Profile(tmp_path, (3, 9)) as profile:
+        for done in range(first, 6):
+            profile.before(done, state)
+            state = profile.compiled(step, state)(state)
+            profile.after(done, state)
+    found = json.loads((tmp_path / profiling.BREAKDOWN).read_text())
+    assert found["steps"] == [max(first, 3), 5]
+    jax.profiler.start_trace(str(tmp_path / "another"))  # none is on
+    jax.profiler.stop_trace()
+
+
+def test_a_run_that_breaks_ends_its_trace(tmp_path):
+    with pytest.raises(KeyError), profiling.Profile(tmp_path, (1, 9)) as profile:
+        profile.before(1, jnp.ones(3))
+        raise KeyError
+    assert not (tmp_path / profiling.BREAKDOWN).exists()
+    jax.profiler.start_trace(str(tmp_path / "another"))
+    jax.profiler.stop_trace()
+
+
+def test_steps_that_a_run_never_comes_to(tmp_path):
+    with pytest.raises(ValueError, match="begins after the last step, 6"):
+        run = tiny_run.make_run(tmp_path / "run", "none.jsonl", tmp_path)
+        loop.train(dataclasses.replace(run, profile_steps=(7, 9)))
+    assert not (tmp_path / "run").exists()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from jaxalign.training.symptoms import SYMPTOMS, Watch
@@ -69,6 +71,26 @@ def test_numbers_measured_at_different_times_meet():
     assert watch.check({"samples/length": 13.0}) == [
         "chosen_less_likely_samples_longer"
     ]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_run_that_goes_on_measures_against_its_own_first_numbers(name):
+    """Stopped after any number of checks, it tells what an unbroken one tells."""
+    shown, _ = CASES[name]
+    story = [{**HEALTHY, "broken": float("nan")}, *[shown] * 8]
+
+    def told(stop):
+        watch = Watch()
+        found = [watch.check(numbers) for numbers in story[:stop]]
+        saved = json.loads(json.dumps(watch.state(), allow_nan=False))
+        again = Watch()
+        again.resume(saved)
+        return found + [again.check(numbers) for numbers in story[stop:]]
+
+    expected = told(len(story))
+    assert [name] in expected
+    for stop in range(len(story)):
+        assert told(stop) == expected
 
 
 def test_a_run_writes_what_was_told(tmp_path, monkeypatch):

@@ -90,7 +90,7 @@ def train_step(
       Seconds of each step, and what `jaxalign.benchmarking.cases` makes of them.
     """
     run = configured_run(gin_files, bindings, not data)
-    mesh = meshes.make_mesh(**(run.mesh or {}))
+    mesh = meshes.named_mesh(run.mesh)
     ready = runs.setup(run) if data else programs.abstract_setup(run, mesh)
     key = jax.random.key(0)
     state = ready.init_state(key)
@@ -195,7 +195,7 @@ def _device() -> str:
 def memory(gin_files: list[str], bindings: list[str]) -> dict[str, Any]:
     """What the compiler says a run's training step needs; nothing is allocated."""
     run = configured_run(gin_files, bindings, True)
-    ready = programs.abstract_setup(run, meshes.make_mesh(**(run.mesh or {})))
+    ready = programs.abstract_setup(run, meshes.named_mesh(run.mesh))
     found = programs.program(ready, "train").compile().memory_analysis()
     return {
         "peak_temporary_bytes": found.temp_size_in_bytes,

@@ -7,9 +7,10 @@ below map them to mesh axes.
 
 from __future__ import annotations
 
+import difflib
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -117,6 +118,23 @@ def make_mesh(
         inside, across, devices, allow_split_physical_axes=True
     )
     return Mesh(ordered, AXES, axis_types=axis_types)
+
+
+def named_mesh(sizes: Mapping[str, int] | None) -> Mesh:
+    """`make_mesh` of a setting such as ``MESH = {'data': -1, 'fsdp': 4}``.
+
+    Raises:
+      ValueError: also for an axis that there is not, with the nearest there is.
+    """
+    sizes = dict(sizes or {})
+    for name, size in sizes.items():
+        if name not in AXES:
+            near = difflib.get_close_matches(str(name), AXES, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"MESH has no axis {name!r}.{hint} Its axes: {AXES}.")
+        if isinstance(size, bool) or not isinstance(size, int):
+            raise ValueError(f"MESH's {name!r} must be a whole number, got {size!r}.")
+    return make_mesh(**sizes)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

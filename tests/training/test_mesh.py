@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +38,23 @@ def test_one_axis_is_inferred():
 def test_impossible_meshes_are_refused(sizes, message):
     with pytest.raises(ValueError, match=message):
         meshes.make_mesh(**sizes)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"fdsp": 1}, "MESH has no axis 'fdsp'. Did you mean 'fsdp'?"),
+        ({"tensors": 2}, "Did you mean 'tensor'?"),
+        ({"x": 1}, "MESH has no axis 'x'. Its axes: ('data', 'fsdp', 'tensor')"),
+        ({"data": 2.0}, "MESH's 'data' must be a whole number, got 2.0"),
+        ({"data": True}, "must be a whole number, got True"),
+    ],
+)
+def test_an_axis_that_there_is_not_is_told_with_the_nearest(sizes, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        meshes.named_mesh(sizes)
+    assert dict(meshes.named_mesh({"fsdp": 4}).shape)["data"] == 2
+    assert dict(meshes.named_mesh(None).shape)["data"] == 8
 
 
 def test_parameters_follow_their_logical_axes():

@@ -1,7 +1,7 @@
 """T5 networks, their heads, and the log-probabilities of responses."""
 
 from jaxalign.models.config import T5Config
-from jaxalign.models.conversion import stack_layers, unstack_layers
+from jaxalign.models.conversion import relayout, stack_layers, unstack_layers
 from jaxalign.models.heads import (
     RewardModel,
     TokenValueModel,
@@ -30,6 +30,7 @@ __all__ = [
     "init_params",
     "logical_axes",
     "mean_logits",
+    "relayout",
     "response_logps",
     "stack_layers",
     "target_logps",

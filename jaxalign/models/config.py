@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from jaxalign.models.attention_paths import PATHS
@@ -13,6 +15,10 @@ from jaxalign.models.attention_paths import PATHS
 DTYPES = ("float32", "bfloat16")
 ACTIVATIONS = ("gelu", "linear", "relu", "silu")
 REMAT_POLICIES = ("none", "minimal", "full")
+
+# How a network is computed, not which function it is: no part of its identity. A
+# checkpoint remembers them and can be used under others.
+EXECUTION = ("dtype", "scan_layers", "remat_policy", "logits_chunk", "attention")
 
 _SIZES = (
     "vocab_size",
@@ -129,6 +135,42 @@ class T5Config:
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("remat_policy", self.remat_policy, REMAT_POLICIES)
         _one_of("attention", self.attention, tuple(PATHS))
+
+    def architecture(self) -> dict[str, Any]:
+        """The fields that decide which function the parameters compute, as JSON.
+
+        >>> config = T5Config(384, 16, 2, 8, 32, 1, 1, attention="chunked")
+        >>> sorted(set(EXECUTION) & set(config.architecture()))
+        []
+        """
+        fields = dataclasses.asdict(self)
+        fields["mlp_activations"] = list(self.mlp_activations)
+        return {name: v for name, v in fields.items() if name not in EXECUTION}
+
+    def execution(self) -> dict[str, Any]:
+        """The other fields (`EXECUTION`): how that function is computed."""
+        return {name: getattr(self, name) for name in EXECUTION}
+
+    @classmethod
+    def stored(
+        cls, architecture: Mapping[str, Any], execution: Mapping[str, Any]
+    ) -> T5Config:
+        """The network of a checkpoint, computed as there where this machine can.
+
+        Args:
+          architecture: as `architecture` gives it. Older checkpoints hold execution
+            fields among them.
+          execution: as `execution` gives it; may lack any of its fields.
+
+        Returns:
+          The network with the stored layout (``scan_layers``), numbers (``dtype``) and
+          saving of memory. Nothing is rematerialised, which only training needs, and a
+          kernel of TPUs gives way to ``"chunked"`` elsewhere.
+        """
+        fields = {**architecture, **execution, "remat_policy": "none"}
+        if fields.get("attention") == "pallas" and jax.default_backend() != "tpu":
+            fields["attention"] = "chunked"
+        return cls(**fields)
 
     @property
     def activation_dtype(self) -> jnp.dtype:

@@ -210,9 +210,9 @@ def load(
             return checkpoints.load_policy(checkpoint), None
         mesh = {}
     meta = checkpoints.read_meta(checkpoints.resolve(checkpoint))
-    model = models.T5(models.T5Config(**meta["model"]))
+    model = checkpoints.stored_model(meta)
     shapes = jax.eval_shape(lambda: models.init_params(model, jax.random.key(0)))
-    built = meshes.make_mesh(**mesh)
+    built = meshes.named_mesh(mesh)
     shardings = meshes.param_shardings(built, models.logical_axes(model), shapes)
     return checkpoints.load_policy(checkpoint, shardings), meshes.batch_sharding(built)
 

@@ -189,7 +189,7 @@ def _facts(run: Run) -> dict[str, str]:
             f"{model.get('num_encoder_layers', '?')}+"
             f"{model.get('num_decoder_layers', '?')} layers, width "
             f"{model.get('emb_dim', '?')}, vocabulary {model.get('vocab_size', '?')}, "
-            f"{model.get('dtype', '?')}"
+            f"{(m.get('execution') or model).get('dtype', '?')}"
         )
     for key in ("batch_size", "seed", "feature_lengths", "reward_stats"):
         facts[key.replace("_", " ")] = m.get(key)

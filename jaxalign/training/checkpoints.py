@@ -219,6 +219,26 @@ def read_meta(path: str | Path) -> dict[str, Any]:
         return checkpointer.restore(resolve(path) / "meta")
 
 
+def newest_meta(run_dir: str | Path) -> dict[str, Any] | None:
+    """The newest readable ``meta`` of a run directory; None if it has none.
+
+    It only reads: a folder that turns out to be another run's stays as it is.
+    """
+    steps = (Path(run_dir) / _FOLDER).glob("*")
+    for step in sorted((int(p.name) for p in steps if p.name.isdigit()), reverse=True):
+        try:
+            return read_meta(Path(run_dir) / _FOLDER / str(step))
+        except Exception:  # noqa: BLE001 - any damage, which restoring tells
+            continue
+    return None
+
+
+def stored_model(meta: dict[str, Any]) -> models.T5:
+    """The network of a checkpoint, in its layout and as this machine can compute it."""
+    execution = meta.get("execution", {})
+    return models.T5(models.T5Config.stored(meta["model"], execution))
+
+
 def load_policy(path: str | Path, shardings: Any = None) -> Policy:
     """Loads the policy of a checkpoint or run directory.
 
@@ -228,7 +248,7 @@ def load_policy(path: str | Path, shardings: Any = None) -> Policy:
     """
     folder = resolve(path)
     meta = read_meta(folder)
-    model = models.T5(models.T5Config(**meta["model"]))
+    model = stored_model(meta)
     shapes = jax.eval_shape(lambda: models.init_params(model, jax.random.key(0)))
     if shardings is None:
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])

@@ -63,6 +63,7 @@ def adafactor(
     >>> tx.init(params)[0].v_row["kernel"].shape
     (1, 128)
     """
+    settings = dict(locals())
     links = [
         scale_by_adafactor(
             decay_rate,
@@ -79,7 +80,8 @@ def adafactor(
         links.append(optax.ema(beta1, debias=False))
     if weight_decay_rate is not None:
         links.append(optax.add_decayed_weights(weight_decay_rate))
-    return _assemble([*links, optax.scale(-1.0)], learning_rate, grad_clip)
+    made = _assemble([*links, optax.scale(-1.0)], learning_rate, grad_clip)
+    return _told(made, {"name": "adafactor", **settings})
 
 
 def optimizer(
@@ -119,11 +121,12 @@ def optimizer(
             raise ValueError(_unknown(f"argument of {name}", key, known))
     if name == "adafactor":
         return adafactor(learning_rate, grad_clip=grad_clip, **kwargs)
-    return _assemble(
-        [constructors[name](learning_rate=learning_rate, **kwargs)],
-        learning_rate,
-        grad_clip,
+    bound = inspect.signature(constructors[name]).bind(learning_rate, **kwargs)
+    made = _assemble(
+        [constructors[name](*bound.args, **bound.kwargs)], learning_rate, grad_clip
     )
+    bound.apply_defaults()
+    return _told(made, {"name": name, "grad_clip": grad_clip, **bound.arguments})
 
 
 def per_network(
@@ -157,7 +160,7 @@ def per_network(
             )
         return {name: name for name in params}
 
-    return optax.multi_transform(transformations, labels)
+    return _told(optax.multi_transform(transformations, labels), transformations)
 
 
 def gradient_norms(grads: Mapping[str, Any]) -> dict[str, jax.Array]:
@@ -202,6 +205,24 @@ def learning_rates(state: optax.OptState) -> dict[str, jax.Array]:
 class _Recorded(NamedTuple):
     count: jax.Array
     learning_rate: jax.Array
+
+
+class Told(optax.GradientTransformationExtraArgs):
+    """A transformation that carries the settings it was made with.
+
+    ``description`` tells two optimizers apart by the names their users know
+    (`jaxalign.training.description`).
+    """
+
+    description: Mapping[str, Any]
+
+
+def _told(
+    transformation: optax.GradientTransformation, settings: Mapping[str, Any]
+) -> optax.GradientTransformation:
+    told = Told(*optax.with_extra_args_support(transformation))
+    told.description = settings
+    return told
 
 
 def _record(learning_rate: LearningRate) -> optax.GradientTransformation:

@@ -8,7 +8,6 @@ before a cache is written, a random 1 % of the rows is scored again, in other co
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import logging
@@ -45,12 +44,14 @@ def cache_key(
     """Everything that reference log-probabilities depend on, by name."""
     key = {
         "format": 2,  # what `write` lays down
-        "data": [cache.fingerprint for cache in feed.caches],
+        # The rows themselves: how they came to be prepared changes no number.
+        "data": [cache.content_fingerprint for cache in feed.caches],
         # Lengths, truncation, and which prompt each response is mismatched with.
         "plan": [plan.fingerprint for plan in feed.plans],
         "vocabulary": feed.caches[0].vocabulary.fingerprint,
         "reference": policy_fingerprint,
-        "model": dataclasses.asdict(objective.model.config),
+        "model": objective.model.config.architecture(),
+        "dtype": objective.model.config.dtype,
         "columns": _columns(objective),
         "jax": jax.__version__,
     }

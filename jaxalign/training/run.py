@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -120,20 +121,64 @@ class Setup:
     def moving_reference(self) -> steps.MovingReference | None:
         return _moving_reference(self.run, self.objective)
 
+    @property
+    def policy_shardings(self) -> Any:
+        """Where the policy's parameters live."""
+        policy = self.abstract_state.params["policy"]
+        return jax.tree.map(lambda s: s.sharding, policy)
+
     def create_state(self, params: Any) -> steps.TrainState:
         """A state before the first step, of given parameters."""
         return _create_state(self.run, self.objective, params)
 
-    def init_state(self, key: jax.Array) -> steps.TrainState:
-        """A fresh state of the run with this key, made where its shards live."""
+    def init_state(
+        self, key: jax.Array, policy: Any = None, reference: Any = None
+    ) -> steps.TrainState:
+        """A state before the first step, made where its shards live.
+
+        Args:
+          key: of what is initialised at random.
+          policy: parameters to start from, which are given up to the state; random if
+            None. Of an objective's other networks, and of the optimizer's state, all
+            that depends on the policy is made from these.
+          reference: where a moving reference starts; a copy of the policy if None.
+        """
         shardings = jax.tree.map(lambda s: s.sharding, self.abstract_state)
 
-        def create(key: jax.Array) -> steps.TrainState:
+        # Compiled as one program: what is initialised only to be replaced, such as a
+        # random policy beside a given one, is never computed.
+        def create(policy: Any, key: jax.Array, reference: Any) -> steps.TrainState:
             params = self.objective.init_params(key)
-            return self.create_state(params)
+            if policy is not None:
+                params = self.objective.start_from(params, policy)
+            state = self.create_state(params)
+            if reference is not None:
+                carried = {**state.carried, "reference": {"policy": reference}}
+                state = dataclasses.replace(state, carried=carried)
+            return state
 
-        return jax.jit(create, out_shardings=shardings)(
+        return jax.jit(create, out_shardings=shardings, donate_argnums=(0, 2))(
+            policy, jax.random.fold_in(key, _INIT_STREAM), reference
+        )
+
+    def init_policy(self, key: jax.Array) -> Any:
+        """The policy's parameters of `init_state`, without the rest of a state."""
+
+        def create(key: jax.Array) -> Any:
+            return self.objective.init_params(key)["policy"]
+
+        return jax.jit(create, out_shardings=self.policy_shardings)(
             jax.random.fold_in(key, _INIT_STREAM)
+        )
+
+    def in_layout(self, scan_layers: bool) -> Setup:
+        """The same run with its layers stacked, or apart."""
+        config = dataclasses.replace(self.run.model.config, scan_layers=scan_layers)
+        run = dataclasses.replace(self.run, model=self.run.model.clone(config=config))
+        objective = run.objective(model=run.model)
+        state = abstract_state(run, objective, self.mesh)
+        return dataclasses.replace(
+            self, run=run, objective=objective, abstract_state=state
         )
 
     def train_step(self) -> Callable[..., tuple[steps.TrainState, Metrics]]:
@@ -171,7 +216,7 @@ def setup(run: Run, reward_stats: tuple[float, float] | None = None) -> Setup:
         that goes on; None fits them on the training split.
     """
     objective = run.objective(model=run.model)
-    mesh = meshes.make_mesh(**(run.mesh or {}))
+    mesh = meshes.named_mesh(run.mesh)
     meshes.check_batch(mesh, run.dataset.batch_size, run.num_microbatches)
     state = abstract_state(run, objective, mesh)
     inputs = distributed.main_first(
@@ -214,13 +259,18 @@ def _create_state(run: Run, objective: Objective, params: Any) -> steps.TrainSta
 
 
 def load_policy(path: str, ready: Setup) -> ckpt.Policy:
-    """Loads a policy onto the run's mesh, if it is the same network."""
-    expected = dataclasses.asdict(ready.objective.model.config)
+    """Loads a policy onto the run's mesh and in its layout, if it is the same network.
+
+    Raises:
+      ValueError: naming what differs: a field of the architecture, or the vocabulary.
+    """
     found = ckpt.read_meta(path)
+    # Dropout changes no parameter's meaning, and is off when a reference is there.
+    ours = ready.run.model.config.architecture()
     differing = {
-        k: (found["model"].get(k), v)
-        for k, v in expected.items()
-        if k in _SHAPING and _plain(found["model"].get(k)) != _plain(v)
+        name: (found["model"].get(name), value)
+        for name, value in ours.items()
+        if name != "dropout_rate" and found["model"].get(name) != value
     }
     if differing:
         raise ValueError(
@@ -230,49 +280,129 @@ def load_policy(path: str, ready: Setup) -> ckpt.Policy:
                 for name, (theirs, ours) in differing.items()
             )
         )
-    if found["vocabulary"] != ready.inputs.vocabulary.to_json():
-        raise ValueError(
-            f"{path} was trained with the vocabulary {found['vocabulary']}, VOCABULARY "
-            f"is {ready.inputs.vocabulary.to_json()}: use the checkpoint's."
-        )
-    shardings = jax.tree.map(
-        lambda s: s.sharding, ready.abstract_state.params["policy"]
+    _check_vocabulary(path, found, ready.run.vocabulary)
+    own = ready.run.model.config.scan_layers
+    stored = ckpt.stored_model(found).config.scan_layers
+    if stored == own:
+        return ckpt.load_policy(path, ready.policy_shardings)
+    policy = ckpt.load_policy(path, ready.in_layout(stored).policy_shardings)
+    like = ready.abstract_state.params["policy"]
+    return dataclasses.replace(
+        policy, model=ready.run.model, params=in_layout_of(like, policy.params)
     )
-    return ckpt.load_policy(path, shardings)
 
 
-# The settings that decide which function the parameters compute.
-_SHAPING = (
-    "vocab_size",
-    "emb_dim",
-    "num_heads",
-    "head_dim",
-    "mlp_dim",
-    "num_encoder_layers",
-    "num_decoder_layers",
-    "mlp_activations",
-    "logits_via_embedding",
-    "scan_layers",
-    "relative_attention_num_buckets",
-    "relative_attention_max_distance",
-)
+def in_layout_of(like: Any, tree: Any) -> Any:
+    """`models.relayout` onto the devices of `like`; gives up `tree`."""
+    shardings = jax.tree.map(lambda s: s.sharding, like)
+    change = jax.jit(
+        lambda tree: models.relayout(tree, like),
+        out_shardings=shardings,
+        donate_argnums=0,
+    )
+    with warnings.catch_warnings():
+        # Arrays that are cut or stacked cannot be written in place: nothing is lost.
+        warnings.filterwarnings("ignore", message="Some donated buffers")
+        return change(tree)
 
 
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
+def _check_vocabulary(
+    path: str, meta: Mapping[str, Any], vocabulary: vocabularies.Vocabulary
+) -> None:
+    """Refuses a checkpoint whose ids mean other text."""
+    theirs = meta.get("vocabulary_fingerprint")
+    if theirs is None:  # an older checkpoint: from the model file beside it
+        folder = ckpt.resolve(path).parents[1]
+        theirs = vocabularies.from_json(meta["vocabulary"], folder).fingerprint
+    if theirs != vocabulary.fingerprint:
+        raise ValueError(
+            f"{path} was trained with another vocabulary: {meta['vocabulary']} with "
+            f"the fingerprint {theirs[:12]}; VOCABULARY is {vocabulary!r} with "
+            f"{vocabulary.fingerprint[:12]}. Use the checkpoint's, "
+            f"{vocabularies.MODEL_FILE} in its run directory."
+        )
+
+
+def run_parents(ready: Setup, saved: Mapping[str, Any] | None) -> dict[str, str | None]:
+    """Fingerprints of the policies that a run begins with: ``initial``, ``reference``.
+
+    Args:
+      ready: the run.
+      saved: the ``meta`` of the checkpoint that it goes on from, if it does.
+
+    Returns:
+      By content, not by path. None stands for one made from the run's seed; there is a
+      ``reference`` only where the objective has one.
+    """
+    run = ready.run
+    found = {"initial": _content(run.initial_checkpoint_path, saved, "initial")}
+    if ready.objective.uses_reference:
+        path = run.reference_checkpoint_path
+        found["reference"] = (
+            _content(path, saved, "reference") if path else found["initial"]
+        )
+        if found["reference"] is None and saved:
+            found["reference"] = saved["parents"].get("reference")
+    return found
+
+
+def _content(
+    path: str | None, saved: Mapping[str, Any] | None, name: str
+) -> str | None:
+    """The fingerprint of the policy at a path."""
+    if not path:
+        return None
+    try:
+        return ckpt.read_meta(path)["policy_fingerprint"]
+    except FileNotFoundError:
+        if saved is None or saved["parents"].get(name) is None:
+            raise
+        # A run that goes on may do without what it began with.
+        _log.warning(
+            "The %s checkpoint %s is gone: that the run began with it is not checked.",
+            name,
+            path,
+        )
+        return saved["parents"][name]
 
 
 def reference_policy(
-    path: str | None, ready: Setup, key: jax.Array
+    ready: Setup,
+    key: jax.Array,
+    parents: Mapping[str, str | None],
+    beginning: steps.TrainState | None,
 ) -> tuple[str, Callable[[], Any]]:
-    """The reference policy's fingerprint, and how to load it."""
+    """The reference policy's fingerprint, and how to get its parameters.
+
+    Args:
+      ready: the run.
+      key: the run's.
+      parents: of `run_parents`.
+      beginning: the run's state if it is the one before the first step. Where it holds
+        the reference already, nothing is loaded.
+    """
+    run = ready.run
+    path = run.reference_checkpoint_path or run.initial_checkpoint_path
+    if not path:
+        _log.warning(
+            "No INITIAL_CHECKPOINT_PATH: the reference is the randomly initialised "
+            "policy. Give a supervised run's directory to align a trained one."
+        )
+    same = not path or parents["initial"] == parents["reference"]
+    if beginning is not None and same:
+        policy = beginning.params["policy"]
+        fingerprint = parents["reference"] or ckpt.params_fingerprint(policy)
+        return fingerprint, lambda: policy
     if path:
-        fingerprint = ckpt.read_meta(path)["policy_fingerprint"]
-        return fingerprint, lambda: load_policy(path, ready).params
-    _log.warning(
-        "No INITIAL_CHECKPOINT_PATH: the reference is the randomly initialised policy. "
-        "Give a supervised run's directory to align a trained one."
-    )
-    state = ready.init_state(key)
-    policy = state.params["policy"]
-    return ckpt.params_fingerprint(policy), lambda: policy
+        return parents["reference"], lambda: load_policy(path, ready).params
+
+    def again() -> Any:
+        policy = ready.init_policy(key)
+        if ckpt.params_fingerprint(policy) != parents["reference"]:
+            raise ValueError(
+                "The reference of this run is the policy that its seed gave, and this "
+                "version of jax gives another: go on with the version in manifest.json."
+            )
+        return policy
+
+    return parents["reference"], again

@@ -40,6 +40,21 @@ def update_manifest(run_dir: str | Path, **entries: Any) -> None:
     )
 
 
+def last_metrics(run_dir: str | Path) -> dict[str, float]:
+    """What a run logged last of its training, without the ``train/``."""
+    path = Path(run_dir) / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    for line in reversed(lines):
+        found = {
+            name.removeprefix("train/"): value
+            for name, value in json.loads(line).items()
+            if name.startswith("train/")
+        }
+        if found:
+            return found
+    return {}
+
+
 def environment() -> dict[str, Any]:
     """Versions and revision: what it takes to find this code again."""
     versions = {"python": platform.python_version()}

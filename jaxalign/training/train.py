@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import logging
 import os
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxalign.objectives.metrics import Metrics, sample_pairs, summarize
 from jaxalign.training import checkpoints as ckpt
 from jaxalign.training import (
     distributed,
+    identity,
     mirror,
     optimizers,
     profiling,
@@ -32,7 +33,15 @@ from jaxalign.training.metric_writers import (
     Progress,
     write_calibration,
 )
-from jaxalign.training.run import Run, Setup, load_policy, reference_policy, setup
+from jaxalign.training.run import (
+    Run,
+    Setup,
+    in_layout_of,
+    load_policy,
+    reference_policy,
+    run_parents,
+    setup,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -52,68 +61,77 @@ def train(run: Run, config_text: str = "") -> dict[str, float]:
       run: what to train.
       config_text: the full gin configuration, written to ``config.gin``.
 
+    A run directory whose run is finished stays as it is, unless there are more steps
+    to take.
+
     Returns:
       The last logged metrics.
 
     Raises:
-      ValueError: for settings or data that cannot work, before compilation.
+      ValueError: for settings or data that cannot work, and for a run directory of
+        another run (`jaxalign.training.identity`), which stays as it is; before
+        compilation.
       NonFiniteLossError: naming the step; the batch is saved in the run directory, and
         the last good checkpoint is intact.
     """
     # ---- 1. What this run is --------------------------------------------------------
     if not run.run_dir:
         raise ValueError("Say where to write: --run_dir=DIR.")
+    profiling.check_steps(run.profile_steps, run.train_steps)
     folder = mirror.RunFolder(run.run_dir, keep=run.keep_checkpoints)
     run_dir = folder.path
     main_process = jax.process_index() == 0
-    checkpoints = ckpt.Checkpoints(run_dir, keep=run.keep_checkpoints)
+    before = ckpt.newest_meta(run_dir)
     # Rewards stay in the units that the run started with.
-    stats = None
-    if checkpoints.steps():
-        stats = run_directory.read_manifest(run_dir).get("reward_stats")
+    stats = before.get("reward_stats") if before else None
 
     # ---- 2. Data, objective, mesh: every check that needs no compiler ---------------
     ready = setup(run, reward_stats=tuple(stats) if stats else None)
     dataset = run.dataset
     feed = ready.inputs.train
     rows = meshes.process_rows(ready.mesh, dataset.batch_size)
+    parents = run_parents(ready, before)
+    this = identity.of(ready, parents)
+    if before:
+        identity.check(before, this, ready, folder.name)
+        done = run_directory.read_manifest(run_dir)
+        if done.get("status") == "finished" and before["step"] >= run.train_steps:
+            _log.info(
+                "%s is already finished, at step %d of %d. A larger TRAIN_STEPS goes "
+                "on from there.",
+                folder.name,
+                before["step"],
+                run.train_steps,
+            )
+            return run_directory.last_metrics(run_dir)
 
     # ---- 3. State: this run's checkpoint, else the initial policy, else random ------
     key = jax.random.key(run.seed)
-    restored = checkpoints.restore(ready.abstract_state)
-    start_policy = None
-    if run.initial_checkpoint_path and not restored:
-        start_policy = load_policy(run.initial_checkpoint_path, ready)
+    checkpoints = ckpt.Checkpoints(run_dir, keep=run.keep_checkpoints)
+    watch = symptoms.Watch()
+    restored = restore(checkpoints, ready, before)
     if restored:
-        state, saved = restored
-        _check_resumable(saved, feed, run)
-        parents = saved["parents"]
+        state, before = restored
+        identity.check(before, this, ready, folder.name)
+        watch.resume(before.get("symptoms") or watch.state())
         _log.info("Resumed %s at step %d", folder.name, int(state.step))
     else:
-        state = ready.init_state(key)
-        if start_policy is not None:
-            params = ready.objective.start_from(state.params, start_policy.params)
-            state = dataclasses.replace(state, params=params)
-        parents = {
-            "initial": start_policy.meta["policy_fingerprint"] if start_policy else None
-        }
+        state = start(ready, key)
 
     # ---- 4. The reference policy's log-probabilities --------------------------------
     frozen = None
     if ready.objective.uses_reference:
-        source = run.reference_checkpoint_path or run.initial_checkpoint_path
-        ref_fingerprint, load = reference_policy(source, ready, key)
-        parents["reference"] = ref_fingerprint
+        beginning = None if restored else state
+        parents["reference"], load = reference_policy(ready, key, parents, beginning)
         if ready.online_reference:
             frozen = load()
-        if ready.moving_reference and not restored:
-            carried = {**state.carried, "reference": {"policy": load()}}
-            state = dataclasses.replace(state, carried=carried)
+            if frozen is state.params["policy"]:  # whose buffers the first step takes
+                frozen = jax.tree.map(jnp.copy, frozen)
         eval_feed = ready.inputs.evaluation
         join = functools.partial(
             reference_cache.join,
             objective=ready.objective,
-            policy_fingerprint=ref_fingerprint,
+            policy_fingerprint=parents["reference"],
             load_params=load,
             cache_dir=dataset.cache_folder,
             mesh=ready.mesh,
@@ -131,10 +149,13 @@ def train(run: Run, config_text: str = "") -> dict[str, float]:
 
     # ---- 5. What is written, and by whom --------------------------------------------
     meta = {
-        "format": 1,
+        "format": 2,
+        "identity": this,
         "objective": type(ready.objective).__name__,
-        "model": dataclasses.asdict(run.model.config),
+        "model": run.model.config.architecture(),
+        "execution": run.model.config.execution(),
         "vocabulary": run.vocabulary.to_json(),
+        "vocabulary_fingerprint": run.vocabulary.fingerprint,
         "seed": run.seed,
         "batch_size": dataset.batch_size,
         "data_fingerprint": feed.fingerprint,
@@ -161,12 +182,11 @@ def train(run: Run, config_text: str = "") -> dict[str, float]:
             "policy_fingerprint": ckpt.params_fingerprint(state.params["policy"]),
         }
         step = int(state.step)
-        checkpoints.save(state, {**meta, **fingerprints, "step": step})
+        told = {"symptoms": watch.state()}
+        checkpoints.save(state, {**meta, **fingerprints, **told, "step": step})
         if main_process:
             run_directory.update_manifest(run_dir, step=step, **fingerprints)
         folder.saved(step)
-
-    watch = symptoms.Watch()
 
     def watched(numbers: dict[str, float]) -> None:
         if watch.check(numbers) and main_process:
@@ -182,7 +202,7 @@ def train(run: Run, config_text: str = "") -> dict[str, float]:
     progress = Progress(first, run.train_steps, enabled=main_process)
     distributed.barrier(f"step {first}", run.timeout)
     dog = watchdog.Watchdog(run.timeout, jax.process_count() > 1)
-    with dog, stop, progress, folder, writer:
+    with dog, stop, progress, folder, writer, profile:
         batches = feed.iterate(first, rows=rows)
         for step in range(first, run.train_steps):
             done = step + 1
@@ -254,37 +274,47 @@ def train(run: Run, config_text: str = "") -> dict[str, float]:
     return latest
 
 
+def restore(
+    checkpoints: ckpt.Checkpoints, ready: Setup, saved: dict[str, Any] | None
+) -> tuple[steps.TrainState, dict[str, Any]] | None:
+    """The newest intact state of a run, in the layout that the run has now."""
+    own = ready.run.model.config.scan_layers
+    layout = ckpt.stored_model(saved).config.scan_layers if saved else own
+    if layout == own:
+        return checkpoints.restore(ready.abstract_state)
+    found = checkpoints.restore(ready.in_layout(layout).abstract_state)
+    if found is None:
+        return None
+    state, meta = found
+    return in_layout_of(ready.abstract_state, state), meta
+
+
+def start(ready: Setup, key: jax.Array) -> steps.TrainState:
+    """The state before the first step."""
+    run, policy, reference = ready.run, None, None
+    if run.initial_checkpoint_path:
+        policy = load_policy(run.initial_checkpoint_path, ready).params
+    # Without a path of its own it starts as a copy of the policy.
+    if ready.moving_reference and run.reference_checkpoint_path:
+        reference = load_policy(run.reference_checkpoint_path, ready).params
+    return ready.init_state(key, policy, reference)
+
+
 def evaluate(
     ready: Setup, eval_step: Any, state: steps.TrainState, eval_steps: int | None
 ) -> list[Metrics]:
     """The metrics of each batch of the held-out feed."""
     feed = ready.inputs.evaluation
     rows = meshes.process_rows(ready.mesh, feed.batch_size)
-    batches = feed.evaluation_batches(rows)
+    bins = ready.inputs.evaluation_bins(eval_steps)
     return [
         eval_step(
             state.params,
             meshes.put_batch(ready.mesh, batch, feed.batch_size),
             state.carried,
         )
-        for batch in itertools.islice(batches, eval_steps)
+        for batch in feed.evaluation_batches(rows, bins)
     ]
-
-
-def _check_resumable(saved: dict[str, Any], feed: Any, run: Run) -> None:
-    """Refuses to continue a run on other data: its position would mean nothing."""
-    now = {
-        "data_fingerprint": feed.fingerprint,
-        "seed": run.seed,
-        "batch_size": run.dataset.batch_size,
-    }
-    differing = [k for k, v in now.items() if saved[k] != v]
-    if differing:
-        lines = [f"{k}: saved {saved[k]!r}, now {now[k]!r}" for k in differing]
-        raise ValueError(
-            "The run directory holds a checkpoint of another run. Give another "
-            "--run_dir, or the settings it was started with. " + "; ".join(lines)
-        )
 
 
 def _non_finite(run_dir: Path, feed: Any, good_steps: int) -> NonFiniteLossError:

@@ -1,5 +1,7 @@
 """What a configuration refuses, and how it says so."""
 
+import dataclasses
+
 import pytest
 
 from jaxalign.models import T5Config
@@ -38,3 +40,32 @@ def test_refuses(fields, message):
 def test_is_hashable_with_a_list():
     config = T5Config(**SHAPE, mlp_activations=["relu"])
     assert hash(config) == hash(T5Config(**SHAPE, mlp_activations=("relu",)))
+
+
+def test_identity_is_shape_and_never_execution():
+    config = T5Config(**SHAPE, dtype="bfloat16", attention="pallas", logits_chunk=8)
+    assert not set(config.architecture()) & set(config.execution())
+    assert {**config.architecture(), **config.execution()} == {
+        **dataclasses.asdict(config),
+        "mlp_activations": list(config.mlp_activations),
+    }
+    other = T5Config(**SHAPE, scan_layers=True, remat_policy="full")
+    assert other.architecture() == config.architecture()
+
+
+def test_a_stored_network_runs_here_with_its_numbers_and_layout():
+    trained = T5Config(
+        **SHAPE,
+        dtype="bfloat16",
+        attention="pallas",
+        scan_layers=True,
+        remat_policy="full",
+    )
+    new = T5Config.stored(trained.architecture(), trained.execution())
+    old = T5Config.stored({**trained.architecture(), **trained.execution()}, {})
+    assert (
+        new
+        == old
+        == dataclasses.replace(trained, attention="chunked", remat_policy="none")
+    )
+    assert T5Config.stored(trained.architecture(), {}) == T5Config(**SHAPE)

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_run
@@ -140,14 +141,13 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_says_so(work, unbroken):
 
 def test_a_nan_stops_with_the_step_and_leaves_the_last_checkpoint(work):
     folder = work / "nan"
-    loop.train(run(work, "nan", train_steps=2))
-    good = fingerprint(folder)
-    # A rate that overflows in the first step; the loss of the second is not finite.
-    broken = run(
-        work,
-        "nan",
-        optimizer=optimizers.optimizer("adamw", learning_rate=lambda s: 1e30 + 0.0 * s),
+    # A rate that overflows in the third step; the loss of the fourth is not finite.
+    optimizer = optimizers.optimizer(
+        "adamw", learning_rate=lambda s: jnp.where(s < 2, 1e-2, 1e30)
     )
+    loop.train(run(work, "nan", train_steps=2, optimizer=optimizer))
+    good = fingerprint(folder)
+    broken = run(work, "nan", optimizer=optimizer)
     with pytest.raises(loop.NonFiniteLossError, match=r"step 4 is NaN"):
         loop.train(broken)
     assert fingerprint(folder) == good

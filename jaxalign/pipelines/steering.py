@@ -343,8 +343,8 @@ def _fixed_ids(
     if not spells(ids, [], text):
         raise ValueError(
             f"The template's text {text!r} cannot be spelt by this vocabulary, it "
-            f"would read {vocabulary.decode(ids)!r}. Change it, or use a vocabulary with "
-            "escapes or of bytes."
+            f"would read {vocabulary.decode(ids)!r}: change it, or use a vocabulary "
+            "with escapes or of bytes."
         )
     return ids, False
 

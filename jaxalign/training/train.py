@@ -70,7 +70,7 @@ def train(run: Run, config_text: str = "") -> dict[str, float]:
     # Rewards stay in the units that the run started with.
     stats = None
     if checkpoints.steps():
-        stats = run_directory.read_manifest(run_dir).get("reward_stats")
+        stats = ckpt.newest_meta(run_dir).get("reward_stats")
 
     # ---- 2. Data, objective, mesh: every check that needs no compiler ---------------
     ready = setup(run, reward_stats=tuple(stats) if stats else None)

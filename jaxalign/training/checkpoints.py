@@ -55,6 +55,7 @@ __all__ = [
 
 _log = logging.getLogger(__name__)
 _FOLDER = remote_checkpoints.FOLDER
+_ALL = "params_fingerprint"  # of the policy and the other networks
 _T = TypeVar("_T")
 
 # Where more room helps: a full disk, a full quota, a limit on the size of files.
@@ -283,9 +284,9 @@ class Checkpoints:
         policy = _read(folder, meta, "policy", like.params["policy"])
         rest = _read(folder, meta, "rest", _rest(like))
         params = {"policy": policy, **rest["params"]}
-        for name, found in fingerprints(params).items():
-            item = "policy" if name == "policy_fingerprint" else "rest"
-            damage.compare(folder, meta, name, item, found)
+        found = fingerprints(params)
+        for item, name in (("policy", "policy_fingerprint"), ("rest", _ALL)):
+            damage.compare(folder, meta, name, item, found[name])
         state = TrainState(
             step=rest["step"],
             params=params,

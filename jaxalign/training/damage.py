@@ -27,6 +27,7 @@ _T = TypeVar("_T")
 
 META_FILE = "meta/metadata"  # where Orbax's JSON handler looks too
 NEW_KEYS = _OWN, _FILES = "meta_fingerprint", "files"
+_KINDS = {"model": dict, "vocabulary": dict, "step": int, "policy_fingerprint": str}
 _PAUSES = (0.2, 1.0, 3.0)  # seconds between attempts to read
 
 
@@ -96,9 +97,12 @@ def read_meta(folder: Path) -> dict[str, Any]:
     own = meta.pop(_OWN, None)
     if (own or _FILES in meta) and own != fingerprints.json_fingerprint(meta):
         raise damaged(f"its own {_OWN} differs from its content")
-    for name, kind in (("model", dict), ("vocabulary", dict), ("step", int)):
+    for name, kind in _KINDS.items():
         if not isinstance(meta.get(name), kind):
             raise damaged(f"it lacks {name!r}")
+    stats = meta.get("reward_stats")
+    if stats is not None and (not isinstance(stats, list) or len(stats) != 2):
+        raise damaged(f"reward_stats is {stats!r}, expected mean and deviation")
     return meta
 
 

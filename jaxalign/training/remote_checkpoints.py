@@ -93,8 +93,8 @@ def set_aside(url: str) -> None:
             aside = f"{path}.damaged-{number}"
         if fs.exists(f"{path}.json"):
             fs.mv(f"{path}.json", f"{aside}.json")
-        if fs.exists(path):
-            fs.mv(path, aside, recursive=True)
+        for name in fs.find(path):  # an object store has no folders to rename
+            fs.mv(name, f"{aside}{name[len(path) :]}")
 
 
 def take(url: str, target: Path, items: tuple[str, ...] = ()) -> str | None:

@@ -332,3 +332,21 @@ def test_a_damaged_start_or_reference_is_refused(run, tmp_path):
         loop.load_policy(str(run), ready)
     with pytest.raises(damage.DamagedCheckpointError, match="fingerprint"):
         checkpoints.verify(run)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"reward_stats": [1.0]}, r"reward_stats is \[1.0\], expected mean and"),
+        ({"model": None}, "it lacks 'model'"),
+        ({"policy_fingerprint": 3}, "it lacks 'policy_fingerprint'"),
+    ],
+)
+def test_an_older_meta_that_lacks_something_is_named(run, change, problem):
+    without_lists(run)
+    path = run / "checkpoints" / "4" / "meta" / "metadata"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(damage.DamagedCheckpointError, match=problem) as refused:
+        checkpoints.load_policy(run)
+    assert str(path) in str(refused.value)
+    assert checkpoints.newest_meta(run)["step"] == 2

@@ -16,7 +16,13 @@ import tiny_run
 
 from jaxalign import cli, remote
 from jaxalign.pipelines import inference
-from jaxalign.training import checkpoints, mirror, remote_checkpoints, run_directory
+from jaxalign.training import (
+    checkpoints,
+    damage,
+    mirror,
+    remote_checkpoints,
+    run_directory,
+)
 from jaxalign.training import train as loop
 
 LAUNCHER = Path(__file__).parents[2] / "launch" / "local.py"
@@ -137,6 +143,9 @@ def test_a_checkpoint_counts_when_it_is_whole(new_bucket, machine, monkeypatch, 
     machine("second")
     assert resumed(url) == ["4"]
     assert "step 6" in caplog.text and "is not what was written there" in caplog.text
+    aside = f"{url}/checkpoints/6.damaged"
+    assert buckets.get(f"{aside}/policy/data") == b"of step 7"
+    assert remote.holds(f"{url}/checkpoints", "6.damaged.json")
     fs, path = remote.connect(f"{url}/checkpoints/4/policy/data")
     fs.rm_file(path)
     assert resumed(url) == ["2"]
@@ -146,6 +155,12 @@ def test_a_checkpoint_counts_when_it_is_whole(new_bucket, machine, monkeypatch, 
     folder.saved(4)
     assert remote_checkpoints.complete(url) == [2, 4]
     assert resumed(url) == ["4"]
+    # Where none is left, the user decides.
+    for step in (2, 4):
+        buckets.put(f"{url}/checkpoints/{step}/policy/data", b"")
+    with pytest.raises(damage.DamagedCheckpointError, match="No checkpoint of s3"):
+        resumed(url)
+    assert remote_checkpoints.complete(url) == [2, 4]
 
 
 def resumed(url: str) -> list[str]:

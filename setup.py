@@ -103,8 +103,8 @@ REMOTE = ["s3fs>=2026.9", "gcsfs>=2026.10"]
 
 PLOTS = ["matplotlib>=3.9"]  # the page of `jaxalign compare`
 # `jaxalign plan` compiles for TPUs with libtpu, on machines without one. A jaxlib reads
-# what the libtpu of its own release makes and may not read a newer one's: which one that
-# is, the installed jax says in its extra "tpu".
+# what the libtpu of its own release makes and may not read a newer one's: which one
+# that is, the installed jax says in its extra "tpu".
 PLAN = ["jax[tpu]>=0.10"]
 
 # What `make test-slow` needs beside: 100 MB of Kubernetes' schemas, for the manifest in

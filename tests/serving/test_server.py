@@ -112,6 +112,8 @@ JSON_HEADER = {"Content_Type": "application/json"}
         ({"Host": "user@localhost"}, 403),
         ({"Host": "my.server.evil.example"}, 403),
         ({"Host": "a:b:c"}, 403),
+        ({"Host": "127.0.0.1?evil.example"}, 403),
+        ({"Host": "127.0.0.1/evil.example"}, 403),
         ({"Host": "[::1"}, 403),
         ({"Host": "localhost:99999999"}, 403),
         ({"Origin": "http://localhost:3000"}, 200),

@@ -349,7 +349,7 @@ def _copied(tree: Any) -> Any:
     if jax.process_count() > 1:
         return jax.tree.map(jnp.copy, tree) if on_cpu else tree
     for leaf in jax.tree.leaves(tree):
-        if isinstance(leaf, jax.Array):
+        if isinstance(leaf, jax.Array) and not on_cpu:
             leaf.copy_to_host_async()
     return jax.tree.map(np.array if on_cpu else np.asarray, tree)
 

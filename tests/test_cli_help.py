@@ -133,30 +133,27 @@ def serve(*_):
     """A function whose name appears in messages."""
 
 
-@pytest.mark.parametrize(
-    ("message", "shown"),
-    [
-        (
-            f"Port 80.\n  In call to configurable 'serve' ({serve})\n"
-            f"  In call to configurable 'Run' (<class 'x.Run'>) in scope 'a'",
-            "Port 80.",
-        ),
-        (f"expected a number, got {serve}.", "expected a number, got serve."),
-        (f"got {object()}", "got object"),
-        (f"got {serve.__get__(object())}", "got serve"),
-        (f"got {(lambda: 0)}", "got lambda"),
-        ("a < b and <EOS> 0x10", "a < b and <EOS> 0x10"),
-    ],
-)
-def test_no_python_object_is_shown(message, shown, monkeypatch, capsys):
-    def fail(argv):
-        raise ValueError(message)
+MESSAGES = {
+    f"Port 80.\n  In call to configurable 'serve' ({serve})\n"
+    "  In call to configurable 'Run' (<class 'x.Run'>) in scope 'a'": "Port 80.",
+    f"expected a number, got {serve}.": "expected a number, got serve.",
+    f"got {object()}": "got object",
+    f"got {serve.__get__(object())}": "got serve",
+    f"got {(lambda: 0)}": "got lambda",
+    "a < b and <EOS> 0x10": "a < b and <EOS> 0x10",
+}
 
-    monkeypatch.setitem(cli._VERBS, "tasks", (fail, None))
-    assert cli.main(["tasks"]) == 2
-    error = capsys.readouterr().err
-    assert "0x7" not in error and "configurable" not in error
-    assert shown in error
+
+def test_no_python_object_is_shown(monkeypatch, capsys):
+    for message, shown in MESSAGES.items():
+
+        def fail(argv, message=message):
+            raise ValueError(message)
+
+        monkeypatch.setitem(cli._VERBS, "tasks", (fail, None))
+        assert cli.main(["tasks"]) == 2
+        assert capsys.readouterr().err == f"ValueError: {shown}\n"
+
 
 
 def test_a_good_suggestion_comes_without_the_whole_list(capsys):

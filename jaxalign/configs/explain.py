@@ -19,8 +19,10 @@ _REQUIRED = "gin.REQUIRED"
 # What gin adds to every error that passes through a configured function.
 _CALL = re.compile(r"\n  In call to configurable '[^']*' \(.*\)(?: in scope '[^']*')?$")
 # An object as Python shows it, with its address in memory.
+_METHOD = re.compile(r"<bound method ([\w.<>]+) of <.*?>>")
 _OBJECT = re.compile(
-    r"<(?:(?:function|bound method|class|module) )?([\w.]+)[^<>]* at 0x[0-9a-fA-F]+>"
+    r"<(?:(?:function|class|module) )?(?:[\w.]+\.<locals>\.)?<?([\w.]+)>?[^<>]*"
+    r" at 0x[0-9a-fA-F]+>"
 )
 
 
@@ -38,7 +40,7 @@ def message(error: BaseException) -> str:
     text = str(error)
     while match := _CALL.search(text):
         text = text[: match.start()]
-    return _OBJECT.sub(r"\1", text)
+    return _OBJECT.sub(r"\1", _METHOD.sub(r"\1", text))
 
 
 def explain(error: Exception, scanned: Sequence[Scanned], file: Scanned) -> str:

@@ -70,16 +70,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         told = configs.message(error)
         print(f"{type(error).__name__}: {told}", file=sys.stderr)
-        _leave(2, error)
+        _leave(2, f"{type(error).__name__}: {told}")
         return 2
-    except KeyboardInterrupt as error:
+    except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
-        _leave(130, error)
+        _leave(130, "interrupted.")
         return 130
     except Exception as error:
         if _in_a_job():  # the traceback comes before all end
             traceback.print_exc()
-            _leave(1, error)
+            _leave(1, f"{type(error).__name__}: {configs.message(error)}")
         raise
 
 
@@ -92,12 +92,12 @@ def _in_a_job() -> bool:
     return failures.in_a_job()
 
 
-def _leave(status: int, error: BaseException) -> None:
+def _leave(status: int, reason: str) -> None:
     """Ends the whole job, if there is one: the others would wait for this process."""
     if _in_a_job():
         from jaxalign.training import failures
 
-        failures.leave(status, f"{type(error).__name__}: {error}")
+        failures.leave(status, reason)
 
 
 def _set_up_logging() -> None:

@@ -5,14 +5,11 @@ from __future__ import annotations
 import argparse
 import ast
 import functools
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from jaxalign import configs
-
-_log = logging.getLogger(__name__)
 
 
 class _Help(argparse.HelpFormatter):
@@ -127,18 +124,9 @@ def read_gin(flags: configs.GinFlags, needs: str) -> None:
 
 def configured_run() -> Any:
     """The run that the parsed gin files describe; says which network it took."""
-    from jaxalign import models
-    from jaxalign.training import train
+    from jaxalign.training import run
 
-    make = configs.configured(train.Run)
-    if make is train.Run:
-        raise configs.ConfigError(
-            "No --gin_file describes a run; add one, such as --gin_file=runs/sft.gin: "
-            "`jaxalign tasks` lists all."
-        )
-    run = make()
-    _log.info("Network: %s, %s", configs.network(), models.describe(run.model))
-    return run
+    return run.from_gin()
 
 
 def arguments(

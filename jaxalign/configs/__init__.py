@@ -39,6 +39,7 @@ __all__ = [
     "config_str",
     "configured",
     "macro",
+    "macros",
     "message",
     "nearest",
     "network",
@@ -115,6 +116,20 @@ def macro(name: str, default: Any = dataclasses.MISSING) -> Any:
             "gin file."
         ) from None
     return copy.deepcopy(value)  # gin resolves references when they are copied
+
+
+def macros(
+    gin_files: Iterable[str | Path], search_paths: Iterable[str | Path] = ()
+) -> set[str]:
+    """The macros that gin files set or read, without parsing them.
+
+    >>> "DATA" in macros(["runs/dpo.gin"])
+    True
+    """
+    paths = tuple(Path(path) for path in search_paths)
+    roots = [scan(find(str(name), paths), paths) for name in gin_files]
+    files = [file for root in roots for file in root.walk()]
+    return {name for file in files for name in (*file.macros, *file.reads)}
 
 
 def network() -> str:

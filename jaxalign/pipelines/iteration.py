@@ -21,7 +21,7 @@ from typing import Any
 
 import jax
 
-from jaxalign import configs, models, remote
+from jaxalign import configs, remote
 from jaxalign.data import records
 from jaxalign.data.jsonl import json_line
 from jaxalign.evaluation import judges
@@ -30,6 +30,7 @@ from jaxalign.pipelines.inference import write_jsonl
 from jaxalign.pipelines.verdicts import SCHEMAS, judged, judged_rows, training_rows
 from jaxalign.training import checkpoints, exclusive, run_directory
 from jaxalign.training import mesh as meshes
+from jaxalign.training import run as runs
 from jaxalign.training import train as loop
 
 __all__ = ["iterate", "judged_rows"]
@@ -37,6 +38,8 @@ __all__ = ["iterate", "judged_rows"]
 _log = logging.getLogger(__name__)
 
 REFERENCES = ("fixed", "refreshed")
+# Which macros a round sets; a run file reads them.
+_OWN = ("DATA", "MODEL_DIR", "INITIAL_CHECKPOINT_PATH", "REFERENCE_CHECKPOINT_PATH")
 
 
 def iterate(
@@ -96,6 +99,12 @@ def iterate(
         raise ValueError(f"--reference must be one of {REFERENCES}, got {reference!r}.")
     if num_samples < 2:
         raise ValueError(f"--num_samples must be at least 2, got {num_samples}.")
+    if not {*_OWN} <= configs.macros(gin_files, search_paths):
+        raise configs.ConfigError(
+            f"No run to repeat in {', '.join(map(str, gin_files))}: add a file that "
+            "describes one, such as --gin_file=runs/dpo.gin; `jaxalign tasks` lists "
+            "all."
+        )
     folder = remote.local_only(run_dir, "--run_dir of several runs").absolute()
     judge_fn = judges.resolve_callable(judge)
     examples, _ = records.load(prompts, "prompts")
@@ -134,9 +143,7 @@ def iterate(
             lines.append(f"RANDOM_SEED = {seed + number}")
             configs.parse(gin_files, [*bindings, *lines], search_paths)
             config = configs.config_str()
-            run = configs.configured(loop.Run)()
-            network = models.describe(run.model)
-            _log.info("Network: %s, %s", configs.network(), network)
+            run = runs.from_gin()
             schema = _schema(run)
             mesh, shared = _mesh(run, batch_size)
             outputs.note_folder(folder, key)

@@ -9,18 +9,16 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import logging
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
-from jaxalign import configs, models, world
+from jaxalign import configs, world
 from jaxalign.data.cache import file_sha256
 from jaxalign.pipelines import outputs
 from jaxalign.training import checkpoints, run_directory
+from jaxalign.training import run as runs
 from jaxalign.training import train as loop
-
-_log = logging.getLogger(__name__)
 
 # Settings that change where things lie, not what is learnt.
 _PLACES = ("CACHE_DIR", "INITIAL_CHECKPOINT_PATH", "DATA", "EVAL_DATA")
@@ -85,9 +83,7 @@ def train(
     text = configs.config_str()
     if not run_directory.read_manifest(directory):
         outputs.note_folder(Path(directory), key)  # what is unfinished has a key too
-    run = configs.configured(loop.Run)()
-    _log.info("Network: %s, %s", configs.network(), models.describe(run.model))
-    loop.train(run, text)
+    loop.train(runs.from_gin(), text)
     outputs.note_folder(Path(directory), key)
     return Path(directory)
 

@@ -189,6 +189,7 @@ class Study:
           The run directory.
         """
         from jaxalign import configs
+        from jaxalign.training import run as runs
         from jaxalign.training import train as loop
 
         path = self.folder / name
@@ -203,7 +204,7 @@ class Study:
         own |= {"bindings": list(bindings)} if bindings else {}
         with self._stage(name, path, own, macros) as needed:
             if needed:
-                loop.train(configs.configured(loop.Run)(), text)
+                loop.train(runs.from_gin(), text)
         return path
 
     # ---- What a stage is ------------------------------------------------------------

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from jaxalign.data.cache import file_sha256
+from jaxalign.data.jsonl import json_line
 from jaxalign.evaluation import judges
 from jaxalign.pipelines import outputs
 
@@ -58,12 +59,10 @@ def judged(
             file.truncate(sum(map(len, kept)))
             file.seek(0, 2)
             for verdict in verdicts(groups[len(kept) :], judge):
-                text = json.dumps(verdict, ensure_ascii=False) + "\n"
-                file.write(text.encode("utf-8", "surrogatepass"))
+                file.write(json_line(verdict).encode("utf-8"))
                 file.flush()
         outputs.finish(path, key)
-    text = path.read_text("utf-8", "surrogatepass")
-    return [json.loads(line) for line in text.split("\n") if line]
+    return [json.loads(line) for line in path.read_bytes().split(b"\n") if line]
 
 
 def _kept(content: bytes, groups: list[tuple[str, list[str]]]) -> list[bytes]:
@@ -71,7 +70,7 @@ def _kept(content: bytes, groups: list[tuple[str, list[str]]]) -> list[bytes]:
     lines = content[: content.rfind(b"\n") + 1].splitlines(keepends=True)
     kept = []
     for line, group in zip(lines, groups, strict=False):
-        found = json.loads(line.decode("utf-8", "surrogatepass"))
+        found = json.loads(line)
         if (found["prompt"], found["responses"]) != (group[0], _worth(group[1])):
             break
         kept.append(line)

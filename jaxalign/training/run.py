@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import optax
 
-from jaxalign import models, vocabularies
+from jaxalign import configs, models, vocabularies
 from jaxalign.batch import Batch
 from jaxalign.objectives import Objective
 from jaxalign.objectives.metrics import Metrics
@@ -101,6 +101,23 @@ class Run:
                 raise ValueError(
                     f"{name.upper()} must be at least 1, got {getattr(self, name)}."
                 )
+
+
+def from_gin() -> Run:
+    """The run that the parsed gin files describe; says which network it took.
+
+    Raises:
+      ConfigError: when none of them describes a run.
+    """
+    make = configs.configured(Run)
+    if make is Run:
+        raise configs.ConfigError(
+            "No --gin_file describes a run; add one, such as --gin_file=runs/sft.gin: "
+            "`jaxalign tasks` lists all."
+        )
+    run = make()
+    _log.info("Network: %s, %s", configs.network(), models.describe(run.model))
+    return run
 
 
 @dataclasses.dataclass(frozen=True)

@@ -268,7 +268,8 @@ def train(run: Run, config_text: str = "") -> dict[str, float]:
                     save(state)
             if told_to_stop:
                 break
-        checkpoints.settle()
+        with dog.patient("the last checkpoint"):
+            checkpoints.settle()
 
     # ---- 7. The end -----------------------------------------------------------------
     finished = int(state.step) >= run.train_steps

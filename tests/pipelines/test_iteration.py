@@ -49,6 +49,18 @@ def test_rationales_cannot_be_made_of_scores():
         iteration.judged_rows(GROUPS, length, "rationale")
 
 
+def test_a_file_that_describes_no_run_is_told_in_one_line(tmp_path, capsys):
+    own = tmp_path / "own.gin"
+    own.write_text("TRAIN_STEPS = 5\n")
+    paths = ("initial", "prompts", "run_dir")
+    asked = [f"--{name}={tmp_path / name}" for name in paths]
+    argv = ["iterate", f"--gin_file={own}", "--judge=math:sqrt", *asked]
+    assert cli.main(argv) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith("ConfigError: No run to repeat in ") and "runs/dpo" in said
+    assert not (tmp_path / "run_dir").exists()
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """With an initial policy, prompts and a judge."""

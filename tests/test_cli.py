@@ -141,10 +141,32 @@ def test_score_and_generate_and_eval(trained, work, capsys):
     capsys.readouterr()
     judge = f"--judge={work / 'judges.py'}:length"
     compare = ["--data=data.jsonl", "--baseline=sft", judge, "--metrics=exact_match"]
+    compare.append("--output=evaluated.json")
     assert cli.main(["eval", *arguments, *compare]) == 0
-    result = json.loads(capsys.readouterr().out)
+    printed = capsys.readouterr().out
+    result = json.loads(printed)
     assert result["comparison"]["win_rate"]["mean"] == 0.5
     assert result["metrics"] == {"exact_match": 0.0}
+    # What is finished is kept, and only for the same settings.
+    score = ["score", "--checkpoint=sft", "--data=data.jsonl", "--output=scores.jsonl"]
+    written = ("scores.jsonl", "evaluated.json")
+    before = {name: (work / name).stat().st_mtime_ns for name in written}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("jaxalign.pipelines.generation.load", None)  # nothing is loaded
+        assert cli.main(score) == 0
+        assert cli.main([*score, "--batch_size=2"]) == 0
+        assert "60 scores written" in capsys.readouterr().out
+        assert cli.main(["eval", *arguments, *compare]) == 0
+        assert capsys.readouterr().out == printed
+        for argv in (
+            [*score, "--gin.FIELD_MAP={'completion': 'prompt'}"],
+            ["eval", *arguments, *compare, "--seed=1"],
+            ["steer", "--checkpoint=sft", "--prompts=data.jsonl", score[-1]],
+        ):
+            assert cli.main(argv) == 2
+            (said,) = [x for x in capsys.readouterr().err.splitlines() if "Error" in x]
+            assert " was made with other settings: " in said
+    assert before == {name: (work / name).stat().st_mtime_ns for name in written}
 
 
 def test_score_equals_what_generation_reports(trained, work):
@@ -345,6 +367,7 @@ def test_steer_fills_templates_and_names_mistakes(trained, work, capsys):
     assert cli.main([*command, "--template=it[BLANK]!"]) == 0
     for row in read_lines(work / "filled.jsonl"):
         assert row["response"].startswith("it") and row["response"].endswith("!")
+    command[3] = "--output=other.jsonl"
     for flags_, message in (
         (["--template=it"], r"has no [BLANK] in it"),
         (["--template=[BLANK]", "--regex=a"], "a template excludes regex"),

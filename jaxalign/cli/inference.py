@@ -78,7 +78,7 @@ def steer_parser() -> argparse.ArgumentParser:
         help='JSONL file with {"prompt"[, "more_prompts", "regex", "include", '
         '"template"]}',
     )
-    parser.add_argument("--output", help="JSONL file to write")
+    parser.add_argument("--output", help="JSONL file to write; a finished one is kept")
     parser.add_argument("--regex", help="what the whole response has to match")
     parser.add_argument("--include", action="append", help="a phrase; repeatable")
     parser.add_argument("--template", help="text with [BLANK] in it")
@@ -147,7 +147,7 @@ def score_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--checkpoint", help="run directory or checkpoint")
     parser.add_argument("--data", help='JSONL file with {"prompt", "completion"}')
-    parser.add_argument("--output", help="JSONL file to write")
+    parser.add_argument("--output", help="JSONL file to write; a finished one is kept")
     parser.add_argument("--batch_size", type=int, help="rows at a time")
     distributed_flags(parser)
     return parser
@@ -179,7 +179,7 @@ def evaluate_parser() -> argparse.ArgumentParser:
         type=lambda text: tuple(text.split(",")),
         help="comma-separated: exact_match, token_accuracy, bleu, module:function ...",
     )
-    parser.add_argument("--output", help="JSON file to write")
+    parser.add_argument("--output", help="JSON file to write; a finished one is kept")
     sampling_flags(parser)
     distributed_flags(parser)
     return parser

@@ -11,7 +11,6 @@ do, and another one does not overwrite it.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -131,14 +130,16 @@ def generate(
     local_output = remote.local_only(output, "--output, which grows line by line,")
     metric = searching.text_metric(mbr) if mbr else None
     asked = {
-        "prompts": hashlib.sha256(remote.copy(prompts).read_bytes()).hexdigest(),
+        "prompts": outputs.input_key(prompts),
         **settings,
     }
     if mbr and ":" in mbr:
         asked["mbr"] = outputs.function_key(mbr, metric)
-    count = exclusive.in_main(lambda: _finished(local_output, asked))
+    count = outputs.kept(
+        local_output,
+        lambda: _key({**asked, "checkpoint": outputs.policy_key(checkpoint)}),
+    )
     if count >= 0:
-        _log.info("%s was finished with these settings: nothing to do.", output)
         return count
     policy, sharding = load(checkpoint, mesh)
     of = policy.vocabulary, policy.model.config.vocab_size
@@ -325,15 +326,6 @@ _EXECUTION = ("batch_size", "slots", "mesh")
 
 def _key(asked: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in asked.items() if k not in _EXECUTION}
-
-
-def _finished(path: Path, asked: Mapping[str, Any]) -> int:
-    """The lines of an output that is finished with these settings, or -1."""
-    if not path.exists():
-        return -1
-    meta = checkpoints.read_meta(asked["checkpoint"])
-    key = _key({**asked, "checkpoint": meta["policy_fingerprint"]})
-    return outputs.finished(path, key)["lines"]
 
 
 class _Writer:

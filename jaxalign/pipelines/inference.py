@@ -24,8 +24,11 @@ from jaxalign.data.jsonl import json_line
 from jaxalign.decoding import Sampling
 from jaxalign.evaluation import compare, judges, metrics
 from jaxalign.pipelines import generation, outputs
-from jaxalign.training import checkpoints, exclusive, run_directory
+from jaxalign.training import checkpoints, exclusive
 from jaxalign.training import mesh as meshes
+
+# How it is computed, which is no part of what was asked for.
+_EXECUTION = ("batch_size", "mesh")
 
 
 @exclusive.one_output_at_a_time
@@ -54,8 +57,18 @@ def score(
       on_bad_row: ``"error"`` or ``"skip"``.
 
     Returns:
-      The number of lines written.
+      The number of lines in the file.
+
+    Raises:
+      ValueError: when a finished output was made with other settings.
     """
+    asked = {"verb": "score", "field_map": field_map, "on_bad_row": on_bad_row}
+    asked["data"] = outputs.input_key(data)
+    count = outputs.kept(
+        output, lambda: {**asked, "checkpoint": outputs.policy_key(checkpoint)}
+    )
+    if count >= 0:
+        return count
     policy, sharding = generation.load(checkpoint, mesh)
     examples, _ = records.load(
         data,
@@ -77,6 +90,7 @@ def score(
             {**raw, "logp": float(logp), "num_tokens": int(length)}
             for (raw, _), logp, length in zip(pairs, logps, lengths, strict=True)
         ),
+        key={**asked, "checkpoint": policy.meta["policy_fingerprint"]},
     )
 
 
@@ -202,8 +216,10 @@ def evaluate(
       ``{"metrics": ..., "reward": ..., "comparison": ...}``, with what was asked for.
 
     Raises:
-      ValueError: when nothing was asked for.
+      ValueError: when nothing was asked for, or a finished output was made with other
+        settings.
     """
+    given = {k: v for k, v in locals().items() if k not in ("output", *_EXECUTION)}
     if not judge and not metric_fns:
         raise ValueError(
             "Nothing to evaluate with: give --judge=module:function, or "
@@ -214,6 +230,22 @@ def evaluate(
         judges.resolve_callable(name if ":" in name else f"{metrics.__name__}:{name}")
         for name in metric_fns
     ]
+    asked = {**given, "verb": "eval", "data": outputs.input_key(data)}
+    asked["judge"] = outputs.function_key(judge, judge_fn) if judge else None
+    asked["metric_fns"] = [
+        outputs.function_key(name, function) if ":" in name else name
+        for name, function in zip(metric_fns, functions, strict=True)
+    ]
+
+    def key(policy: str, against: str | None) -> dict[str, Any]:
+        return {**asked, "checkpoint": policy, "baseline": against}
+
+    def key_now() -> dict[str, Any]:
+        against = outputs.policy_key(baseline) if baseline else None
+        return key(outputs.policy_key(checkpoint), against)
+
+    if outputs.kept(output, key_now) >= 0:
+        return jsonl.read_json(output) if jax.process_index() == 0 else {}
     schema = "supervised" if functions else "prompts"
     examples, _ = records.load(
         data,
@@ -225,8 +257,11 @@ def evaluate(
     rows = [record for e in examples for record in e.records]
     prompts = [record["prompt"] for record in rows]
 
+    used: dict[str, str] = {}  # fingerprints of the policies
+
     def texts(path: str) -> list[list[str]]:
         policy, sharding = generation.load(path, mesh)
+        used[path] = policy.meta["policy_fingerprint"]
         generations = generation.sample(
             policy,
             prompts,
@@ -254,10 +289,9 @@ def evaluate(
         )
         result["baseline"] = baseline
         result["comparison"] = compared.to_json()
-    if output and jax.process_index() == 0:
-        with remote.writing(output) as file:
-            text = jsonl.dumps(result, indent=2) + "\n"
-            run_directory.write_atomically(file, text)
+    if output:
+        text = jsonl.dumps(result, indent=2) + "\n"
+        _write(output, [text], key(used[checkpoint], used.get(baseline)))
     return result
 
 
@@ -280,14 +314,20 @@ def write_jsonl(
     Returns:
       The number of lines.
     """
+    return _write(path, map(json_line, lines), key, **noted)
+
+
+def _write(
+    path: str | Path, texts: Iterable[str], key: Mapping[str, Any] | None, **noted: Any
+) -> int:
     if jax.process_index() > 0:
-        return sum(1 for _ in lines)
+        return sum(1 for _ in texts)
     count = 0
     with remote.writing(path) as local:
         local.parent.mkdir(parents=True, exist_ok=True)
         with outputs.open_partial(local, os.O_TRUNC) as file:
-            for line in lines:
-                file.write(json_line(line).encode("utf-8"))
+            for text in texts:
+                file.write(text.encode("utf-8"))
                 count += 1
         if key is None:
             os.replace(outputs.partial_path(local), local)

@@ -13,15 +13,20 @@ import errno
 import hashlib
 import inspect
 import json
+import logging
 import os
 import stat
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from jaxalign import remote
+from jaxalign.data import jsonl
 from jaxalign.data.cache import file_sha256
 from jaxalign.evaluation import judges
-from jaxalign.training import run_directory
+from jaxalign.training import checkpoints, exclusive, run_directory
+
+_log = logging.getLogger(__name__)
 
 Key = Mapping[str, Any]
 
@@ -53,6 +58,51 @@ def finished(path: Path, key: Key) -> dict[str, Any] | None:
         raise _unknown(path, "it was changed since")
     refuse_other(f"{path} was made", noted["asked"], key)
     return noted
+
+
+def kept(output: str | Path | None, key: Callable[[], Key]) -> int:
+    """Looks, before anything is loaded, whether an output is there already.
+
+    Of several processes the first looks, and all are told.
+
+    Args:
+      output: where it will be; None, or an address in a bucket, is made always.
+      key: makes the key, where there is something to compare it with.
+
+    Returns:
+      The lines of the output if it is finished under this key; -1 if there is none.
+
+    Raises:
+      ValueError: as `finished`, in every process.
+    """
+    if output is None or remote.is_remote(output):
+        return -1
+    path = Path(output)
+
+    def look() -> int:
+        noted = finished(path, key()) if path.exists() else None
+        return -1 if noted is None else noted["lines"]
+
+    lines = exclusive.in_main(look)
+    if lines >= 0:
+        _log.info("%s was finished with these settings: nothing to do.", output)
+    return lines
+
+
+def input_key(path: str | Path) -> str:
+    """The SHA-256 of an input of JSON Lines, here or in a bucket.
+
+    Raises:
+      ValueError: when it is none, such as a folder.
+      OSError: when it cannot be read.
+    """
+    jsonl.check_format(path)
+    return file_sha256(remote.copy(path))
+
+
+def policy_key(checkpoint: str) -> str:
+    """The fingerprint of the policy that a checkpoint or a run directory stands for."""
+    return checkpoints.newest_meta(checkpoint)["policy_fingerprint"]
 
 
 def check_file(path: Path, key: Key) -> None:

@@ -20,7 +20,7 @@ from jaxalign.decoding import constraints, programs
 from jaxalign.decoding.generate import check_constraint
 from jaxalign.decoding.smc import smc
 from jaxalign.evaluation import judges
-from jaxalign.pipelines import generation
+from jaxalign.pipelines import generation, outputs
 from jaxalign.pipelines.inference import write_jsonl
 from jaxalign.training import checkpoints, exclusive
 
@@ -97,11 +97,22 @@ def steer(
       on_bad_row: ``"error"`` or ``"skip"``.
 
     Returns:
-      The number of lines written.
+      The number of lines in the file.
 
     Raises:
-      ValueError: naming the row or the argument.
+      ValueError: naming the row or the argument; or when a finished output was made
+        with other settings.
     """
+    asked = {k: v for k, v in locals().items() if k not in ("output", "batch_size")}
+    asked |= {"verb": "steer", "prompts": outputs.input_key(prompts)}
+
+    def key(policy: str) -> dict[str, Any]:
+        judged = outputs.function_key(potential) if potential else None
+        return {**asked, "potential": judged, "checkpoint": policy}
+
+    count = outputs.kept(output, lambda: key(outputs.policy_key(checkpoint)))
+    if count >= 0:
+        return count
     policy = checkpoints.newest_policy(checkpoint)
     examples, _ = records.load(
         prompts,
@@ -171,7 +182,7 @@ def steer(
         for i, (raw, _) in enumerate(rows):
             yield from ({**raw, **line} for line in found[i])
 
-    return write_jsonl(output, lines())
+    return write_jsonl(output, lines(), key(policy.meta["policy_fingerprint"]))
 
 
 def _wish(i: int, raw: Mapping[str, Any], default: Mapping[str, Any]) -> _Wish:

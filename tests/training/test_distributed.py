@@ -373,8 +373,9 @@ CUTS = ((1, 1), (1, 4), (2, 2))
 
 def column(folder: Path, verb: str, field: str, *more: str) -> dict:
     """A field of the lines that a verb writes, for each of the cuts."""
-    output, found = folder / f"{verb}.jsonl", {}
+    found = {}
     for cut in CUTS:
+        output = folder / "{}-{}-{}.jsonl".format(verb, *cut)
         use(folder / "sft", verb, *cut, f"--output={output}", *more)
         lines = map(json.loads, output.read_text().splitlines())
         found[cut] = [line[field] for line in lines]
@@ -403,7 +404,7 @@ def test_two_processes_evaluate_what_one_does(work, supervised):
     judge.write_text("def longer(prompt, a, b):\n    return float(len(a) > len(b))\n")
     results = {}
     for cut in CUTS:
-        output = work / "evaluated.json"
+        output = work / "evaluated-{}-{}.json".format(*cut)
         flags = (f"--data={work / 'data.jsonl'}", f"--output={output}")
         compared = (f"--judge={judge}:longer", f"--baseline={supervised}")
         more = ("--metrics=token_accuracy", "--temperature=1", "--max_new_tokens=6")

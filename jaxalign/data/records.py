@@ -348,6 +348,8 @@ def load(
     if bad.total and on_bad_row == "error":
         raise DataError(bad)
     bad.close()
+    if listing is not None and not bad.total:
+        listing.unlink(missing_ok=True)  # of what stood there before
     if bad.total:
         _log.warning(
             "%s: %d bad rows are left out:\n%s", quoted(str(path)), bad.total, bad

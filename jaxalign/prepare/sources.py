@@ -147,12 +147,21 @@ def _digest(file: str) -> str:
 
 def _expand(pattern: str) -> list[str]:
     if remote.is_remote(pattern):
-        return remote.expand(pattern)
+        found = remote.expand(pattern)
+        return found if found == [pattern] else _data_files(found)
     path = pathlib.Path(pattern).expanduser()
     if path.is_file():
         return [str(path)]
     found = glob.glob(str(path)) if any(c in pattern for c in "*?[") else []
-    return [str(p) for p in sorted(map(pathlib.Path, found)) if p.is_file()]
+    return _data_files(str(p) for p in sorted(map(pathlib.Path, found)) if p.is_file())
+
+
+# What `generate` and others leave beside a file of rows: no rows, whatever a glob says.
+_BESIDE = (".settings.json", ".bad_rows.jsonl", ".partial", ".partial.json")
+
+
+def _data_files(files: Iterable[str]) -> list[str]:
+    return [file for file in files if not file.endswith(_BESIDE)]
 
 
 def _no_file(data: str) -> str:

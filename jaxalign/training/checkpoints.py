@@ -487,7 +487,6 @@ def load_policy(path: str | Path, shardings: Any = None) -> Policy:
     params = _read(folder, meta, "policy", like)
     found = params_fingerprint(params)
     damage.compare(folder, meta, "policy_fingerprint", "policy", found)
-    meta.setdefault("policy_fingerprint", found)
     vocabulary = vocabularies.from_json(meta["vocabulary"], folder.parents[1])
     return Policy(model, params, vocabulary, meta, folder)
 

@@ -56,6 +56,7 @@ class RunFolder:
         self._url = os.fspath(run_dir).rstrip("/") if remote.is_remote(run_dir) else ""
         self._keep = keep
         self._copied: dict[Path, tuple[int, int]] = {}
+        self._damaged: list[int] = []  # in the bucket, to be set aside
         self._last_copy = time.monotonic()
         # A checkpoint is copied by another thread than the loop's.
         self._lock = threading.Lock()
@@ -106,21 +107,25 @@ class RunFolder:
                 )
         for step, problem in problems.items():
             _log.warning(
-                "The checkpoint of step %d in %s is damaged and set aside: %s",
+                "The checkpoint of step %d in %s is damaged: %s",
                 step,
                 self._url,
                 problem,
             )
-        self._rename(problems)
+        self._damaged = list(problems)
 
     def set_aside(self, steps: Iterable[int]) -> None:
-        """Renames the bucket's copies of checkpoints that were found damaged."""
-        if self._writes:
-            self._rename(steps)
+        """Renames the bucket's copies of checkpoints that are damaged.
 
-    def _rename(self, steps: Iterable[int]) -> None:
-        for step in steps:
-            remote_checkpoints.set_aside(self._checkpoint(step))
+        Called when it is known that the run goes on: one that is refused changes
+        nothing.
+
+        Args:
+          steps: of those that were found damaged here; the folder knows its own.
+        """
+        if self._writes:
+            for step in (*self._damaged, *steps):
+                remote_checkpoints.set_aside(self._checkpoint(step))
 
     def started(self) -> None:
         """The run is described and about to compile: is the bucket there to write to?

@@ -76,6 +76,9 @@ def test_all_bad_rows_are_listed_where_the_message_says(tmp_path):
     assert BadRow(**found[-1]).got == "the int 1"
     good, bad = load(path, on_bad_row="skip", listing=listing)
     assert (len(good), bad.total) == (35, 35)
+    # A list of another input's rows does not stay beside this one's.
+    load(write(path, rows[::2]), listing=listing)
+    assert not listing.exists()
 
 
 def test_skipped_rows_leave_a_trace(tmp_path, caplog):

@@ -343,3 +343,13 @@ def test_json_lines_need_no_tensorflow(tmp_path, file):
     )
     assert done.returncode == 0, done.stderr
     assert "train" in done.stdout and "preparing" not in done.stderr
+
+
+def test_a_glob_takes_no_file_that_lies_beside_an_output(tmp_path, file):
+    beside = ("settings.json", "bad_rows.jsonl", "partial", "partial.json")
+    for name in beside:
+        (tmp_path / f"rows.jsonl.{name}").write_text("{}\n")
+    paths = run(tmp_path, str(tmp_path / "rows.*"))
+    assert len(TokenizedCache(paths["train"])) == 40
+    with pytest.raises(DataError):  # it is read where it is named
+        run(tmp_path, f"{file}.bad_rows.jsonl")

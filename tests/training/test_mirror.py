@@ -141,6 +141,8 @@ def test_a_checkpoint_counts_when_it_is_whole(new_bucket, machine, monkeypatch, 
     # Of 6 the bytes are others, not the length; of 4 a file is gone.
     buckets.put(f"{url}/checkpoints/6/policy/data", b"of step 7")
     machine("second")
+    mirror.RunFolder(url)  # a run that is refused changes nothing
+    assert not remote.holds(f"{url}/checkpoints", "6.damaged.json")
     assert resumed(url) == ["4"]
     assert "step 6" in caplog.text and "is not what was written there" in caplog.text
     aside = f"{url}/checkpoints/6.damaged"
@@ -166,6 +168,7 @@ def test_a_checkpoint_counts_when_it_is_whole(new_bucket, machine, monkeypatch, 
 def resumed(url: str) -> list[str]:
     """The checkpoints that a run which starts now has."""
     folder = mirror.RunFolder(url)
+    folder.set_aside([])
     return sorted(p.name for p in (folder.path / "checkpoints").iterdir())
 
 

@@ -20,6 +20,10 @@ from jaxalign import user_code
 Judge = Callable[..., float]
 
 
+class NoFunctionError(TypeError, ValueError):
+    """What a user named is there, and cannot be called."""
+
+
 def resolve_callable(spec: str) -> Callable[..., Any]:
     """The callable that a gin file or the command line names.
 
@@ -32,7 +36,7 @@ def resolve_callable(spec: str) -> Callable[..., Any]:
 
     Raises:
       ValueError: saying which part was not found, and the nearest names there are.
-      TypeError: when the name is not callable.
+      NoFunctionError: when the name is not callable.
 
     >>> resolve_callable("math:sqrt")(9.0)
     3.0
@@ -55,7 +59,7 @@ def resolve_callable(spec: str) -> Callable[..., Any]:
         found = getattr(found, name)
         where = getattr(found, "__name__", name)
     if not callable(found):
-        raise TypeError(
+        raise NoFunctionError(
             f"{spec!r} is a {type(found).__name__}, not a function or other callable."
         )
     return found

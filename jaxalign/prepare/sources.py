@@ -95,10 +95,10 @@ def find_source(data: str, *, split: str = "train", task: str | None = None) -> 
         return _task(known[data], split)
     if _is_seqio(data):
         return Source(data, {"seqio": data, "split": split}, seqio_name=data)
+    hint = nearest(data, [*known, *_seqio_names()]) or f"; tasks: {', '.join(known)}"
     raise FileNotFoundError(
-        f"No file, task or seqio task is called {data!r}"
-        f"{nearest(data, [*known, *_seqio_names()])}. Tasks: {list(known)}. A seqio "
-        "task of your own needs its module or file in MIXTURE_OR_TASK_MODULE."
+        f"No file, task or seqio task is called {data!r}{hint}. A seqio task of your "
+        "own needs its module or file in MIXTURE_OR_TASK_MODULE."
     )
 
 

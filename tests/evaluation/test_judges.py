@@ -39,8 +39,10 @@ def test_mistakes_name_the_nearest(spec, message):
 
 
 def test_what_is_not_callable_is_refused():
-    with pytest.raises(TypeError, match="'math:pi' is a float, not a function"):
+    message = "'math:pi' is a float, not a function"
+    with pytest.raises(TypeError, match=message) as refused:
         resolve_callable("math:pi")
+    assert isinstance(refused.value, ValueError)  # a user's mistake: no traceback
 
 
 def test_missing_files_name_the_nearest(tmp_path):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxalign.decoding import Generator, Sampling
+from jaxalign.decoding.stops import Stops
 from jaxalign.training import checkpoints
 
 
@@ -48,13 +49,15 @@ class CheckpointTeacher:
             sampling=Sampling(temperature, top_p=top_p),
             batch_size=self.batch_size,
             seed=seed,
+            stop=stop,
         )
+        stops = Stops(stop, vocabulary)
+
+        def without_stop(text: str) -> str:
+            found = stops.find(text)
+            return text[: found[0]] if found else text
+
         return [
-            [_until(text, stop) for text in generation.texts]
+            [without_stop(text) for text in generation.texts]
             for generation in generator(self._policy.params, tokens)
         ]
-
-
-def _until(text: str, stop: Sequence[str]) -> str:
-    ends = [text.find(s) for s in stop if s in text]
-    return text[: min(ends)] if ends else text

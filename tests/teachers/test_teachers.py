@@ -6,9 +6,15 @@ import json
 import threading
 
 import fault_server
+import jax
 import pytest
+import tiny_run
 
-from jaxalign import teachers
+from jaxalign import models, teachers
+from jaxalign.decoding.stops import Stops
+from jaxalign.teachers.checkpoint import CheckpointTeacher
+from jaxalign.training import checkpoints
+from jaxalign.vocabularies import ByteVocabulary
 
 
 @pytest.fixture
@@ -139,3 +145,24 @@ def test_a_recording_says_what_it_lacks(tmp_path, caplog):
 def test_what_names_no_teacher_is_refused(text, told):
     with pytest.raises((ValueError, FileNotFoundError), match=told):
         teachers.resolve(text)
+
+
+def test_a_checkpoint_answers_up_to_the_first_stop(monkeypatch):
+    model, vocabulary = models.T5(tiny_run.CONFIG), ByteVocabulary(extra_ids=125)
+    params = models.init_params(model, jax.random.key(0))
+    meta = {"policy_fingerprint": "abc"}
+    policy = checkpoints.Policy(model, params, vocabulary, meta, None)
+    monkeypatch.setattr(checkpoints, "resolve", lambda path: path)
+    monkeypatch.setattr(checkpoints, "read_meta", lambda path: meta)
+    monkeypatch.setattr(checkpoints, "load_policy", lambda path: policy)
+    teacher = CheckpointTeacher("runs/sft")
+
+    def answers(**more):
+        found = teacher.generate(["a", "b"], n=2, max_tokens=24, **more)
+        return [text for samples in found for text in samples]
+
+    whole = answers()
+    stops = [whole[0][3:5], whole[1][1], whole[3][6:8]]
+    cut = [(text, Stops(stops, vocabulary).find(text)) for text in whole]
+    assert sum(found is not None for _, found in cut) >= 3
+    assert answers(stop=stops) == [t[: f[0]] if f else t for t, f in cut]

@@ -23,6 +23,7 @@ import jax
 
 from jaxalign import configs, remote
 from jaxalign.data import records
+from jaxalign.data.cache import file_sha256
 from jaxalign.data.jsonl import json_line
 from jaxalign.evaluation import judges
 from jaxalign.pipelines import generation, outputs
@@ -159,7 +160,8 @@ def iterate(
                 mesh=mesh,
                 **sampling,
             )
-            found = judged(samples, home / "verdicts.jsonl", judge_fn, key["judge"])
+            verdicts = home / "verdicts.jsonl"
+            found = judged(samples, verdicts, judge_fn, key["judge"])
             rows, reward, tied = training_rows(found, schema)
             if not rows:
                 raise ValueError(
@@ -168,7 +170,10 @@ def iterate(
                     "Give a higher --temperature or more --num_samples, or look at "
                     "the judge."
                 )
-            write_jsonl(own["DATA"], rows)
+            data = home / "data.jsonl"
+            made_of = {"verdicts": file_sha256(verdicts), "schema": schema}
+            if not outputs.finished(data, made_of):
+                write_jsonl(data, rows, made_of)
             table.append(
                 {
                     "round": number,

@@ -154,6 +154,11 @@ def test_rounds_chain_and_hold_on_to_the_reference_asked_for(folder, reference, 
     error = capsys.readouterr().err
     assert "num_samples=4, temperature=1.0 (now num_samples=8, temp" in error
     assert files == {p: p.read_bytes() for p in home.rglob("*") if p.is_file()}
+    # Another objective makes other rows of the same verdicts.
+    assert cli.main([*argv, "--gin_file=runs/dro_v.gin"]) == 2
+    error = capsys.readouterr().err
+    assert "schema='preference' (now schema='trajectory')" in error
+    assert files == {p: p.read_bytes() for p in home.rglob("*") if p.is_file()}
 
 
 def test_a_verdict_is_kept_as_soon_as_it_is_there(tmp_path):

@@ -381,12 +381,15 @@ def test_steer_fills_templates_and_names_mistakes(trained, work, capsys):
 
 
 def test_serve_starts_a_server_for_the_checkpoint(trained, monkeypatch):
-    import uvicorn
+    from jaxalign.serving import server
 
-    started = {}
+    started = []
     monkeypatch.setattr(
-        uvicorn, "run", lambda app, **settings: started.update(settings, app=app)
+        server,
+        "run",
+        lambda config, sock: started.extend([config.app, *sock.getsockname()]),
     )
-    assert cli.main(["serve", "--checkpoint=sft", "--port=8123"]) == 0
-    assert started["port"] == 8123 and started["host"] == "127.0.0.1"
-    assert "/v1/completions" in {route.path for route in started["app"].routes}
+    assert cli.main(["serve", "--checkpoint=sft", "--port=0"]) == 0  # any that is free
+    app, host, port = started
+    assert host == "127.0.0.1" and port > 0
+    assert "/v1/completions" in {route.path for route in app.routes}

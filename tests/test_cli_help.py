@@ -158,6 +158,6 @@ def test_no_python_object_is_shown(monkeypatch, capsys):
 
 def test_a_good_suggestion_comes_without_the_whole_list(capsys):
     assert cli.main(["trian"]) == 2
-    assert capsys.readouterr().err == "Unknown verb 'trian'; did you mean train?\n"
+    assert capsys.readouterr().err == "Unknown verb 'trian'. Did you mean train?\n"
     assert cli.main(["xyzzy"]) == 2
-    assert "known: train, generate" in capsys.readouterr().err
+    assert "Known: train, generate" in capsys.readouterr().err

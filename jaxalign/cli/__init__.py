@@ -55,9 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if verb not in _VERBS:
         near = configs.nearest(verb, _VERBS)
-        hint = f"did you mean {' or '.join(near)}?" if near else ""
-        hint = hint or f"known: {', '.join(_VERBS)}."
-        print(f"Unknown verb {verb!r}; {hint}", file=sys.stderr)
+        hint = f"Did you mean {' or '.join(near)}?" if near else ""
+        hint = hint or f"Known: {', '.join(_VERBS)}."
+        print(f"Unknown verb {verb!r}. {hint}", file=sys.stderr)
         return 2
     _set_up_logging()
     try:

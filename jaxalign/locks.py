@@ -86,7 +86,9 @@ def hold(
         else:
             path = Path(place).expanduser().absolute()
             file = path.with_name(f".{path.name}{NAME}") if is_file else path / NAME
-            file.parent.mkdir(parents=True, exist_ok=True)
+            if not file.parent.exists():
+                file.parent.mkdir(parents=True, exist_ok=True)
+                stack.callback(_remove_empty, file.parent)
             try:
                 stack.enter_context(_holding(_File(file), path, what))
             except OSError as error:
@@ -95,6 +97,12 @@ def hold(
                 lock = _Object(f"file://{file}", "")
                 stack.enter_context(_holding(lock, path, what))
         yield
+
+
+def _remove_empty(folder: Path) -> None:
+    """Leaves no trace of what came to nothing."""
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 @contextlib.contextmanager

@@ -185,6 +185,18 @@ def use_beam(environment: Environment, run_dir: Path, rows: Path) -> None:
     assert list(rows.with_name("cache").rglob("*.array_record")), printed
 
 
+def use_teachers(environment: Environment, run_dir: Path, rows: Path) -> None:
+    import fault_server
+
+    with fault_server.serving(lambda body: fault_server.completion(["yes"])) as url:
+        code = (
+            "from jaxalign import teachers\n"
+            f"teacher = teachers.HTTPTeacher({url!r}, 'm', answers={str(rows) + '.a'!r})\n"
+            "print(teacher.generate(['a']))"
+        )
+        assert call(environment.python, "-c", code).strip() == "[['yes']]"
+
+
 USES: dict[str, Callable[[Environment, Path, Path], None]] = {
     name.removeprefix("use_"): function
     for name, function in list(globals().items())

@@ -64,6 +64,8 @@ def test_an_error_releases_and_a_child_does_not_keep(tmp_path):
         with warnings.catch_warnings():
             # Python 3.12 warns of threads, of which this child uses none.
             warnings.simplefilter("ignore", DeprecationWarning)
+            # So does JAX where other tests have loaded it.
+            warnings.simplefilter("ignore", RuntimeWarning)
             child = os.fork()
         if child == 0:
             time.sleep(5)

@@ -92,7 +92,7 @@ def _page(title: str, runs: list[run_files.Run], tables: list) -> str:
         parts += ["<h2>Where a step's time goes</h2>", where]
     parts += ["<h2>Samples</h2>", sections.samples(runs)]
     parts += ["<h2>Settings</h2>", sections.runs_table(runs), sections.configs(runs)]
-    return style.page(title, "".join(parts))
+    return style.page(title, "".join(parts), script=True)
 
 
 def _missing(runs: list[run_files.Run]) -> str:

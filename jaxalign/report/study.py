@@ -38,7 +38,7 @@ def write(
             sections.runs_table(trained),
         ]
     path = folder / "study.html"
-    write_atomically(path, style.page(title, "".join(parts)))
+    write_atomically(path, style.page(title, "".join(parts), script=True))
     return path
 
 

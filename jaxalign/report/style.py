@@ -163,13 +163,17 @@ for (const svg of document.querySelectorAll("svg.curves")) {
 """
 
 
-def page(title: str, body: str, css: str = "") -> str:
-    """A whole page that needs no network, and is forbidden to ask for any."""
+def page(title: str, body: str, css: str = "", script: bool = False) -> str:
+    """A whole page that needs no network, and is forbidden to ask for any.
+
+    ``script`` shows the numbers of curves under the pointer.
+    """
+    running = f"<script>{SCRIPT}</script>" if script else ""
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
         "img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'\">"
         f"<title>{html.escape(title)} · jaxalign</title><style>{CSS}{css}</style>"
-        f"</head><body><main>{body}</main><script>{SCRIPT}</script></body></html>\n"
+        f"</head><body><main>{body}</main>{running}</body></html>\n"
     )

@@ -7,7 +7,7 @@ import pathlib
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
 from jaxalign.data.jsonl import read_jsonl
@@ -38,6 +38,8 @@ def folder(tmp_path_factory):
 def test_any_split_gives_the_lines_and_numbers_of_the_whole(folder, lines, ends, data):
     path = folder / "rows.jsonl"
     path.write_bytes(b"\n".join(lines) + b"\n" * ends)
+    # Taken for another format, whole, before any line is read.
+    assume(lines[:1] not in ([b"{"], [b"["]))
     expected = [(str(path), n, row) for n, row in read_jsonl(path)]
     size = path.stat().st_size
     assert list(read_in_pieces(pieces.cut([path], 1))) == expected

@@ -505,7 +505,8 @@ def test_what_is_understood_means_what_it_says():
         "metadata": {"a": "b"},
     }
     assert read(True, **nothing).work.prompts == read(True).work.prompts
-    assert read(False, logprobs=None, suffix="", echo=False, stop=["a"]).stop == ("a",)
+    asked = read(False, logprobs=None, suffix="", echo=False, stop=["a"])
+    assert asked.work.stops.texts == ("a",)
 
 
 FIELDS = [

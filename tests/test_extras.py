@@ -189,11 +189,8 @@ def use_teachers(environment: Environment, run_dir: Path, rows: Path) -> None:
     import fault_server
 
     with fault_server.serving(lambda body: fault_server.completion(["yes"])) as url:
-        code = (
-            "from jaxalign import teachers\n"
-            f"teacher = teachers.HTTPTeacher({url!r}, 'm', answers={str(rows) + '.a'!r})\n"
-            "print(teacher.generate(['a']))"
-        )
+        made = f"teachers.HTTPTeacher({url!r}, 'm', answers={f'{rows}.a'!r})"
+        code = f"from jaxalign import teachers\nprint({made}.generate(['a']))"
         assert call(environment.python, "-c", code).strip() == "[['yes']]"
 
 

@@ -34,6 +34,7 @@ from typing import Any
 from tqdm import tqdm
 
 from jaxalign import remote
+from jaxalign.data import jsonl
 from jaxalign.data.cache import file_sha256
 from jaxalign.training import run_directory
 
@@ -152,9 +153,7 @@ class Study:
                             f"The stage {name!r} gave {len(found)} values for "
                             f"{len(asked)} items: expected one an item."
                         )
-                    file.writelines(
-                        json.dumps(v, allow_nan=False) + "\n" for v in found
-                    )
+                    file.writelines(map(jsonl.json_line, found))
                     file.flush()
                     os.fsync(file.fileno())
             os.replace(partial, output)

@@ -169,8 +169,10 @@ def _no_file(data: str) -> str:
         return f"No file {data!r}. Check the address; a glob takes *, ? and [...]."
     path = pathlib.Path(data).expanduser()
     beside = sorted(p.name for p in path.parent.glob("*") if p.suffix in _READERS)
-    shown = f"{beside[:8]}{nearest(path.name, beside)}" if beside else "none"
-    return f"No file {data!r}; data files in that folder: {shown}."
+    hint = nearest(path.name, beside)
+    if hint:
+        return f"No file {data!r}{hint}."
+    return f"No file {data!r}; data files in that folder: {beside[:8] or 'none'}."
 
 
 def _reader(file: str) -> Callable[[str], Iterator[Any]]:

@@ -28,8 +28,8 @@ class Guard:
 
     Args:
       app: answers the others.
-      hosts: names by which this server may be called, beside IP addresses and
-        ``localhost``; ``"*"`` is any.
+      hosts: names by which this server may be called, beside IP addresses,
+        ``localhost`` and the address that a connection came to; ``"*"`` is any.
       api_key: what clients have to present, if anything.
       metrics: where answers are counted.
       refuse: makes the response of a `Refusal`.
@@ -76,8 +76,10 @@ class Guard:
             self._metrics.answered(path, status, time.monotonic() - began)
 
     def _check(self, scope: Any) -> None:
+        address, _ = scope.get("server") or ("", None)
         for host in _values(scope, b"host"):
-            if not self._known(host):
+            name = _name(host)
+            if not (self._named(name) or _is_address(name) or name == address):
                 raise Refusal(
                     403,
                     f"This server is not called {shown(host)}; if it should be, start "
@@ -86,7 +88,7 @@ class Guard:
                 )
         for origin in _values(scope, b"origin"):
             scheme, _, netloc = origin.partition("://")
-            known = scheme in ("http", "https") and self._known(netloc)
+            known = scheme in ("http", "https") and self._may_send(_name(netloc))
             if not known and "*" not in self._hosts:
                 raise Refusal(
                     403,
@@ -111,24 +113,35 @@ class Guard:
                 code="invalid_api_key",
             )
 
-    def _known(self, netloc: str) -> bool:
-        """Whether ``HOST`` or ``HOST:PORT`` is a name of this server, or an address.
-
-        An address was typed or listed by somebody; no other's name server gave it.
-        """
+    def _named(self, name: str | None) -> bool:
+        """Whether a host is one that the server was told of, or this machine."""
         if "*" in self._hosts:
             return True
-        match = _HOST.fullmatch(netloc)
-        if match is None:
-            return False
-        name = match[1].lower().strip("[]").removesuffix(".")
-        if name in self._hosts or name.endswith(".localhost"):
-            return True
-        try:
-            ipaddress.ip_address(name)
-        except ValueError:
-            return False
-        return True
+        return name is not None and (name in self._hosts or name.endswith(".localhost"))
+
+    def _may_send(self, name: str | None) -> bool:
+        """Whether pages of a host may ask: those of a known one or of this machine.
+
+        Anybody may put a page at an address of his own.
+        """
+        return self._named(name) or (
+            _is_address(name) and ipaddress.ip_address(name).is_loopback
+        )
+
+
+def _name(netloc: str) -> str | None:
+    """The host of ``HOST`` or ``HOST:PORT``; None if it is neither."""
+    match = _HOST.fullmatch(netloc)
+    return match and match[1].lower().strip("[]").removesuffix(".")
+
+
+def _is_address(name: str | None) -> bool:
+    """Whether a host is an IP address, which no name server of others can give."""
+    try:
+        ipaddress.ip_address(name or "")
+    except ValueError:
+        return False
+    return True
 
 
 def require_json(content_types: Iterable[str]) -> None:

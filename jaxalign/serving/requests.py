@@ -97,7 +97,7 @@ def parse(
             stream=stream,
             stops=Stops(_stops(body), vocabulary),
         ),
-        include_usage=_include_usage(body, stream),
+        include_usage=_include_usage(body),
     )
 
 
@@ -125,16 +125,11 @@ def _new_tokens(body: Mapping[str, Any], limits: Limits) -> int:
     return found
 
 
-def _include_usage(body: Mapping[str, Any], stream: bool) -> bool:
+def _include_usage(body: Mapping[str, Any]) -> bool:
+    """Whether a stream ends with its usage; an answer in one piece always has it."""
     options = typed(body, "stream_options", dict, None)
     if options is None:
         return False
-    if not stream:
-        raise Refusal(
-            400,
-            "stream_options need stream = true; leave them out.",
-            param="stream_options",
-        )
     # Padding against observers of the line, which this server does not send.
     neutral = {"include_obfuscation": False}
     for name, value in options.items():

@@ -18,6 +18,7 @@ import errno
 import logging
 import os
 import re
+import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -86,13 +87,16 @@ class Checkpoints:
     def __init__(self, run_dir: str | Path, keep: int | None = 2):
         self.directory = Path(run_dir).absolute() / _FOLDER
         self.set_aside: list[int] = []
+        if jax.process_index() == 0:
+            # What a kill left. Orbax would do it in a thread that outlives a refusal.
+            for path in self.directory.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(path, ignore_errors=True)
         self._manager = ocp.CheckpointManager(
             self.directory,
             item_names=("policy", "rest"),
             options=ocp.CheckpointManagerOptions(
                 max_to_keep=keep,
                 create=True,
-                cleanup_tmp_directories=True,
                 async_options=ocp.AsyncOptions(
                     # A folder that cannot be made is an error at once; Orbax's threads
                     # would wait for it.

@@ -161,10 +161,12 @@ def test_somebody_else_at_the_coordinators_address_is_not_process_0(answer):
 
 def launch(work: Path, name: str, n: int, devices: int, *more: str):
     """A training run by the launcher, one process with `devices` where n is 1."""
+    named = any(flag.startswith("--gin_file=runs/") for flag in more)
     command = [
         *(sys.executable, str(LAUNCHER), "-n", str(n)),
         *(f"--devices_per_process={devices}", "--grace=10", "--"),
-        *(sys.executable, "-m", "jaxalign.cli", "train", "--gin_file=runs/dpo.gin"),
+        *(sys.executable, "-m", "jaxalign.cli", "train"),
+        *([] if named else ["--gin_file=runs/dpo.gin"]),
         f"--gin.DATA='{work / 'data.jsonl'}'",
         f"--gin.CACHE_DIR='{work / f'cache_{name}'}'",
         "--gin.TASK_FEATURE_LENGTHS={'inputs': 16, 'targets': 16}",

@@ -241,7 +241,7 @@ class Checkpoints:
             problem = distributed.from_first(lambda step=step: self._damage(step))
             if problem is None:
                 try:
-                    restored = self._restore_step(step, like)
+                    restored = _patiently(lambda s=step: self._restore_step(s, like))
                 except DamagedCheckpointError as error:
                     problem = str(error)
                 else:
@@ -368,6 +368,11 @@ def _rest(state: TrainState) -> dict[str, Any]:
     }
 
 
+def _patiently(read: Callable[[], _T]) -> _T:
+    """Repeats a read that fails; of several processes, none may read alone."""
+    return damage.patiently(read) if jax.process_count() == 1 else read()
+
+
 def _read(folder: Path, meta: dict[str, Any], item: str, like: Any) -> Any:
     """Reads an item as arrays of the shapes and shardings of `like`."""
     try:
@@ -488,7 +493,7 @@ def load_policy(path: str | Path, shardings: Any = None) -> Policy:
     )
     # Before it is decoded: decoders of damaged files print, wait or crash.
     damage.check_files(folder, meta, "policy")
-    params = _read(folder, meta, "policy", like)
+    params = _patiently(lambda: _read(folder, meta, "policy", like))
     found = params_fingerprint(params)
     damage.compare(folder, meta, "policy_fingerprint", "policy", found)
     vocabulary = vocabularies.from_json(meta["vocabulary"], folder.parents[1])

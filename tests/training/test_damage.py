@@ -217,6 +217,16 @@ def test_a_read_that_fails_is_repeated_and_proves_nothing(run, monkeypatch):
 
     monkeypatch.setattr(damage.fingerprints, "file_sha256", failing)
     assert same(restore(run).params, make_state(4).params)
+    arrays = checkpoints._read
+
+    def stale(*arguments):
+        if failures:
+            raise failures.pop()
+        return arrays(*arguments)
+
+    monkeypatch.setattr(checkpoints, "_read", stale)
+    failures.append(OSError(errno.ESTALE, "Stale file handle"))
+    assert same(restore(run).params, make_state(4).params)
     failures.extend([OSError(errno.EIO, "no")] * 99)
     with pytest.raises(OSError, match="no"):
         restore(run)

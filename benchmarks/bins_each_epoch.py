@@ -22,7 +22,7 @@ from jaxalign.batch import select_pairs
 from jaxalign.training import step as steps
 from jaxalign.vocabularies import ByteVocabulary
 
-EXAMPLES, BATCH, EPOCHS, SEEDS = 320, 16, 8, 3
+EXAMPLES, BATCH, EPOCHS, SEEDS = 320, 16, 8, (0, 1, 2)
 SHAPE = data.RowShape(96, 2, 112, prompts=12, responses=24, pairs=12)
 MODEL = models.T5(models.T5Config(264, 48, 4, 12, 96, 1, 1, ("relu",)))
 VOCABULARY = ByteVocabulary()
@@ -102,7 +102,7 @@ def main() -> None:
     held_out = stacked(clean, bins, range(len(bins)), bins.shape)
     score = jax.jit(lambda params: models.response_logps(MODEL, params, held_out))
     found: dict[tuple[str, str], list[tuple[float, ...]]] = {}
-    for seed in range(SEEDS):
+    for seed in SEEDS:
         fed = batches(rows("supervised", "train", 4 * EXAMPLES, seed), 1, seed, False)
         start = step("SFT")[0].init_params(jax.random.key(seed))
         start = train("SFT", start, fed)

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import hashlib
 import inspect
 import json
@@ -37,6 +38,7 @@ from jaxalign import remote
 from jaxalign.data import jsonl
 from jaxalign.data.cache import file_sha256
 from jaxalign.training import run_directory
+from jaxalign.training.description import describe
 
 _ABSENT = "(absent)"
 
@@ -199,7 +201,8 @@ class Study:
         spelt = [*bindings, *(f"{k} = {v!r}" for k, v in values.items())]
         read = configs.parse(gin_files, spelt, search_paths)
         text = configs.config_str()
-        own = {f"file {p.name}": file_sha256(p) for p in read}
+        # In order: of a user's own files a later one overrides an earlier one.
+        own: dict[str, Any] = {"gin files": [[p.name, file_sha256(p)] for p in read]}
         own |= {"bindings": list(bindings)} if bindings else {}
         with self._stage(name, path, own, macros) as needed:
             if needed:
@@ -312,17 +315,26 @@ def content(path: Path) -> str:
     return str(fingerprint)
 
 
-def _function_key(function: Callable[..., Any]) -> dict[str, str]:
-    """A function's name and the digest of its source.
+def _function_key(function: Callable[..., Any]) -> dict[str, Any]:
+    """A function's name, the digest of its source, and the values that it holds.
 
-    What knows better what it depends on says so by an attribute ``fingerprint``.
+    What knows better what it depends on says so by an attribute ``fingerprint``. The
+    names are none that an argument can have.
     """
+    if isinstance(function, functools.partial):
+        held: Any = {"args": function.args, **function.keywords}
+        return _function_key(function.func) | {"partial's arguments": describe(held)}
     kind = function if hasattr(function, "__qualname__") else type(function)
-    key = {"function": f"{kind.__module__}:{kind.__qualname__}"}
+    key: dict[str, Any] = {"function's name": f"{kind.__module__}:{kind.__qualname__}"}
     if hasattr(function, "fingerprint"):
-        return key | {"fingerprint": function.fingerprint}
+        return key | {"function's fingerprint": function.fingerprint}
     with contextlib.suppress(OSError, TypeError):  # typed at a prompt, or built in
-        key["source"] = _digest(inspect.getsource(kind))
+        key["function's source"] = _digest(inspect.getsource(kind))
+    held = vars(function) if kind is not function else {}
+    if inspect.isfunction(function):
+        held = inspect.getclosurevars(function).nonlocals
+    if held:
+        key["function's values"] = describe(held)
     return key
 
 

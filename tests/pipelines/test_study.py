@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import signal
 import subprocess
@@ -60,6 +61,25 @@ def test_another_function_is_refused(finished):
 
     with pytest.raises(ValueError, match="source: then"):
         Study(finished, say=None).file("numbers.txt", write, number=6)
+
+
+def test_what_a_function_holds_and_how_its_arguments_are_called_count(tmp_path):
+    def save(output, source, suffix=""):
+        output.write_text(source("a") + suffix)
+
+    def made(suffix):
+        return lambda text: text + suffix
+
+    def run(name, function, **settings):
+        partial = functools.partial(save, **settings)
+        return Study(tmp_path, say=None).file(name, partial, source=function)
+
+    assert run("a", made("b"), suffix="c").read_text() == "abc"
+    assert run("a", made("b"), suffix="c").read_text() == "abc"
+    with pytest.raises(ValueError, match="source: then"):
+        run("a", made("d"), suffix="c")
+    with pytest.raises(ValueError, match="partial's arguments: then"):
+        run("a", made("b"), suffix="d")
 
 
 def test_an_output_that_was_edited_is_refused(tmp_path):

@@ -152,7 +152,7 @@ def test_score_and_generate_and_eval(trained, work, capsys):
     written = ("scores.jsonl", "evaluated.json")
     before = {name: (work / name).stat().st_mtime_ns for name in written}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("jaxalign.pipelines.generation.load", None)  # nothing is loaded
+        patch.setattr("jaxalign.inference.generation.load", None)  # nothing is loaded
         assert cli.main(score) == 0
         assert cli.main([*score, "--batch_size=2"]) == 0
         assert "60 scores written" in capsys.readouterr().out

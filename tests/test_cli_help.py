@@ -50,11 +50,11 @@ def test_help_shows_defaults(verb, shown, capsys):
 @pytest.mark.parametrize(
     ("verb", "gin_file", "function"),
     [
-        ("generate", "runs/generate.gin", "pipelines/generation.py:generate"),
-        ("steer", "runs/steer.gin", "pipelines/steering.py:steer"),
+        ("generate", "runs/generate.gin", "inference/generation.py:generate"),
+        ("steer", "runs/steer.gin", "inference/steering.py:steer"),
         ("serve", "runs/serve.gin", "serving/api.py:serve"),
-        ("score", "runs/score.gin", "pipelines/inference.py:score"),
-        ("eval", "runs/eval.gin", "pipelines/inference.py:evaluate"),
+        ("score", "runs/score.gin", "inference/evaluation.py:score"),
+        ("eval", "runs/eval.gin", "inference/evaluation.py:evaluate"),
     ],
 )
 def test_the_defaults_shown_are_those_of_the_gin_file(verb, gin_file, function):
@@ -153,7 +153,6 @@ def test_no_python_object_is_shown(monkeypatch, capsys):
         monkeypatch.setitem(cli._VERBS, "tasks", (fail, None))
         assert cli.main(["tasks"]) == 2
         assert capsys.readouterr().err == f"ValueError: {shown}\n"
-
 
 
 def test_a_good_suggestion_comes_without_the_whole_list(capsys):

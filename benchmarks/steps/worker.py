@@ -23,9 +23,9 @@ import numpy as np
 from benchmarks.steps import synthetic
 from jaxalign import configs
 from jaxalign.batch import REFERENCE_FIELDS
+from jaxalign.cluster import mesh as meshes
 from jaxalign.planning import flops, programs
 from jaxalign.training import inputs
-from jaxalign.training import mesh as meshes
 from jaxalign.training import run as runs
 
 # A step of synthetic tokens needs neither text nor vocabulary.

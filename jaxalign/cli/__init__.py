@@ -87,7 +87,7 @@ def _in_a_job() -> bool:
     """Whether this process is one of several; none is before JAX is there."""
     if "jax" not in sys.modules:
         return False
-    from jaxalign.training import failures
+    from jaxalign.cluster import failures
 
     return failures.in_a_job()
 
@@ -95,7 +95,7 @@ def _in_a_job() -> bool:
 def _leave(status: int, reason: str) -> None:
     """Ends the whole job, if there is one: the others would wait for this process."""
     if _in_a_job():
-        from jaxalign.training import failures
+        from jaxalign.cluster import failures
 
         failures.leave(status, reason)
 

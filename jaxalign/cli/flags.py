@@ -41,7 +41,7 @@ def verb_parser(
     Args:
       verb: its name.
       doc: what it does, a sentence.
-      function: what it calls, ``"pipelines/generation.py:generate"``, whose defaults
+      function: what it calls, ``"inference/generation.py:generate"``, whose defaults
         ``--help`` shows. It is read, not imported: help and completion need no JAX.
       gin: whether it takes gin's flags.
     """
@@ -59,7 +59,7 @@ def verb_parser(
 def signature(function: str) -> dict[str, Any]:
     """The constant defaults of a function's keyword-only parameters, from its source.
 
-    >>> signature("pipelines/inference.py:score")["batch_size"]
+    >>> signature("inference/evaluation.py:score")["batch_size"]
     16
     """
     if not function:
@@ -78,7 +78,7 @@ def signature(function: str) -> dict[str, Any]:
 
 
 def distributed_flags(parser: argparse.ArgumentParser) -> None:
-    """How processes find each other; see `jaxalign.training.distributed`."""
+    """How processes find each other; see `jaxalign.cluster.distributed`."""
     group = parser.add_argument_group("many processes")
     group.add_argument(
         "--distributed",
@@ -98,7 +98,7 @@ def distributed_flags(parser: argparse.ArgumentParser) -> None:
 
 def join(args: argparse.Namespace) -> int:
     """Joins the job that the flags or the environment describe; takes the flags."""
-    from jaxalign.training import distributed
+    from jaxalign.cluster import distributed
 
     taken = vars(args)
     settings = distributed.Settings(

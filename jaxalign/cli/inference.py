@@ -18,7 +18,7 @@ def generate_parser() -> argparse.ArgumentParser:
     parser = verb_parser(
         "generate",
         "Sample responses to the prompts of a JSONL file.",
-        "pipelines/generation.py:generate",
+        "inference/generation.py:generate",
     )
     parser.add_argument("--checkpoint", help="run directory or checkpoint")
     parser.add_argument("--prompts", help='JSONL file with {"prompt"}')
@@ -58,7 +58,7 @@ def generate_parser() -> argparse.ArgumentParser:
 
 def generate(argv: list[str]) -> int:
     args = arguments(generate_parser(), argv, "runs/generate.gin")
-    from jaxalign.pipelines import generation
+    from jaxalign.inference import generation
 
     join(args)
     lines = call(generation.generate, args, ("checkpoint", "prompts", "output"))
@@ -70,7 +70,7 @@ def steer_parser() -> argparse.ArgumentParser:
     parser = verb_parser(
         "steer",
         "Sample responses under constraints and rewards.",
-        "pipelines/steering.py:steer",
+        "inference/steering.py:steer",
     )
     parser.add_argument("--checkpoint", help="run directory or checkpoint")
     parser.add_argument(
@@ -98,7 +98,7 @@ def steer_parser() -> argparse.ArgumentParser:
 
 def steer(argv: list[str]) -> int:
     args = arguments(steer_parser(), argv, "runs/steer.gin")
-    from jaxalign.pipelines import steering
+    from jaxalign.inference import steering
 
     lines = call(steering.steer, args, ("checkpoint", "prompts", "output"))
     print(f"{lines} responses written to {args.output}")
@@ -143,7 +143,7 @@ def score_parser() -> argparse.ArgumentParser:
     parser = verb_parser(
         "score",
         "Log-probabilities of a JSONL file's completions.",
-        "pipelines/inference.py:score",
+        "inference/evaluation.py:score",
     )
     parser.add_argument("--checkpoint", help="run directory or checkpoint")
     parser.add_argument("--data", help='JSONL file with {"prompt", "completion"}')
@@ -155,7 +155,7 @@ def score_parser() -> argparse.ArgumentParser:
 
 def score(argv: list[str]) -> int:
     args = arguments(score_parser(), argv, "runs/score.gin")
-    from jaxalign.pipelines import inference
+    from jaxalign.inference import evaluation as inference
 
     join(args)
     lines = call(inference.score, args, ("checkpoint", "data", "output"))
@@ -167,7 +167,7 @@ def evaluate_parser() -> argparse.ArgumentParser:
     parser = verb_parser(
         "eval",
         "Generate for a file of prompts and judge the result.",
-        "pipelines/inference.py:evaluate",
+        "inference/evaluation.py:evaluate",
     )
     parser.add_argument("--checkpoint", help="run directory or checkpoint")
     parser.add_argument("--data", help='JSONL file with {"prompt"[, "completion"]}')
@@ -190,7 +190,7 @@ def evaluate(argv: list[str]) -> int:
     import jax
 
     from jaxalign.data import jsonl
-    from jaxalign.pipelines import inference
+    from jaxalign.inference import evaluation as inference
 
     join(args)
     result = call(inference.evaluate, args, ("checkpoint", "data"))

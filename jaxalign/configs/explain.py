@@ -62,9 +62,8 @@ def explain(error: Exception, scanned: Sequence[Scanned], file: Scanned) -> str:
         r"(?:reference )?'?@?([\w./]+)",
         text,
     ):
-        return (
-            f"{where}no parsed gin file mentions {match[1]}."
-            + did_you_mean_or(match[1], selectors, "Mentioned")
+        return f"{where}no parsed gin file mentions {match[1]}." + did_you_mean_or(
+            match[1], selectors, "Mentioned"
         )
     if match := re.search(r"<module '([\w.]+)'.* has no attribute (\w+)", text):
         module = importlib.import_module(match[1])

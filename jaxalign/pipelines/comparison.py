@@ -17,13 +17,16 @@ import numpy as np
 from tqdm import tqdm
 
 from jaxalign import objectives, remote, world
+from jaxalign.cluster import exclusive
 from jaxalign.data import jsonl
 from jaxalign.data.bad_rows import nearest
 from jaxalign.decoding import Sampling
 from jaxalign.evaluation import compare
-from jaxalign.pipelines import generation, inference, outputs, stages
+from jaxalign.inference import evaluation as inference
+from jaxalign.inference import generation, outputs
+from jaxalign.pipelines import stages
 from jaxalign.pipelines.stages import COMMON, SFT, Stage
-from jaxalign.training import checkpoints, exclusive, run_directory
+from jaxalign.training import checkpoints, run_directory
 
 RESPONSES_PER_STEP = 48
 _TEMPERATURE = 1.0

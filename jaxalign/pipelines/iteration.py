@@ -22,15 +22,16 @@ from typing import Any
 import jax
 
 from jaxalign import configs, remote
+from jaxalign.cluster import exclusive
+from jaxalign.cluster import mesh as meshes
 from jaxalign.data import records
 from jaxalign.data.cache import file_sha256
 from jaxalign.data.jsonl import json_line
 from jaxalign.evaluation import judges
-from jaxalign.pipelines import generation, outputs
-from jaxalign.pipelines.inference import write_jsonl
+from jaxalign.inference import generation, outputs
+from jaxalign.inference.evaluation import write_jsonl
 from jaxalign.pipelines.verdicts import SCHEMAS, judged, judged_rows, training_rows
-from jaxalign.training import checkpoints, exclusive, run_directory
-from jaxalign.training import mesh as meshes
+from jaxalign.training import checkpoints, run_directory
 from jaxalign.training import run as runs
 from jaxalign.training import train as loop
 

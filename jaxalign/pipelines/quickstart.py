@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from jaxalign import remote, report, world
+from jaxalign.cluster import exclusive
 from jaxalign.data import jsonl
 from jaxalign.decoding import Sampling
 from jaxalign.evaluation import compare, mean_reward
-from jaxalign.pipelines import generation, stages
+from jaxalign.inference import generation
+from jaxalign.pipelines import stages
 from jaxalign.pipelines.stages import COMMON, SFT, Stage
-from jaxalign.training import checkpoints, exclusive, run_directory
+from jaxalign.training import checkpoints, run_directory
 
 _ALIGNED = (
     Stage(

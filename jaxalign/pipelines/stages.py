@@ -2,7 +2,7 @@
 
 Every stage is an ordinary ``jaxalign train`` run of a packaged gin file; the command
 that repeats it by itself is printed before it starts. Its folder says what it was
-trained with (`jaxalign.pipelines.outputs`): under other settings it is refused.
+trained with (`jaxalign.inference.outputs`): under other settings it is refused.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from jaxalign import configs, world
 from jaxalign.data.cache import file_sha256
-from jaxalign.pipelines import outputs
+from jaxalign.inference import outputs
 from jaxalign.training import checkpoints, run_directory
 from jaxalign.training import run as runs
 from jaxalign.training import train as loop

@@ -17,7 +17,7 @@ import numpy as np
 from jaxalign.data.cache import file_sha256
 from jaxalign.data.jsonl import json_line
 from jaxalign.evaluation import judges
-from jaxalign.pipelines import outputs
+from jaxalign.inference import outputs
 
 SCHEMAS = ("preference", "trajectory", "supervised")  # what judged samples give
 
@@ -46,7 +46,7 @@ def judged(
       samples: as `jaxalign generate` writes them.
       path: where they are kept; the same call after a kill asks for the rest.
       judge: see `verdicts`.
-      judge_key: tells one judge from another (`jaxalign.pipelines.outputs`).
+      judge_key: tells one judge from another (`jaxalign.inference.outputs`).
 
     Raises:
       ValueError: when `path` holds verdicts on other samples or of another judge.

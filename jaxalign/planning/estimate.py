@@ -9,9 +9,9 @@ from typing import Any
 
 import jax
 
+from jaxalign.cluster import mesh as meshes
 from jaxalign.planning import flops, hlo, programs
 from jaxalign.planning.hardware import GIB, Topology
-from jaxalign.training import mesh as meshes
 from jaxalign.training import run as runs
 
 # Shares of peak that well-tuned transformer steps reach; see `assumptions`.

@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign.batch import REFERENCE_FIELDS
+from jaxalign.cluster import mesh as meshes
 from jaxalign.data import convert
 from jaxalign.data.plan import RowShape
 from jaxalign.decoding import Sampling, generate
 from jaxalign.objectives import Objective
-from jaxalign.training import mesh as meshes
 from jaxalign.training import reference_cache
 from jaxalign.training import run as runs
 

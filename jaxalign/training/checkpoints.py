@@ -30,7 +30,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from jaxalign import models, remote, vocabularies
-from jaxalign.training import damage, distributed, remote_checkpoints
+from jaxalign.cluster import distributed
+from jaxalign.training import damage, remote_checkpoints
 from jaxalign.training.damage import DamagedCheckpointError
 from jaxalign.training.fingerprints import (
     fingerprints,

@@ -10,8 +10,8 @@ import numpy as np
 
 from jaxalign import prepare
 from jaxalign.batch import REFERENCE_FIELDS
+from jaxalign.cluster import mesh as meshes
 from jaxalign.training import announce, checkpoints, inputs
-from jaxalign.training import mesh as meshes
 from jaxalign.training import run as runs
 
 

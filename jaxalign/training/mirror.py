@@ -23,7 +23,8 @@ from pathlib import Path
 import jax
 
 from jaxalign import remote
-from jaxalign.training import damage, distributed, remote_checkpoints
+from jaxalign.cluster import distributed
+from jaxalign.training import damage, remote_checkpoints
 
 _log = logging.getLogger(__name__)
 

@@ -23,11 +23,11 @@ import numpy as np
 from tqdm import tqdm
 
 from jaxalign.batch import REFERENCE_FIELDS
+from jaxalign.cluster import distributed
+from jaxalign.cluster import mesh as meshes
 from jaxalign.data import Feed
 from jaxalign.data.cache import file_sha256
 from jaxalign.objectives import Objective, reference_columns
-from jaxalign.training import distributed
-from jaxalign.training import mesh as meshes
 
 _log = logging.getLogger(__name__)
 

@@ -13,12 +13,13 @@ import optax
 
 from jaxalign import configs, models, vocabularies
 from jaxalign.batch import Batch
+from jaxalign.cluster import distributed
+from jaxalign.cluster import mesh as meshes
 from jaxalign.objectives import Objective
 from jaxalign.objectives.metrics import Metrics
 from jaxalign.training import checkpoints as ckpt
-from jaxalign.training import distributed, sampling
 from jaxalign.training import inputs as inputs_lib
-from jaxalign.training import mesh as meshes
+from jaxalign.training import sampling
 from jaxalign.training import step as steps
 
 _log = logging.getLogger(__name__)

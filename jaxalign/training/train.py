@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxalign.cluster import distributed, exclusive, watchdog
+from jaxalign.cluster import mesh as meshes
 from jaxalign.objectives.metrics import Metrics, sample_pairs, summarize
 from jaxalign.training import (
     announce,
-    distributed,
-    exclusive,
     identity,
     mirror,
     optimizers,
@@ -26,10 +26,8 @@ from jaxalign.training import (
     reference_cache,
     run_directory,
     symptoms,
-    watchdog,
 )
 from jaxalign.training import checkpoints as ckpt
-from jaxalign.training import mesh as meshes
 from jaxalign.training import step as steps
 from jaxalign.training.metric_writers import (
     MetricWriter,

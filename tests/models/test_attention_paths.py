@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
+from jaxalign.cluster import mesh as meshes
 from jaxalign.models import attention_paths
 from jaxalign.models.attention_paths import CHUNK, PATHS, Segments
-from jaxalign.training import mesh as meshes
 
 B, H, D = 2, 3, 8
 

@@ -17,8 +17,8 @@ from objectives_cases import (
     make_batch,
 )
 
+from jaxalign.cluster import mesh as meshes
 from jaxalign.models import attention_paths
-from jaxalign.training import mesh as meshes
 from jaxalign.training import step as steps
 
 

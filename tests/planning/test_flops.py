@@ -8,12 +8,12 @@ import jax
 import numpy as np
 
 from jaxalign import models
+from jaxalign.cluster import mesh as meshes
 from jaxalign.data import convert
 from jaxalign.data.plan import RowShape
 from jaxalign.models.attention_paths import PATHS, Segments
 from jaxalign.models.config import T5Config
 from jaxalign.planning import flops
-from jaxalign.training import mesh as meshes
 
 CONFIG = T5Config(
     vocab_size=96,

@@ -8,8 +8,8 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxalign.cluster import mesh as meshes
 from jaxalign.planning import hlo
-from jaxalign.training import mesh as meshes
 
 LAYERS, ROWS, WIDTH = 5, 16, 32
 

@@ -13,8 +13,8 @@ import pytest
 import tiny_run
 
 from jaxalign import cli, models, planning
+from jaxalign.cluster import mesh as meshes
 from jaxalign.planning import estimate, hardware, programs
-from jaxalign.training import mesh as meshes
 from jaxalign.training import optimizers
 
 KEYS = {

@@ -143,9 +143,7 @@ def _check(ready, saved):
     ids=lambda changes: "-".join(changes),
 )
 def test_how_and_how_long_are_no_part_of_it(work, changes):
-    _check(
-        runs.setup(job(work, "run", **changes)), checkpoints.run_meta(work / "run")
-    )
+    _check(runs.setup(job(work, "run", **changes)), checkpoints.run_meta(work / "run"))
 
 
 def _as_format_1(meta, ready):

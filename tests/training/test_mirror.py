@@ -15,7 +15,7 @@ import pytest
 import tiny_run
 
 from jaxalign import cli, remote
-from jaxalign.pipelines import inference
+from jaxalign.inference import evaluation as inference
 from jaxalign.training import (
     checkpoints,
     damage,

@@ -5,7 +5,7 @@ lies ``OUTPUT.partial.json`` with what was asked for. The same command, started 
 after a kill, keeps the whole lines that are there and goes on; the result has the bytes
 of a run that was never killed, because whole windows of prompts are decoded again and
 what a window gives is a function of its prompts alone. When all is written, the
-settings stay beside it (`jaxalign.pipelines.outputs`): the same command has nothing to
+settings stay beside it (`jaxalign.inference.outputs`): the same command has nothing to
 do, and another one does not overwrite it.
 """
 
@@ -22,6 +22,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxalign import models, remote
+from jaxalign.cluster import exclusive
+from jaxalign.cluster import mesh as meshes
 from jaxalign.data import jsonl, records
 from jaxalign.decoding import (
     BeamSearch,
@@ -34,9 +36,8 @@ from jaxalign.decoding import (
 from jaxalign.decoding import bad_words as forbidden
 from jaxalign.decoding.generate import check_constraint
 from jaxalign.decoding.stops import Stops
-from jaxalign.pipelines import outputs, searching
-from jaxalign.training import checkpoints, exclusive, run_directory
-from jaxalign.training import mesh as meshes
+from jaxalign.inference import outputs, searching
+from jaxalign.training import checkpoints, run_directory
 
 _log = logging.getLogger(__name__)
 

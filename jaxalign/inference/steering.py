@@ -14,15 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from jaxalign.cluster import exclusive
 from jaxalign.data import records
 from jaxalign.data.bad_rows import quoted, show
 from jaxalign.decoding import constraints, programs
 from jaxalign.decoding.generate import check_constraint
 from jaxalign.decoding.smc import smc
 from jaxalign.evaluation import judges
-from jaxalign.pipelines import generation, outputs
-from jaxalign.pipelines.inference import write_jsonl
-from jaxalign.training import checkpoints, exclusive
+from jaxalign.inference import generation, outputs
+from jaxalign.inference.evaluation import write_jsonl
+from jaxalign.training import checkpoints
 
 _log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import sentence_pieces
 
-from jaxalign.pipelines import steering
+from jaxalign.inference import steering
 
 
 @pytest.fixture

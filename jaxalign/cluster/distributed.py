@@ -29,7 +29,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import multihost
 
-from jaxalign.training import failures
+from jaxalign.cluster import failures
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")

@@ -20,7 +20,8 @@ import numpy as np
 import pytest
 import tiny_run
 
-from jaxalign.training import checkpoints, distributed
+from jaxalign.cluster import distributed
+from jaxalign.training import checkpoints
 
 LAUNCHER = Path(__file__).parents[2] / "launch" / "local.py"
 

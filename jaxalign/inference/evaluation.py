@@ -19,13 +19,14 @@ from tqdm import tqdm
 from jaxalign import batch as batches
 from jaxalign import data as data_lib
 from jaxalign import models, remote
+from jaxalign.cluster import exclusive
+from jaxalign.cluster import mesh as meshes
 from jaxalign.data import jsonl, records
 from jaxalign.data.jsonl import json_line
 from jaxalign.decoding import Sampling
 from jaxalign.evaluation import compare, judges, metrics
-from jaxalign.pipelines import generation, outputs
-from jaxalign.training import checkpoints, exclusive
-from jaxalign.training import mesh as meshes
+from jaxalign.inference import generation, outputs
+from jaxalign.training import checkpoints
 
 # How it is computed, which is no part of what was asked for.
 _EXECUTION = ("batch_size", "mesh")
@@ -308,7 +309,7 @@ def write_jsonl(
     Args:
       path: the file, here or in a bucket.
       lines: JSON objects.
-      key: what a local file depends on, kept beside it (`jaxalign.pipelines.outputs`).
+      key: what a local file depends on, kept beside it (`jaxalign.inference.outputs`).
       **noted: what else is kept there.
 
     Returns:

@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from jaxalign import remote
+from jaxalign.cluster import exclusive
 from jaxalign.data import jsonl
 from jaxalign.data.cache import file_sha256
 from jaxalign.evaluation import judges
-from jaxalign.training import checkpoints, exclusive, run_directory
+from jaxalign.training import checkpoints, run_directory
 
 _log = logging.getLogger(__name__)
 

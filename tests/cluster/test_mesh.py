@@ -13,10 +13,10 @@ import tiny_run
 from jax.sharding import PartitionSpec as P
 
 from jaxalign import models, objectives
+from jaxalign.cluster import mesh as meshes
 from jaxalign.data import convert
 from jaxalign.data.plan import RowShape
 from jaxalign.objectives.metrics import summarize
-from jaxalign.training import mesh as meshes
 from jaxalign.training import optimizers
 from jaxalign.training import step as steps
 

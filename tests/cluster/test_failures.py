@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from jaxalign.training import failures
+from jaxalign.cluster import failures
 
 LAUNCHER = Path(__file__).parents[2] / "launch" / "local.py"
 
 JOIN = """
 import argparse, logging
-from jaxalign.training import distributed, failures
+from jaxalign.cluster import distributed, failures
 logging.basicConfig(level=logging.INFO)
 parser = argparse.ArgumentParser()
 parser.add_argument("failing")

@@ -9,11 +9,11 @@ import time
 
 import pytest
 
-from jaxalign.training.watchdog import Watchdog
+from jaxalign.cluster.watchdog import Watchdog
 
 _HANGS = """
 import logging, time
-from jaxalign.training.watchdog import Watchdog
+from jaxalign.cluster.watchdog import Watchdog
 
 def read_from_a_dead_disk():
     time.sleep(60)
@@ -93,8 +93,8 @@ def test_a_loop_that_waits_for_steps_begun_before_is_not_standing_still():
 
 _TWO = """
 import sys, time
-from jaxalign.training import distributed
-from jaxalign.training.watchdog import Watchdog
+from jaxalign.cluster import distributed
+from jaxalign.cluster.watchdog import Watchdog
 
 index = int(sys.argv[2])
 distributed.start(distributed.Settings("auto", sys.argv[1], 2, index, 60))

@@ -16,7 +16,8 @@ import tiny_run
 from jaxalign import decoding, locks, models
 from jaxalign import vocabularies as vocabs
 from jaxalign.decoding import Sampling
-from jaxalign.pipelines import generation, inference
+from jaxalign.inference import evaluation as inference
+from jaxalign.inference import generation
 from jaxalign.training import checkpoints
 
 SETTINGS = {

@@ -17,7 +17,7 @@ from typing import Any, Self
 import jax
 from orbax.checkpoint import multihost
 
-from jaxalign.training import distributed
+from jaxalign.cluster import distributed
 
 _log = logging.getLogger(__name__)
 

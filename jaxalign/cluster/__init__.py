@@ -1,0 +1,1 @@
+"""Many processes and devices: their start, their mesh, what ends them together."""

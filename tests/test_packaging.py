@@ -20,17 +20,6 @@ import jaxalign
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "jaxalign"
 
-# Rooms by floor: a module imports only from floors below its own. A name ending in a
-# dot is a folder. What is not named here stands beside and may import anything.
-FLOORS = [
-    {"batch", "vocabularies", "remote", "locks", "user_code", "losses.", "models."},
-    {"decoding."},
-    {"objectives.", "data."},
-    {"training.", "evaluation.", "prepare."},
-    {"teachers."},
-    {"pipelines."},
-    {"cli."},
-]
 # Only these may name what is heavy, and only `tasks` outside of functions.
 PREPARATION = ("jaxalign.prepare", "jaxalign.tasks", "jaxalign.interop")
 HEAVY = {
@@ -89,32 +78,12 @@ def imports(path: Path, functions: bool) -> Iterator[str]:
     yield from walk(ast.parse(path.read_text()), False)
 
 
-def floor(module: str) -> int | None:
-    inner = module.removeprefix("jaxalign.")
-    for number, rooms in enumerate(FLOORS):
-        for room in rooms:
-            if f"{inner}.".startswith(room if room.endswith(".") else f"{room}."):
-                return number
-    return None
-
-
 # The repository.
 
 
 def test_every_folder_of_modules_is_a_package():
     folders = {path.parent for _, path in modules()}
     assert not [str(f) for f in folders if not (f / "__init__.py").exists()]
-
-
-def test_rooms_import_only_from_floors_below():
-    wrong = []
-    for module, path in modules():
-        own = floor(module)
-        for name in imports(path, functions=False):
-            other = floor(name) if name.startswith("jaxalign.") else None
-            if own is not None and other is not None and other > own:
-                wrong.append(f"{module} imports {name}")
-    assert not wrong
 
 
 def test_tensorflow_stays_in_its_rooms_and_in_functions():

@@ -59,13 +59,6 @@ _REGISTERED: dict[str, Vocabulary] = {}
 _MARGIN = {"margin": ("float32", 0.0)}
 
 
-def registered_names() -> list[str]:
-    """Names of all registered seqio tasks and mixtures."""
-    seqio = heavy.seqio()
-
-    return sorted([*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()])
-
-
 def vocabulary_of(name: str, vocabulary: Vocabulary | None = None) -> Vocabulary:
     """The vocabulary of a seqio task's features, as one of ours.
 

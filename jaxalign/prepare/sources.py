@@ -93,9 +93,10 @@ def find_source(data: str, *, split: str = "train", task: str | None = None) -> 
     known = tasks_lib.known_tasks()
     if data in known:
         return _task(known[data], split)
-    if _is_seqio(data):
+    registered = _seqio_names()
+    if data in registered:
         return Source(data, {"seqio": data, "split": split}, seqio_name=data)
-    hint = nearest(data, [*known, *_seqio_names()]) or f"; tasks: {', '.join(known)}"
+    hint = nearest(data, [*known, *registered]) or f"; tasks: {', '.join(known)}"
     raise FileNotFoundError(
         f"No file, task or seqio task is called {data!r}{hint}. A seqio task of your "
         "own needs its module or file in MIXTURE_OR_TASK_MODULE."
@@ -290,15 +291,10 @@ def _plain(value: Any, field: str) -> Any:
     return value
 
 
-def _is_seqio(name: str) -> bool:
-    return name in _seqio_names()
-
-
 def _seqio_names() -> list[str]:
     # Whoever registered a task has imported seqio to do so. Importing it here would
     # take half a minute, TensorFlow with it, to find nothing.
-    if sys.modules.get("seqio") is None:
+    seqio = sys.modules.get("seqio")
+    if seqio is None:
         return []
-    from jaxalign.prepare import seqio_tasks
-
-    return seqio_tasks.registered_names()
+    return sorted([*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()])

@@ -28,6 +28,6 @@ add_task(
     doc="The embedded village: generated, with an exact judge of any response.",
     records={schema: _drawn(schema) for schema in world.SCHEMAS}
     | {"rationale": rationales},
-    # A function of the world's own file, so that editing the world is noticed.
     source=world.draws,
+    made_by=(world.draw, world.judge, world.parse),
 )

@@ -19,7 +19,8 @@ PACKAGE = "jaxalign"
 
 # From the ground up.
 FLOORS = (
-    "batch configs evaluation locks losses models remote user_code vocabularies world",
+    "batch configs evaluation files locks losses models remote user_code vocabularies "
+    "world",
     "decoding interop",
     "data objectives",
     "cluster prepare training",

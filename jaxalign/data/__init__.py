@@ -3,12 +3,13 @@
 Imports neither TensorFlow nor seqio: preparing a cache is ``jaxalign.prepare``'s.
 """
 
-from jaxalign.data.cache import CacheWriter, Index, Row, TokenizedCache
+from jaxalign.data.cache import TokenizedCache
+from jaxalign.data.cache_writer import CacheWriter
 from jaxalign.data.convert import to_arrays
 from jaxalign.data.cuts import Seen, seen
 from jaxalign.data.feed import EvaluationBatches, Feed
 from jaxalign.data.plan import Placement, Plan, RowShape, common_shape, pack
-from jaxalign.data.rows import build_index
+from jaxalign.data.rows import Index, Row, build_index
 
 __all__ = [
     "CacheWriter",

@@ -14,280 +14,33 @@ The index alone is enough to plan packing: nothing else is read before training.
 from __future__ import annotations
 
 import bisect
-import contextlib
-import errno
 import functools
-import hashlib
 import itertools
 import json
 import os
 import pathlib
 import re
-import shutil
-import socket
-import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
-from array_record.python.array_record_module import (
-    ArrayRecordReader,
-    ArrayRecordWriter,
-)
+from array_record.python.array_record_module import ArrayRecordReader
 
-from jaxalign import remote
+from jaxalign import remote, vocabularies
 from jaxalign.data.bad_rows import quoted
-from jaxalign.data.rows import DTYPES, Columns, Index, Row, build_index, check_row
+from jaxalign.data.rows import DTYPES, Index, Row
+from jaxalign.files import file_sha256, json_sha256
 
 FORMAT, VERSION = "jaxalign-tokenised-cache", 1
-_META, _INDEX, _SELF = "cache.json", "index.npz", "meta_sha256"
-_SHARD_BYTES = 256 * 2**20
-_STALE_SECONDS = 24 * 3600
-
-__all__ = [
-    "CacheWriter",
-    "Index",
-    "Row",
-    "TokenizedCache",
-    "build_index",
-    "remove_stale",
-]
-
-
-class CacheWriter:
-    """Writes a cache into a temporary sibling and renames it when complete.
-
-    A killed writer leaves nothing that looks like a cache; the next one removes what
-    it left. An older cache at the same place is replaced at the last moment, and
-    readers that hold it open are not disturbed.
-
-    Args:
-      directory: where the cache appears; anything there but a cache or an empty
-        folder is refused.
-      schema: "supervised", "trajectory", "preference" or "rationale".
-      vocabulary: of :mod:`jaxalign.vocabularies`.
-      fingerprint: identity of what the rows are made from (source, field map,
-        vocabulary, preprocessing).
-      summary: JSON-ready counts; ``writer.summary`` may change until the end.
-      source: JSON-ready description of where rows came from.
-
-    Example::
-
-        with CacheWriter(path, schema="supervised", vocabulary=ByteVocabulary(),
-                         fingerprint=digest) as writer:
-            writer.write(row)
-    """
-
-    def __init__(
-        self,
-        directory: str | os.PathLike[str],
-        *,
-        schema: str,
-        vocabulary: Any,
-        fingerprint: str,
-        summary: dict[str, Any] | None = None,
-        source: Any = None,
-    ):
-        # Renames there are atomic, and rows are read in any order.
-        self.directory = remote.local_only(directory, "A tokenised cache").absolute()
-        self.summary = dict(summary or {})
-        self._schema, self._vocabulary = schema, vocabulary
-        self._fingerprint, self._source = fingerprint, source
-        self._temporary = temporary_folder(self.directory)
-
-    def __enter__(self) -> CacheWriter:
-        target = self.directory
-        occupied = target.exists() and not (target / _META).is_file()
-        if occupied and not (target.is_dir() and not any(target.iterdir())):
-            raise FileExistsError(
-                f"{target} exists and is not a cache (no {_META}); give another "
-                "folder or remove it."
-            )
-        target.parent.mkdir(parents=True, exist_ok=True)
-        self._found = _version(target / _META)
-        remove_stale(target)
-        shutil.rmtree(self._temporary, ignore_errors=True)
-        self._temporary.mkdir()
-        self._columns = Columns()
-        self._keys: set[str] = set()
-        self._digest = hashlib.sha256()
-        self._shard_rows: list[int] = []
-        self._shard_bytes = 0
-        self._writer: ArrayRecordWriter | None = None
-        return self
-
-    def write(self, row: Row) -> None:
-        """Appends a row.
-
-        Raises:
-          ValueError: naming the key and the field that breaks the schema.
-        """
-        check_row(row, self._vocabulary.vocab_size)
-        if row.key in self._keys:
-            raise ValueError(f"Row {row.key!r}: the key was written before.")
-        try:
-            record = row.to_bytes()
-        except (TypeError, ValueError, OverflowError) as error:
-            raise ValueError(
-                f"Row {row.key!r}: key and metadata must be JSON values ({error})."
-            ) from error
-        if self._writer is None or self._shard_bytes > _SHARD_BYTES:
-            with self._telling_disk_errors():
-                self._close_shard()
-                self._writer = ArrayRecordWriter(
-                    str(self._temporary / f"{len(self._shard_rows)}"), "group_size:1"
-                )
-            self._shard_rows.append(0)
-            self._shard_bytes = 0
-        with self._telling_disk_errors():
-            self._writer.write(record)
-        self._keys.add(row.key)
-        self._columns.add(row)
-        self._digest.update(len(record).to_bytes(8, "little") + record)
-        self._shard_rows[-1] += 1
-        self._shard_bytes += len(record)
-
-    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
-        try:
-            if kind is None:
-                with self._telling_disk_errors():
-                    self._close_shard()
-                    self._finish()
-            else:
-                with contextlib.suppress(RuntimeError):  # the first error is told
-                    self._close_shard()
-        finally:
-            shutil.rmtree(self._temporary, ignore_errors=True)
-
-    def _close_shard(self) -> None:
-        if self._writer is not None:
-            writer, self._writer = self._writer, None
-            writer.close()
-
-    @contextlib.contextmanager
-    def _telling_disk_errors(self) -> Iterator[None]:
-        """ArrayRecord's RuntimeError, and errors without a path, as what they are."""
-        try:
-            yield
-        except (RuntimeError, OSError) as error:
-            free = shutil.disk_usage(self.directory.parent).free
-            full = getattr(error, "errno", None) == errno.ENOSPC or free < 2**20
-            advice = "The disk is full: make room, or give another CACHE_DIR."
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise OSError(
-                f"Writing the tokenised cache {self.directory} failed, and nothing is "
-                f"left of it: {reason}. {advice if full else ''}".rstrip()
-            ) from error
-
-    def _finish(self) -> None:
-        if not self._shard_rows:
-            raise ValueError(f"No rows were written for {self.directory}.")
-        shards = []
-        for i, rows in enumerate(self._shard_rows):
-            name = f"rows-{i:05d}-of-{len(self._shard_rows):05d}.array_record"
-            path = (self._temporary / f"{i}").rename(self._temporary / name)
-            shards.append({"name": name, "rows": rows, "bytes": path.stat().st_size})
-        index = self._columns.index()
-        np.savez(
-            self._temporary / _INDEX,
-            **{name: getattr(index, name) for name in DTYPES},
-        )
-        self._vocabulary.save(self._temporary)
-        meta = {
-            "format": FORMAT,
-            "version": VERSION,
-            "schema": self._schema,
-            "fingerprint": self._fingerprint,
-            "content_fingerprint": self._digest.hexdigest(),
-            "num_rows": index.num_rows,
-            "num_responses": index.num_responses,
-            "shards": shards,
-            "index_sha256": file_sha256(self._temporary / _INDEX),
-            "vocabulary": self._vocabulary.to_json(),
-            "vocabulary_fingerprint": self._vocabulary.fingerprint,
-            "summary": self.summary,
-            "source": self._source,
-        }
-        meta = json.loads(json.dumps(meta))  # as it is read back: every key is a text
-        meta[_SELF] = _own_sha256(meta)
-        (self._temporary / _META).write_text(json.dumps(meta, indent=1))
-        for path in (*self._temporary.iterdir(), self._temporary):
-            _sync(path)
-        if _version(self.directory / _META) != self._found:
-            return  # another process made it meanwhile, and may be reading it
-        if (self.directory / _META).is_file():
-            # A folder cannot be renamed over a full one. Between these two renames
-            # there is no cache, and a reader that comes then prepares its own.
-            old = self._temporary.with_name(self._temporary.name + "-old")
-            shutil.rmtree(old, ignore_errors=True)
-            self.directory.rename(old)
-            self._temporary.rename(self.directory)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            try:
-                self._temporary.rename(self.directory)
-            except OSError:  # as above, within the last moment
-                if not (self.directory / _META).is_file():
-                    raise
-        _sync(self.directory.parent)
-
-
-def _version(path: pathlib.Path) -> tuple[int, int] | None:
-    """Tells one file at a path from another that takes its place; None: no file."""
-    try:
-        found = path.stat()
-    except FileNotFoundError:
-        return None
-    return found.st_ino, found.st_mtime_ns
-
-
-def temporary_folder(directory: pathlib.Path) -> pathlib.Path:
-    """Where this process writes a cache; `remove_stale` finds it after a kill.
-
-    What other processes load from such a folder lies in one of `private_folder`.
-    """
-    return directory.with_name(f"{_mark(directory)}{os.getpid()}")
-
-
-def private_folder(directory: pathlib.Path) -> pathlib.Path:
-    """Makes such a folder that nobody else can enter, under a name nobody can guess."""
-    prefix = f"{temporary_folder(directory).name}-"
-    return pathlib.Path(tempfile.mkdtemp(prefix=prefix, dir=directory.parent))
-
-
-def _mark(directory: pathlib.Path) -> str:
-    return f".{directory.name}.tmp-{socket.gethostname()}-"
-
-
-def remove_stale(directory: str | os.PathLike[str]) -> None:
-    """Removes what killed writers of this cache left beside it.
-
-    A writer on this machine is known by its process id; one elsewhere counts as dead
-    after a day without a change.
-    """
-    directory = pathlib.Path(directory)
-    here = _mark(directory)
-    # A shared disk's clock is not this machine's: it is asked for its own time.
-    with tempfile.TemporaryFile(dir=directory.parent) as probe:
-        now = os.fstat(probe.fileno()).st_mtime
-    for path in directory.parent.glob(f".{directory.name}.tmp-*"):
-        pid = re.match(r"\d+", path.name.removeprefix(here))
-        if path.name.startswith(here) and pid:
-            dead = int(pid[0]) != os.getpid() and not _alive(int(pid[0]))
-        else:
-            files = list(path.iterdir()) or [path]
-            newest = max(p.stat().st_mtime for p in files)
-            dead = now - newest > _STALE_SECONDS
-        if dead:
-            shutil.rmtree(path, ignore_errors=True)
+META, INDEX, META_DIGEST = "cache.json", "index.npz", "meta_sha256"
 
 
 class TokenizedCache:
     """A cache opened for random access, safe to read from many threads.
 
     Args:
-      path: a folder that :class:`CacheWriter` made.
+      path: a folder that :class:`jaxalign.data.cache_writer.CacheWriter` made.
 
     Attributes:
       path: that folder.
@@ -317,14 +70,14 @@ class TokenizedCache:
                 raise _damaged(
                     self.path, f"{file.name} has {size} bytes of {shard['bytes']}"
                 )
-        index_file = self.path / _INDEX
+        index_file = self.path / INDEX
         if not index_file.is_file() or file_sha256(index_file) != meta["index_sha256"]:
-            raise _damaged(self.path, f"{_INDEX} is missing or changed")
+            raise _damaged(self.path, f"{INDEX} is missing or changed")
         try:
             with np.load(index_file) as arrays:
                 self.index = Index(**{name: arrays[name] for name in DTYPES})
         except (KeyError, ValueError, zipfile.BadZipFile) as error:
-            raise _damaged(self.path, f"{_INDEX} cannot be read ({error})") from error
+            raise _damaged(self.path, f"{INDEX} cannot be read ({error})") from error
         self.schema: str = meta["schema"]
         self.fingerprint: str = meta["fingerprint"]
         self.content_fingerprint: str = meta["content_fingerprint"]
@@ -370,12 +123,10 @@ class TokenizedCache:
     @functools.cached_property
     def vocabulary(self) -> Any:
         """The vocabulary that made the ids (:mod:`jaxalign.vocabularies`)."""
-        from jaxalign import vocabularies
-
         try:
             return vocabularies.from_json(self._meta["vocabulary"], self.path)
         except (KeyError, TypeError) as error:
-            raise _damaged(self.path, f"{_META} has no vocabulary ({error})") from error
+            raise _damaged(self.path, f"{META} has no vocabulary ({error})") from error
 
     def reward_stats(self) -> tuple[float, float]:
         """Mean and population standard deviation of all rewards, in float64.
@@ -397,17 +148,17 @@ class TokenizedCache:
 
 
 def _read_meta(path: pathlib.Path) -> dict[str, Any]:
-    file = path / _META
+    file = path / META
     if not file.is_file():
         found = sorted(p.name for p in path.iterdir())[:5] if path.is_dir() else None
         holds = "does not exist" if found is None else f"holds {found}"
         raise FileNotFoundError(
-            f"No tokenised cache at {path}: expected {_META} there; the folder {holds}."
+            f"No tokenised cache at {path}: expected {META} there; the folder {holds}."
         )
     try:
         meta = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise _damaged(path, f"{_META} is no JSON ({error})") from error
+        raise _damaged(path, f"{META} is no JSON ({error})") from error
     found = meta.get("format") if isinstance(meta, dict) else type(meta).__name__
     if found != FORMAT:
         raise ValueError(
@@ -420,7 +171,7 @@ def _read_meta(path: pathlib.Path) -> dict[str, Any]:
         )
     for name, kind in _ENTRIES.items():
         if not isinstance(meta.get(name), kind):
-            raise _damaged(path, f"{_META} has no {name!r} of the right kind")
+            raise _damaged(path, f"{META} has no {name!r} of the right kind")
     for shard in meta["shards"]:
         if not isinstance(shard, dict) or not (
             isinstance(shard.get("rows"), int)
@@ -428,10 +179,10 @@ def _read_meta(path: pathlib.Path) -> dict[str, Any]:
             and isinstance(shard.get("name"), str)
             and re.fullmatch(r"rows-\d+-of-\d+\.array_record", shard["name"])
         ):
-            raise _damaged(path, f"{_META} names shards that no writer makes")
+            raise _damaged(path, f"{META} names shards that no writer makes")
     # Caches of earlier releases have no digest of their own.
-    if _SELF in meta and meta[_SELF] != _own_sha256(meta):
-        raise _damaged(path, f"{_META} was changed")
+    if META_DIGEST in meta and meta[META_DIGEST] != meta_digest(meta):
+        raise _damaged(path, f"{META} was changed")
     return meta
 
 
@@ -447,9 +198,9 @@ _ENTRIES = {
 }
 
 
-def _own_sha256(meta: Mapping[str, Any]) -> str:
-    rest = {name: value for name, value in meta.items() if name != _SELF}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+def meta_digest(meta: Mapping[str, Any]) -> str:
+    """SHA-256 of ``cache.json``, its own digest apart."""
+    return json_sha256({k: v for k, v in meta.items() if k != META_DIGEST})
 
 
 def _damaged(path: pathlib.Path, what: str) -> ValueError:
@@ -457,27 +208,3 @@ def _damaged(path: pathlib.Path, what: str) -> ValueError:
         f"The tokenised cache at {path} is damaged: {what}. Remove the folder and "
         "prepare the data again."
     )
-
-
-def file_sha256(path: pathlib.Path) -> str:
-    """SHA-256 of a file's content, in hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: pathlib.Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True

@@ -113,10 +113,7 @@ def parse_lines(
             blank.append(number)
             continue
         for n in blank:
-            yield (
-                n,
-                BadRow(file, n, "row", "empty", "a JSON object", "an empty line"),
-            )
+            yield (n, BadRow(file, n, "row", "empty", "a JSON object", "an empty line"))
         blank.clear()
         try:
             yield number, parse_object(line, first=number == 1)

@@ -2,7 +2,7 @@
 
 A function of the margin alone lets both log-probabilities fall together. These anchor
 the chosen response, the rejected one, or both, to the reference. Notation and
-arguments are those of `jaxalign.losses.pairwise`: sums of log-probabilities, EOS
+shared arguments are those of `jaxalign.losses.pairwise`: sums of log-probabilities, EOS
 included; ``lr_w`` and ``lr_l`` are the log-ratios of chosen and rejected response and
 ``delta`` their difference.
 """
@@ -50,16 +50,7 @@ def exo_pair(
         loss = p (log p - log(1 - eps)) + (1 - p) (log(1 - p) - log eps)
 
     Args:
-      chosen_logps: as in `jaxalign.losses.dpo`, and so the other three.
-      rejected_logps: see `jaxalign.losses.dpo`.
-      ref_chosen_logps: see `jaxalign.losses.dpo`.
-      ref_rejected_logps: see `jaxalign.losses.dpo`.
-      beta: strength of the KL constraint, in 1/nat.
       label_smoothing: ``eps`` in ``(0, 0.5)``; it bounds the target away from 0.
-      where: mask, same shape.
-
-    Returns:
-      One float32 loss per pair.
 
     Raises:
       ValueError: ``eps`` outside ``(0, 0.5)``.
@@ -101,17 +92,6 @@ def nca_pair(
         loss = -log sigmoid(beta lr_w)
                - (log sigmoid(-beta lr_w) + log sigmoid(-beta lr_l)) / 2
 
-    Args:
-      chosen_logps: as in `jaxalign.losses.dpo`, and so the other three.
-      rejected_logps: see `jaxalign.losses.dpo`.
-      ref_chosen_logps: see `jaxalign.losses.dpo`.
-      ref_rejected_logps: see `jaxalign.losses.dpo`.
-      beta: strength of the KL constraint, in 1/nat.
-      where: mask, same shape.
-
-    Returns:
-      One float32 loss per pair.
-
     >>> losses = nca_pair(jnp.array([-10.0]), jnp.array([-12.0]), jnp.array([-11.0]),
     ...                   jnp.array([-11.5]), beta=0.1)
     >>> round(float(losses[0]), 5)
@@ -143,15 +123,7 @@ def sppo_hard(
         loss = (lr_w - 1 / (2 beta))^2 + (lr_l + 1 / (2 beta))^2
 
     Args:
-      chosen_logps: as in `jaxalign.losses.dpo`, and so the other three.
-      rejected_logps: see `jaxalign.losses.dpo`.
-      ref_chosen_logps: see `jaxalign.losses.dpo`.
-      ref_rejected_logps: see `jaxalign.losses.dpo`.
       beta: one over the paper's ``eta``.
-      where: mask, same shape.
-
-    Returns:
-      One float32 loss per pair.
 
     >>> sppo_hard(jnp.array([-10.0]), jnp.array([-12.0]), jnp.array([-11.0]),
     ...           jnp.array([-11.5]), beta=0.1)
@@ -181,17 +153,6 @@ def apo_zero(
 
         loss = 1 - sigmoid(beta lr_w) + sigmoid(beta lr_l)
 
-    Args:
-      chosen_logps: as in `jaxalign.losses.dpo`, and so the other three.
-      rejected_logps: see `jaxalign.losses.dpo`.
-      ref_chosen_logps: see `jaxalign.losses.dpo`.
-      ref_rejected_logps: see `jaxalign.losses.dpo`.
-      beta: strength of the KL constraint, in 1/nat.
-      where: mask, same shape.
-
-    Returns:
-      One float32 loss per pair.
-
     >>> losses = apo_zero(jnp.array([-10.0]), jnp.array([-12.0]), jnp.array([-11.0]),
     ...                   jnp.array([-11.5]), beta=0.1)
     >>> round(float(losses[0]), 5)
@@ -219,17 +180,6 @@ def apo_down(
     ones more (arXiv 2408.06266, Eq. 8)::
 
         loss = sigmoid(beta lr_w) + 1 - sigmoid(beta delta)
-
-    Args:
-      chosen_logps: as in `jaxalign.losses.dpo`, and so the other three.
-      rejected_logps: see `jaxalign.losses.dpo`.
-      ref_chosen_logps: see `jaxalign.losses.dpo`.
-      ref_rejected_logps: see `jaxalign.losses.dpo`.
-      beta: strength of the KL constraint, in 1/nat.
-      where: mask, same shape.
-
-    Returns:
-      One float32 loss per pair.
 
     >>> losses = apo_down(jnp.array([-10.0]), jnp.array([-12.0]), jnp.array([-11.0]),
     ...                   jnp.array([-11.5]), beta=0.1)

@@ -39,7 +39,6 @@ def cross_entropy(
       vocab_size: ``V``; needed where ``label_smoothing > 0``.
       label_smoothing: ``eps`` in ``[0, 1)``.
       z_loss: weight of the penalty that keeps the log-normaliser near zero.
-      where: mask ``[...]``.
 
     Returns:
       One float32 loss per token, in nats.

@@ -6,7 +6,14 @@ summed over a response's tokens, EOS included::
     lr    = log pi_theta(y|x) - log pi_ref(y|x)        the log-ratio of one response
     delta = lr_w - lr_l                                the margin, before beta
 
-Every function is pure and unreduced: arrays in, one float32 loss per pair out.
+Every function is pure and unreduced: arrays in, one float32 loss per pair out. They
+share these arguments:
+
+* ``chosen_logps``, ``rejected_logps``: the policy's log-probabilities, any shape;
+* ``ref_chosen_logps``, ``ref_rejected_logps``: the reference policy's, same shape; no
+  gradient flows to them;
+* ``beta``: strength of the KL constraint, in 1/nat;
+* ``where``: mask, same shape; zero entries give a zero loss and no gradient.
 """
 
 from __future__ import annotations
@@ -25,18 +32,7 @@ def margins(
     ref_rejected_logps: jax.Array,
     where: jax.Array | None = None,
 ) -> jax.Array:
-    """The log-ratio margin ``delta`` in nats, with the reference under stop-gradient.
-
-    Args:
-      chosen_logps: summed policy log-probabilities of the chosen responses, any shape.
-      rejected_logps: the same for the rejected ones.
-      ref_chosen_logps: the reference policy's, same shape.
-      ref_rejected_logps: the reference policy's, same shape.
-      where: mask, same shape; the margin is 0 where it is zero.
-
-    Returns:
-      Float32 margins of the same shape.
-    """
+    """The log-ratio margin ``delta`` in nats; the reference is under stop-gradient."""
     arrays = [chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps]
     chex.assert_equal_shape(arrays)
     chex.assert_type(arrays, float)
@@ -75,19 +71,10 @@ def dpo(
         loss = -(1 - eps) log sigmoid(z) - eps log sigmoid(-z)
 
     Args:
-      chosen_logps: summed policy log-probabilities of the chosen responses, any shape.
-      rejected_logps: the same for the rejected ones.
-      ref_chosen_logps: the reference policy's, same shape; no gradient flows to it.
-      ref_rejected_logps: the reference policy's, same shape; no gradient flows to it.
-      beta: strength of the KL constraint, in 1/nat.
       label_smoothing: assumed probability in ``[0, 0.5)`` that a label is flipped.
       offset: added to the scaled margin, broadcast to it: ``alpha (|y_w| - |y_l|)`` is
         length-regularised DPO (Park et al. 2024, arXiv 2403.19159), minus a
         margin is ODPO (Amini et al. 2024, arXiv 2402.10571).
-      where: mask, same shape; zero entries give a zero loss and no gradient.
-
-    Returns:
-      One float32 loss per pair.
 
     >>> losses = dpo(jnp.array([-10.0]), jnp.array([-12.0]), jnp.array([-11.0]),
     ...              jnp.array([-11.5]), beta=0.1)
@@ -120,15 +107,7 @@ def hinge(
         loss = relu(1 - beta delta)
 
     Args:
-      chosen_logps: summed policy log-probabilities of the chosen responses, any shape.
-      rejected_logps: the same for the rejected ones.
-      ref_chosen_logps: the reference policy's, same shape; no gradient flows to it.
-      ref_rejected_logps: the reference policy's, same shape; no gradient flows to it.
       beta: one over the margin asked for, in 1/nat.
-      where: mask, same shape; zero entries give a zero loss and no gradient.
-
-    Returns:
-      One float32 loss per pair.
 
     >>> hinge(jnp.array([-10.0]), jnp.array([-12.0]), jnp.array([-11.0]),
     ...       jnp.array([-11.5]), beta=0.1)
@@ -159,16 +138,7 @@ def robust_dpo(
         z    = beta delta
 
     Args:
-      chosen_logps: as in `dpo`, and so the other three.
-      rejected_logps: see `dpo`.
-      ref_chosen_logps: see `dpo`.
-      ref_rejected_logps: see `dpo`.
-      beta: strength of the KL constraint, in 1/nat.
       label_smoothing: the flip probability ``eps`` in ``[0, 0.5)``.
-      where: mask, same shape.
-
-    Returns:
-      One float32 loss per pair.
 
     Raises:
       ValueError: a flip probability outside ``[0, 0.5)``.
@@ -215,18 +185,10 @@ def ipo(
     huggingface/trl#1265), or ``delta``, the paper's letter, without normalisation.
 
     Args:
-      chosen_logps: as in `dpo`: sums, normalised here.
-      rejected_logps: see `dpo`.
-      ref_chosen_logps: see `dpo`.
-      ref_rejected_logps: see `dpo`.
       beta: the paper's ``tau``.
       length_normalize: divide each log-ratio by the number of its tokens.
       chosen_lengths: tokens of the chosen responses, same shape; needed to normalise.
       rejected_lengths: tokens of the rejected responses.
-      where: mask, same shape.
-
-    Returns:
-      One float32 loss per pair.
 
     Raises:
       ValueError: normalisation without lengths.
@@ -269,18 +231,8 @@ def dpo_nll(
         loss = dpo - alpha log pi_theta(y_w|x) / |y_w|
 
     Args:
-      chosen_logps: as in `dpo`.
-      rejected_logps: see `dpo`.
-      ref_chosen_logps: see `dpo`.
-      ref_rejected_logps: see `dpo`.
-      beta: strength of the KL constraint, in 1/nat.
       chosen_lengths: tokens of the chosen responses, same shape.
       alpha: weight of the likelihood.
-      label_smoothing: see `dpo`.
-      where: mask, same shape.
-
-    Returns:
-      One float32 loss per pair.
 
     >>> losses = dpo_nll(jnp.array([-10.0]), jnp.array([-12.0]), jnp.array([-11.0]),
     ...                  jnp.array([-11.5]), beta=0.1, chosen_lengths=jnp.array([5]))

@@ -14,11 +14,7 @@ RATIONALE_TERMS = ("nll", "logsigmoid")
 
 
 def rationale(
-    logps: jax.Array,
-    *,
-    gamma: float,
-    term: str = "nll",
-    where: jax.Array | None = None,
+    logps: jax.Array, *, gamma: float, term: str = "nll", where: jax.Array | None = None
 ) -> jax.Array:
     """The rationale's term of RDPO and RORPO (Just et al. 2024, arXiv 2407.14477).
 
@@ -35,10 +31,6 @@ def rationale(
         tokens in RDPO, means in RORPO.
       gamma: weight of the term.
       term: ``"nll"`` or ``"logsigmoid"``.
-      where: mask, same shape.
-
-    Returns:
-      One float32 loss per rationale.
 
     Raises:
       ValueError: for another term.

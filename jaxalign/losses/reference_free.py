@@ -3,7 +3,8 @@
 Each takes ``(chosen_logps, rejected_logps)`` of any shape, as *sums* or as *means* over
 a response's tokens (EOS included): its docstring says which, because that is where
 implementations differ silently. CPO, ORPO and SLiC add the chosen response's negative
-log-likelihood, averaged over tokens; objectives add that term.
+log-likelihood, averaged over tokens; objectives add that term. Zero entries of the mask
+``where`` give a zero loss and no gradient.
 """
 
 from __future__ import annotations
@@ -48,13 +49,8 @@ def cpo(
 
     Args:
       chosen_logps: *summed* log-probabilities of the chosen responses.
-      rejected_logps: the same for the rejected ones.
       beta: in 1/nat.
       label_smoothing: assumed probability ``eps`` that a label is flipped.
-      where: mask, same shape.
-
-    Returns:
-      One float32 loss per pair, without the likelihood term.
 
     >>> losses = cpo(jnp.array([-10.0]), jnp.array([-12.0]), beta=0.1)
     >>> round(float(losses[0]), 5)
@@ -83,14 +79,9 @@ def simpo(
 
     Args:
       chosen_logps: *mean* log-probabilities per token of the chosen responses.
-      rejected_logps: the same for the rejected ones.
       beta: in tokens per nat; 2 to 10, since means are small.
       gamma: the target margin, not divided by ``beta`` (the authors' code names
         ``gamma / beta``); 0.3 to 0.8 times ``beta`` in the paper.
-      where: mask, same shape.
-
-    Returns:
-      One float32 loss per pair.
 
     >>> losses = simpo(jnp.array([-2.0]), jnp.array([-3.0]), beta=2.0, gamma=0.5)
     >>> round(float(losses[0]), 5)
@@ -122,12 +113,7 @@ def orpo(
     Args:
       chosen_logps: *mean* log-probabilities per token of the chosen responses;
         bounded above by -1e-6, where the odds would be infinite.
-      rejected_logps: the same for the rejected ones.
       beta: the paper's ``lambda``, the weight of this term beside the likelihood.
-      where: mask, same shape.
-
-    Returns:
-      One float32 loss per pair, without the likelihood term.
 
     >>> losses = orpo(jnp.array([-2.0]), jnp.array([-3.0]), beta=0.1)
     >>> round(float(losses[0]), 6)
@@ -155,13 +141,8 @@ def slic_hf(
 
     Args:
       chosen_logps: *summed* log-probabilities of the chosen responses.
-      rejected_logps: the same for the rejected ones.
       beta: scales the margin; 1 in the paper.
       delta: the margin asked for.
-      where: mask, same shape.
-
-    Returns:
-      One float32 loss per pair, without the likelihood term.
 
     >>> slic_hf(jnp.array([-10.0]), jnp.array([-10.5]))
     Array([0.5], dtype=float32)

@@ -1,7 +1,15 @@
 """Losses on single trajectories with scalar rewards: regression, and weighting.
 
-Log-probabilities are summed over a response's tokens, EOS included; ``lr`` is the
-log-ratio ``log pi_theta(y|x) - log pi_ref(y|x)``. Every function is pure and unreduced.
+``lr`` is the log-ratio ``log pi_theta(y|x) - log pi_ref(y|x)``. Every function is pure
+and unreduced. They share these arguments:
+
+* ``logps``: the policy's log-probabilities, summed over a response's tokens, EOS
+  included; any shape. Sums, not means: a mean would change ``tau`` by a factor of the
+  length;
+* ``ref_logps``: the reference policy's, same shape;
+* ``rewards``: scalar rewards, same shape;
+* ``tau``: strength of the KL constraint, in units of the reward per nat;
+* ``where``: mask, same shape.
 """
 
 from __future__ import annotations
@@ -37,15 +45,9 @@ def dro_v(
     optimum unbiased, not a variance-reducing baseline: do not drop it.
 
     Args:
-      logps: summed policy log-probabilities, any shape. Sums, not means: a mean would
-        change ``tau`` by a factor of the length.
-      ref_logps: the reference policy's, same shape.
       values: the value of each response's prompt, same shape, in units of the reward.
-      rewards: scalar rewards, same shape.
-      tau: strength of the KL constraint, in units of the reward per nat.
       rescale: divide the policy term by ``tau``, as the paper's Algorithm 1 does;
         without it, the policy gradient is ``-tau d``.
-      where: mask, same shape.
 
     Returns:
       ``(policy_losses, value_losses)``, float32, one of each per response.
@@ -104,13 +106,6 @@ def dro_p(
     Args:
       logps: summed policy log-probabilities, any shape; the whole global batch, because
         the mean is over it.
-      ref_logps: the reference policy's, same shape.
-      rewards: scalar rewards, same shape.
-      tau: strength of the KL constraint, in units of the reward per nat.
-      where: mask, same shape.
-
-    Returns:
-      One float32 loss per response.
 
     >>> zeros = jnp.zeros(2)
     >>> dro_p(zeros, zeros, jnp.array([1.0, -1.0]), tau=1.0)
@@ -139,7 +134,6 @@ def reward_weights(
       rewards: standardised rewards or advantages, any shape.
       temperature: in units of the reward; infinite weighs all the same.
       max_weight: the bound.
-      where: mask, same shape.
 
     Returns:
       Float32 weights; 0 where masked.

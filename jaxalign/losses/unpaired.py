@@ -1,7 +1,15 @@
 """Losses on single trajectories with labels: thumbs up and thumbs down.
 
-Log-probabilities are summed over a response's tokens, EOS included; ``lr`` is the
-log-ratio ``log pi_theta(y|x) - log pi_ref(y|x)``. Every function is pure and unreduced.
+``lr`` is the log-ratio ``log pi_theta(y|x) - log pi_ref(y|x)``. Every function is pure
+and unreduced: arrays in, one float32 loss per response out. They share these arguments:
+
+* ``logps``: the policy's log-probabilities, summed over a response's tokens, EOS
+  included; any shape;
+* ``ref_logps``: the reference policy's, same shape; no gradient flows to them;
+* ``labels``: 1 for desirable, 0 for undesirable, same shape;
+* ``beta``: strength of the KL constraint, in 1/nat;
+* ``desirable_weight``, ``undesirable_weight``: ``lambda_D`` and ``lambda_U``;
+* ``where``: mask, same shape.
 """
 
 from __future__ import annotations
@@ -39,17 +47,7 @@ def kto_at_reference_point(
     """`kto` with the reference point ``z`` already estimated.
 
     Args:
-      logps: summed policy log-probabilities, any shape.
-      ref_logps: the reference policy's, same shape.
       reference_point: scalar ``z >= 0`` in nats; no gradient flows to it.
-      labels: 1 for desirable, 0 for undesirable, same shape.
-      beta: strength of the KL constraint, in 1/nat.
-      desirable_weight: ``lambda_D``.
-      undesirable_weight: ``lambda_U``.
-      where: mask, same shape.
-
-    Returns:
-      One float32 loss per response.
     """
     ratios = log_ratios(logps, ref_logps, where)
     chex.assert_equal_shape([ratios, labels])
@@ -86,19 +84,9 @@ def kto(
     sees the batch in pieces estimates ``z`` first and calls `kto_at_reference_point`.
 
     Args:
-      logps: summed policy log-probabilities, any shape.
-      ref_logps: the reference policy's, same shape.
       kl_logps: summed policy log-probabilities of the mismatched responses.
       ref_kl_logps: the reference policy's, same shape as `kl_logps`.
-      labels: 1 for desirable, 0 for undesirable, same shape as `logps`.
-      beta: strength of the KL constraint, in 1/nat.
-      desirable_weight: ``lambda_D``.
-      undesirable_weight: ``lambda_U``.
-      where: mask on the responses.
       kl_where: mask on the mismatched responses.
-
-    Returns:
-      One float32 loss per response; reduce by the mean over all of them.
 
     >>> at_start = jnp.array([-3.0, -5.0])
     >>> kto(at_start, at_start, at_start, at_start, jnp.array([1, 0]), beta=0.1)
@@ -136,18 +124,6 @@ def apo_zero_unpaired(
         loss = lambda_D (1 - sigmoid(beta lr))    if desirable
                lambda_U sigmoid(beta lr)          otherwise
 
-    Args:
-      logps: summed policy log-probabilities, any shape.
-      ref_logps: the reference policy's, same shape.
-      labels: 1 for desirable, 0 for undesirable, same shape.
-      beta: strength of the KL constraint, in 1/nat.
-      desirable_weight: ``lambda_D``.
-      undesirable_weight: ``lambda_U``.
-      where: mask, same shape.
-
-    Returns:
-      One float32 loss per response.
-
     >>> equal = jnp.array([-3.0, -5.0])
     >>> apo_zero_unpaired(equal, equal, jnp.array([1, 0]), beta=0.1)
     Array([0.5, 0.5], dtype=float32)
@@ -183,18 +159,8 @@ def bco(
                -lambda_U log sigmoid(shift - beta lr)     otherwise
 
     Args:
-      logps: summed policy log-probabilities, any shape.
-      ref_logps: the reference policy's, same shape.
-      labels: 1 for desirable, 0 for undesirable, same shape.
       reward_shift: the mean of ``beta lr`` over what has been seen so far, a scalar; no
         gradient flows to it.
-      beta: strength of the KL constraint, in 1/nat.
-      desirable_weight: ``lambda_D``.
-      undesirable_weight: ``lambda_U``.
-      where: mask, same shape.
-
-    Returns:
-      One float32 loss per response.
 
     >>> equal = jnp.array([-3.0, -5.0])
     >>> losses = bco(equal, equal, jnp.array([1, 0]), 0.0, beta=0.1)

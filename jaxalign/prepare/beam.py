@@ -22,9 +22,9 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from jaxalign.data.bad_rows import BadRow
-from jaxalign.data.cache import private_folder, remove_stale
 from jaxalign.data.records import Example
-from jaxalign.prepare import heavy, pieces
+from jaxalign.data.temporary import private_folder, remove_stale
+from jaxalign.prepare import late_imports, pieces
 from jaxalign.prepare.rows import Encoded, Recipe
 
 
@@ -97,7 +97,7 @@ def encoded(
 
 def _run(stored: str, count: int, beam_options: str) -> None:
     """Runs the pipeline to its end: every piece counted, then encoded."""
-    beam = heavy.apache_beam()
+    beam = late_imports.apache_beam()
     from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
 
     options = PipelineOptions(shlex.split(beam_options))

@@ -8,8 +8,6 @@ the same gets the folder that is there; a change makes another one.
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -19,6 +17,7 @@ from jaxalign import remote, user_code
 from jaxalign.data import records as records_lib
 from jaxalign.data.cache import TokenizedCache
 from jaxalign.data.field_map import FieldMap
+from jaxalign.files import json_sha256
 from jaxalign.prepare import beam, sources, writing
 from jaxalign.prepare import rows as rows_lib
 from jaxalign.vocabularies import Vocabulary
@@ -128,7 +127,7 @@ def prepare(
         vocabulary = seqio_tasks.vocabulary_of(source.seqio_name, vocabulary)
     elif vocabulary is None:
         raise ValueError(f"Preparing {data!r} needs a vocabulary, got None.")
-    fingerprint = _fingerprint(
+    parts = dict(
         version=VERSION,
         source=source.identity,
         schema=schema,
@@ -143,6 +142,7 @@ def prepare(
         max_rows=max_rows,
         sequence_length=dict(sequence_length or {}),
     )
+    fingerprint = json_sha256(parts)
     folder = pathlib.Path(cache_dir).expanduser()
     folder = folder / f"{source.name}-{schema}-{fingerprint[:16]}"
     splits = SPLITS if eval_fraction else SPLITS[:1]
@@ -196,10 +196,6 @@ def prepare(
     else:
         write(lambda: source.guarded(recipe.examples(source.rows())), recipe.build)
     return targets
-
-
-def _fingerprint(**parts: Any) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def _is_current(path: pathlib.Path, fingerprint: str) -> bool:

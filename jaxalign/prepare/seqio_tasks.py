@@ -14,22 +14,11 @@ import numpy as np
 
 from jaxalign import batch
 from jaxalign.data import records as records_lib
-from jaxalign.data.bad_rows import (
-    BadRow,
-    BadRows,
-    DataError,
-    FieldError,
-    nearest,
-    show,
-)
+from jaxalign.data.bad_rows import BadRow, BadRows, DataError, FieldError, nearest, show
 from jaxalign.data.rows import Row
-from jaxalign.prepare import heavy, rationales, sources
+from jaxalign.prepare import late_imports, rationales, sources
 from jaxalign.prepare import tasks as tasks_lib
-from jaxalign.vocabularies import (
-    ByteVocabulary,
-    SentencePieceVocabulary,
-    Vocabulary,
-)
+from jaxalign.vocabularies import ByteVocabulary, SentencePieceVocabulary, Vocabulary
 
 # The token features a seqio task needs to serve a schema.
 _TOKENS = {
@@ -70,7 +59,7 @@ def vocabulary_of(name: str, vocabulary: Vocabulary | None = None) -> Vocabulary
       ValueError: when features differ in vocabulary, or it is of another kind than
         bytes and SentencePiece, or its ids are not those of ``vocabulary``.
     """
-    seqio = heavy.seqio()
+    seqio = late_imports.seqio()
 
     if name in _REGISTERED and vocabulary in (None, _REGISTERED[name]):
         return _REGISTERED[name]  # escapes included, which seqio knows nothing of
@@ -100,7 +89,7 @@ def vocabulary_of(name: str, vocabulary: Vocabulary | None = None) -> Vocabulary
 
 def from_seqio(vocabulary: Any, name: str = "the task") -> Vocabulary:
     """Our vocabulary with the ids of a seqio one."""
-    seqio = heavy.seqio()
+    seqio = late_imports.seqio()
 
     if isinstance(vocabulary, seqio.ByteVocabulary):
         return ByteVocabulary(extra_ids=vocabulary.extra_ids)
@@ -117,7 +106,7 @@ def from_seqio(vocabulary: Any, name: str = "the task") -> Vocabulary:
 
 def to_seqio(vocabulary: Vocabulary) -> Any:
     """The seqio vocabulary with the ids of ours (escapes apart)."""
-    seqio = heavy.seqio()
+    seqio = late_imports.seqio()
 
     if isinstance(vocabulary, ByteVocabulary):
         return seqio.ByteVocabulary(vocabulary.extra_ids)
@@ -153,7 +142,7 @@ def token_rows(
     Raises:
       ValueError: when the task lacks the features of the schema.
     """
-    seqio = heavy.seqio()
+    seqio = late_imports.seqio()
 
     provider = seqio.get_mixture_or_task(name)
     _check_features(name, schema, provider.output_features)
@@ -282,7 +271,7 @@ def register(
     Returns:
       The seqio name.
     """
-    seqio = heavy.seqio()
+    seqio = late_imports.seqio()
 
     name = name or f"{task}_{schema}"
     if schema not in _TOKENS:
@@ -296,7 +285,7 @@ def register(
 
     def dataset_fn(split: str, shuffle_files: bool, seed: int | None = None) -> Any:
         del shuffle_files, seed  # rows come in the order of their source
-        tf = heavy.tensorflow()
+        tf = late_imports.tensorflow()
 
         source = (
             sources.find_source(data, task=task)

@@ -15,9 +15,9 @@ from typing import Any
 
 from jaxalign import remote
 from jaxalign.data.bad_rows import BadRow, FieldError, nearest
-from jaxalign.data.cache import file_sha256
 from jaxalign.data.jsonl import TABLES, check_format, read_jsonl
-from jaxalign.prepare import heavy
+from jaxalign.files import file_sha256
+from jaxalign.prepare import late_imports
 from jaxalign.prepare import tasks as tasks_lib
 
 RawRow = tuple[str, int, Mapping[str, Any] | BadRow]
@@ -210,7 +210,7 @@ def read_parquet(
 
 
 def _read_tfrecord(path: str) -> Iterator[tuple[int, Any]]:
-    tf = heavy.tensorflow()
+    tf = late_imports.tensorflow()
 
     records = tf.data.TFRecordDataset(str(remote.copy(path))).as_numpy_iterator()
     for line, record in enumerate(records, start=1):
@@ -242,7 +242,7 @@ _PACKED = (".parquet", ".tfrecord", ".tfrecords")
 
 
 def _tfds(name: str, split: str, task: tasks_lib.Task | None) -> Source:
-    tfds = heavy.tensorflow_datasets()
+    tfds = late_imports.tensorflow_datasets()
 
     try:
         builder = tfds.builder(name)

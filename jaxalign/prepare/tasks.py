@@ -15,7 +15,7 @@ import importlib
 import inspect
 import pathlib
 import pkgutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from jaxalign.data import records as records_lib
@@ -111,6 +111,7 @@ def add_task(
     doc: str,
     records: Mapping[str, Callable[..., list[records_lib.Record]]],
     source: Tfds | Callable[[str], Iterable[Mapping[str, Any]]] | None = None,
+    made_by: Sequence[Callable[..., Any]] = (),
 ) -> Task:
     """Registers a data set.
 
@@ -123,6 +124,8 @@ def add_task(
         Raise ``FieldError`` or let a
         KeyError through for a malformed row.
       source: see :class:`Task`.
+      made_by: further functions whose files the rows depend on: a cache made before
+        such a file was edited is not served.
 
     Returns:
       The task.
@@ -145,7 +148,9 @@ def add_task(
         )
     # A task is its code: an edited file must not be served from an old cache.
     code = hashlib.sha256()
-    functions = [*records.values(), *([source] if inspect.isfunction(source) else [])]
+    functions = [*records.values(), *made_by]
+    if inspect.isfunction(source):
+        functions.append(source)
     for file in sorted({inspect.getsourcefile(f) or "" for f in functions}):
         path = pathlib.Path(file)
         code.update(path.read_bytes() if path.is_file() else b"")

@@ -12,7 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from jaxalign.data.bad_rows import BadRow, BadRows, DataError
-from jaxalign.data.cache import CacheWriter
+from jaxalign.data.cache_writer import CacheWriter
 from jaxalign.data.records import Example
 from jaxalign.data.rows import Row, prompt_hash
 from jaxalign.prepare.rows import Encoded

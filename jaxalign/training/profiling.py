@@ -18,7 +18,7 @@ from typing import Any
 
 import jax
 
-from jaxalign.training import run_directory
+from jaxalign.files import write_atomically
 
 FOLDER = "profile"
 BREAKDOWN = f"{FOLDER}/breakdown.json"
@@ -202,4 +202,4 @@ class Profile:
             "shares": breakdown(self.folder, self._hlo),
         }
         path = self.folder.parent / BREAKDOWN
-        run_directory.write_atomically(path, json.dumps(found, indent=2) + "\n")
+        write_atomically(path, json.dumps(found, indent=2) + "\n")

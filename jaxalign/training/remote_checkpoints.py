@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from jaxalign import remote, vocabularies
-from jaxalign.data.cache import file_sha256
+from jaxalign.files import file_sha256
 from jaxalign.training.damage import DamagedCheckpointError
 
 _log = logging.getLogger(__name__)

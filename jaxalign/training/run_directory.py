@@ -1,10 +1,9 @@
-"""A run directory's manifest, and writing files so that a kill cannot tear them."""
+"""A run directory's manifest, and what it takes to find its code again."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import platform
 import subprocess
 import threading
@@ -12,22 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from jaxalign.data import jsonl
+from jaxalign.files import write_atomically
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 _NAME = "manifest.json"
 _LOCK = threading.Lock()  # a checkpoint that is complete is told by another thread
-
-
-def write_atomically(path: str | Path, text: str) -> None:
-    """Writes a text file whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def read_manifest(run_dir: str | Path) -> dict[str, Any]:

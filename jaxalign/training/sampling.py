@@ -12,7 +12,7 @@ import numpy as np
 from jaxalign import batch as batches
 from jaxalign.data.jsonl import json_line
 from jaxalign.decoding import Generator, Sampling
-from jaxalign.training import run_directory
+from jaxalign.files import write_atomically
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,5 +79,5 @@ class Sampler:
             )
         if jax.process_index() == 0:
             text = "".join(map(json_line, lines))
-            run_directory.write_atomically(path, text)
+            write_atomically(path, text)
         return {"samples/length": float(np.mean([x["num_tokens"] for x in lines]))}

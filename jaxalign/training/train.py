@@ -29,11 +29,8 @@ from jaxalign.training import (
 )
 from jaxalign.training import checkpoints as ckpt
 from jaxalign.training import step as steps
-from jaxalign.training.metric_writers import (
-    MetricWriter,
-    Progress,
-    write_calibration,
-)
+from jaxalign.training.metric_writers import MetricWriter, write_calibration
+from jaxalign.training.progress import Progress
 from jaxalign.training.run import (
     Run,
     Setup,

@@ -20,14 +20,11 @@ import numpy as np
 import pytest
 
 from jaxalign import batch
-from jaxalign.data import cache as cache_lib
-from jaxalign.data.cache import (
-    CacheWriter,
-    Row,
-    TokenizedCache,
-    build_index,
-    remove_stale,
-)
+from jaxalign.data import cache_writer
+from jaxalign.data.cache import TokenizedCache
+from jaxalign.data.cache_writer import CacheWriter
+from jaxalign.data.rows import Row, build_index
+from jaxalign.data.temporary import private_folder, remove_stale
 from jaxalign.vocabularies import ByteVocabulary
 
 NAN = float("nan")
@@ -127,7 +124,7 @@ def test_index_holds_lengths_offsets_and_numbers(tmp_path):
 
 
 def test_many_shards_read_at_random(tmp_path, monkeypatch):
-    monkeypatch.setattr(cache_lib, "_SHARD_BYTES", 500)
+    monkeypatch.setattr(cache_writer, "_SHARD_BYTES", 500)
     rows = [pair_row(f"k{i}", prompts=[np.array([i % 250, 1])]) for i in range(300)]
     cache = write(tmp_path / "c", rows)
     shards = sorted(p.name for p in (tmp_path / "c").glob("rows-*"))
@@ -199,7 +196,7 @@ def test_failure_keeps_the_older_cache(tmp_path):
 
 KILLED = """
 import sys, time, numpy as np
-from jaxalign.data.cache import CacheWriter, Row
+from jaxalign.data import CacheWriter, Row
 from jaxalign.vocabularies import ByteVocabulary
 ids = [np.array([5, 1])]
 with CacheWriter(sys.argv[1], schema="supervised", vocabulary=ByteVocabulary(),
@@ -355,13 +352,13 @@ def test_a_full_disk_is_told_as_one(tmp_path, monkeypatch):
         raise RuntimeError("write failed\nat array_record/writer.cc")
 
     monkeypatch.setattr(
-        cache_lib, "ArrayRecordWriter", type("W", (), {"write": fail, "close": fail})
+        cache_writer, "ArrayRecordWriter", type("W", (), {"write": fail, "close": fail})
     )
-    monkeypatch.setattr(cache_lib.ArrayRecordWriter, "__init__", lambda *a: None)
+    monkeypatch.setattr(cache_writer.ArrayRecordWriter, "__init__", lambda *a: None)
     usage = shutil.disk_usage(tmp_path)
     for free, advice in ((0, "make room"), (2**40, None)):
         monkeypatch.setattr(
-            cache_lib.shutil, "disk_usage", lambda _, f=free: usage._replace(free=f)
+            cache_writer.shutil, "disk_usage", lambda _, f=free: usage._replace(free=f)
         )
         with pytest.raises(OSError, match="Writing the tokenised cache") as caught:
             write(tmp_path / "c", [pair_row()])
@@ -372,8 +369,8 @@ def test_a_full_disk_is_told_as_one(tmp_path, monkeypatch):
 
 
 def test_what_is_unpickled_lies_in_a_private_folder(tmp_path):
-    first = cache_lib.private_folder(tmp_path / "c")
-    second = cache_lib.private_folder(tmp_path / "c")
+    first = private_folder(tmp_path / "c")
+    second = private_folder(tmp_path / "c")
     assert first != second and first.stat().st_mode & 0o777 == 0o700
     remove_stale(tmp_path / "c")
     assert first.is_dir()  # this process's own

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxalign import batch as batch_lib
-from jaxalign.data.cache import Row, build_index
 from jaxalign.data.convert import empty_batch, mismatched, to_arrays
 from jaxalign.data.plan import Placement, RowShape, pack
+from jaxalign.data.rows import Row, build_index
 
 NAN = float("nan")
 

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from jaxalign.training import metric_writers
-from jaxalign.training.metric_writers import MetricWriter, Progress, read_metrics
+from jaxalign.training.metric_writers import MetricWriter, read_metrics
+from jaxalign.training.progress import Progress
 
 
 def _lines(run_dir):

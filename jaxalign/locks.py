@@ -75,7 +75,7 @@ def hold(
             url = os.fspath(place).rstrip("/")
             parent, _, name = url.rpartition("/")
             entry = f"{parent}/.{name}{NAME}" if is_file else f"{url}/{NAME}"
-            copy = remote.place(url, "locks")
+            copy = remote.copy_path(url, "locks")
             copy.mkdir(parents=True, exist_ok=True)
             # The kernel knows the processes that share this folder, the bucket others.
             stack.enter_context(_holding(_File(copy / NAME), url, what))

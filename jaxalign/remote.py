@@ -33,11 +33,7 @@ def local_only(path: str | os.PathLike[str], what: str) -> pathlib.Path:
     """The path, refused if it is remote.
 
     Args:
-      path: from the user.
       what: it is for, for the message.
-
-    Raises:
-      ValueError: saying that a local folder is needed.
 
     >>> local_only("/tmp/cache", "CACHE_DIR")
     PosixPath('/tmp/cache')
@@ -86,10 +82,10 @@ def below(folder: str | os.PathLike[str], name: Any) -> pathlib.Path:
     return pathlib.Path(folder, *parts)
 
 
-def place(url: str, kind: str = "files") -> pathlib.Path:
+def copy_path(url: str, kind: str = "files") -> pathlib.Path:
     """Where the copy of an address lies; messages that name it still show the address.
 
-    >>> place("s3://bucket/run/a.jsonl").parts[-5:]
+    >>> copy_path("s3://bucket/run/a.jsonl").parts[-5:]
     ('files', 's3', 'bucket', 'run', 'a.jsonl')
     """
     scheme, _, rest = url.partition("://")
@@ -100,12 +96,7 @@ def place(url: str, kind: str = "files") -> pathlib.Path:
 
 
 def connect(url: str) -> tuple[Any, str]:
-    """The fsspec file system of an address, and the path in it.
-
-    Raises:
-      ImportError: when the package for its scheme is not installed.
-      ValueError: for a scheme that nobody knows.
-    """
+    """The fsspec file system of an address, and the path in it."""
     import fsspec
 
     try:
@@ -133,10 +124,8 @@ def reporting(url: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        kind = OSError
-        for known in (FileNotFoundError, PermissionError):
-            if isinstance(error, known):
-                kind = known
+        known = (FileNotFoundError, PermissionError)
+        kind = next((kind for kind in known if isinstance(error, kind)), OSError)
         detail = (str(error).splitlines() or [""])[0].rstrip(".")
         raise kind(
             f"{url}: {type(error).__name__}: {detail}. Check the address, and that "
@@ -159,16 +148,12 @@ def copy(path: str | os.PathLike[str]) -> pathlib.Path:
     """A local file with the content of a path: itself, or the copy of a remote file.
 
     A copy is taken again when the remote file has changed.
-
-    Raises:
-      FileNotFoundError: when there is no such remote file.
-      OSError: when it cannot be read.
     """
     if not is_remote(path):
         return pathlib.Path(path)
     url = os.fspath(path)
     fs, inside = connect(url)
-    target = place(url)
+    target = copy_path(url)
     mark = target.with_name(f".{target.name}.version")
     with reporting(url):
         version = fs.ukey(inside)
@@ -203,7 +188,7 @@ def copy_folder(
     names = [name for name in listing(url) if wanted(name)]
     if not names:
         raise FileNotFoundError(f"{url}: expected a folder, found none of its files.")
-    target = place(url)
+    target = copy_path(url)
     for name in names:
         below(target, name)
     copies = {copy(f"{url}/{name}") for name in names}

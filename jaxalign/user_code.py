@@ -36,9 +36,10 @@ def load_module(name: str, *, asked_as: str | None = None) -> ModuleType:
     asked_as = asked_as or name
     if name.endswith(".py"):
         return _run_file(asked_as, pathlib.Path(name).expanduser())
-    here = os.getcwd()
-    if here not in sys.path and "" not in sys.path:
-        sys.path.append(here)  # last: nothing there stands in for an installed package
+    working = os.getcwd()
+    if working not in sys.path and "" not in sys.path:
+        # Last: nothing there stands in for an installed package.
+        sys.path.append(working)
         importlib.invalidate_caches()
     return _import(asked_as, name)
 

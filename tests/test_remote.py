@@ -137,7 +137,7 @@ def test_the_report_of_runs_in_a_bucket(bucket, tmp_path, capsys):
     assert capsys.readouterr().out.strip() == f"{bucket}/runs/sft/report.html"
     page = buckets.get(f"{bucket}/runs/sft/report.html").decode()
     assert "2.5" in page and "TRAIN_STEPS" in page
-    assert not (remote.place(f"{bucket}/runs/sft") / "checkpoints").exists()
+    assert not (remote.copy_path(f"{bucket}/runs/sft") / "checkpoints").exists()
     both = [f"{bucket}/runs/sft", f"{bucket}/runs/dpo"]
     with pytest.raises(ValueError, match="--output=FILE.html"):
         report.write_report(both)

@@ -150,9 +150,7 @@ def param_shardings(mesh: Mesh, logical_axes: Any, shapes: Any) -> Any:
     """A `NamedSharding` per parameter, from its logical axes.
 
     Args:
-      mesh: the mesh.
       logical_axes: tree of tuples of axis names.
-      shapes: the same tree of arrays or ``ShapeDtypeStruct``.
 
     Raises:
       ValueError: naming the parameter, when an axis does not divide.
@@ -230,10 +228,6 @@ def check_batch(mesh: Mesh, batch_size: int, microbatches: int) -> None:
 def check_network(mesh: Mesh, config: Any) -> None:
     """Refuses, before compilation, a network that the mesh cannot split evenly.
 
-    Args:
-      mesh: the mesh.
-      config: a ``models.T5Config``.
-
     Raises:
       ValueError: naming the setting, and the sizes of the mesh axis that would do.
     """
@@ -260,7 +254,6 @@ def put_batch(
     """Places this process's rows of a global batch on its devices.
 
     Args:
-      mesh: the mesh.
       batch: the rows `process_rows` of the global batch.
       batch_size: rows of the global batch; by default `batch` is all of it.
     """

@@ -54,34 +54,29 @@ class Watchdog:
         self._patient: tuple[float, str] | None = None  # until when, and in what
         self._begun: collections.deque[tuple[str, Any]] = collections.deque()
 
-    def beat(self, place: str, begun: Any = None) -> None:
+    def beat(self, position: str, begun: Any = None) -> None:
         """Says that the loop goes on, and where it is.
 
         Args:
-          place: for the message.
+          position: for the message.
           begun: arrays on their way. JAX dispatches far ahead of the devices, and a
             loop may then wait for many steps at once; each that is done is a sign of
             life too.
         """
-        self._last = time.monotonic(), place
+        self._last = time.monotonic(), position
         leaves = jax.tree.leaves(begun)
         if self._enabled and leaves:
-            self._begun.append((place, leaves[0]))
+            self._begun.append((position, leaves[0]))
 
     @contextlib.contextmanager
-    def patient(self, place: str, seconds: float = distributed.PATIENCE) -> Iterator:
-        """While inside, only so many seconds are too many, here and in the others.
-
-        Args:
-          place: what takes its time, for messages.
-          seconds: that it may take.
-        """
-        self.beat(place)
-        self._patient = time.monotonic() + seconds, place
+    def patient(self, position: str, seconds: float = distributed.PATIENCE) -> Iterator:
+        """While inside, only so many seconds are too many, here and in the others."""
+        self.beat(position)
+        self._patient = time.monotonic() + seconds, position
         try:
             yield
         finally:
-            self.beat(f"the end of {place}")
+            self.beat(f"the end of {position}")
             self._patient = None
 
     def __enter__(self) -> Self:
@@ -103,26 +98,26 @@ class Watchdog:
             if patient != told:
                 _tell(patient)
                 told = patient
-            when, place = self._last
+            when, position = self._last
             now = time.monotonic()
             if patient and now < patient[0]:
                 continue
             if now - when > self._timeout:
                 if not _others_are_patient():
-                    self._end(place)
+                    self._end(position)
                 # When the other is done, what waited for it has its full time again.
-                self._last = now, place
+                self._last = now, position
         if told:
             _tell(None)
 
-    def _end(self, place: str) -> None:
+    def _end(self, position: str) -> None:
         main = sys._current_frames()[threading.main_thread().ident]
         _log.error(
             "Nothing happened in process %d of %d for %g s after %s. It stands at\n%s",
             jax.process_index(),
             jax.process_count(),
             self._timeout,
-            place,
+            position,
             "".join(traceback.format_stack(main)[-8:]).rstrip(),
         )
         try:

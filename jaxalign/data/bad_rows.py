@@ -92,12 +92,8 @@ class FieldError(ValueError):
             f"{quoted(field, _NAME_LENGTH)}: expected {quoted(expected)}, got "
             f"{quoted(got)}"
         )
-        self.field, self.problem, self.expected, self.got = (
-            field,
-            problem,
-            expected,
-            got,
-        )
+        self.field, self.problem = field, problem
+        self.expected, self.got = expected, got
 
     def at(self, file: str, line: int) -> BadRow:
         """The bad row at ``file:line``."""

@@ -160,7 +160,7 @@ class Packer:
         order = score.argsort(kind="stable")
         # One of the first few nearly always fits.
         for some in (order[:_FEW], order[_FEW:]):
-            rows, fits = place(self._responses[items[some]], room)
+            rows, fits = assign_rows(self._responses[items[some]], room)
             fitting = fits.nonzero()[0]
             if len(fitting):
                 return int(some[fitting[0]]), rows[fitting[0]]
@@ -169,7 +169,7 @@ class Packer:
     def _place(self, b: int, item: int, rows: np.ndarray | None = None) -> None:
         room = self._room[b]
         if rows is None:
-            rows = place(self._responses[[item]], room[1])[0][0]
+            rows = assign_rows(self._responses[[item]], room[1])[0][0]
         self.decoder_row[item] = rows
         np.subtract.at(room[1], rows, self._responses[item])
         room[0] -= int(self._encoder[item])
@@ -266,24 +266,24 @@ class Packer:
         return bool(
             self._encoder[item] <= encoder
             and self._prompts[item] <= prompts
-            and place(self._responses[[item]], rows)[1][0]
+            and assign_rows(self._responses[[item]], rows)[1][0]
         )
 
     def _fits_beside(self, item: int, others: np.ndarray) -> np.ndarray:
         """Which of ``others`` are of another group and fit into a bin with ``item``."""
         encoder, decoder = self._capacity
         room = np.full(self._rows, decoder, np.int64)
-        rows, _ = place(self._responses[[item]], room)
+        rows, _ = assign_rows(self._responses[[item]], room)
         np.subtract.at(room, rows[0], self._responses[item])
         return (
             (self._groups[others] != self._groups[item])
             & (self._encoder[others] + self._encoder[item] <= encoder)
             & (self._prompts[others] + self._prompts[item] <= self._max_prompts)
-            & place(self._responses[others], room)[1]
+            & assign_rows(self._responses[others], room)[1]
         )
 
 
-def place(
+def assign_rows(
     lengths: np.ndarray, room: np.ndarray, *, level: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
     """Puts each item's responses into decoder rows, each as if it were alone.

@@ -34,12 +34,9 @@ class CacheWriter:
     Args:
       directory: where the cache appears; anything there but a cache or an empty
         folder is refused.
-      schema: "supervised", "trajectory", "preference" or "rationale".
-      vocabulary: of :mod:`jaxalign.vocabularies`.
       fingerprint: identity of what the rows are made from (source, field map,
         vocabulary, preprocessing).
       summary: JSON-ready counts; ``writer.summary`` may change until the end.
-      source: JSON-ready description of where rows came from.
 
     Example::
 

@@ -52,9 +52,6 @@ def seen(
     """Looks at the rows that may hold something equal, and reads no other.
 
     Args:
-      cache: a prepared cache.
-      inputs: tokens that prompts are cut to.
-      targets: tokens that responses are cut to.
       prompts: whether anyone asks for equal prompts; False leaves them unread.
     """
     index = cache.index

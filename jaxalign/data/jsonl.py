@@ -82,11 +82,7 @@ _FIRST_LINE = 2**16
 
 
 def _unpacked_lines(name: str, local: pathlib.Path) -> Iterator[tuple[int, bytes]]:
-    """Numbered lines of a gzip file.
-
-    Raises:
-      ValueError: naming the line, where the packed data is false, damaged or cut.
-    """
+    """Numbered lines of a gzip file."""
     number = 0
     try:
         with gzip.open(local, "rb") as file:
@@ -142,25 +138,21 @@ def parse_object(line: bytes, first: bool = False) -> dict[str, Any]:
         ) from None
     try:
         value = json.loads(text, object_pairs_hook=_distinct_keys)
-    except json.JSONDecodeError as error:
-        if not line.endswith(b"\n"):
+    except FieldError:
+        raise
+    except (RecursionError, ValueError) as error:
+        if isinstance(error, json.JSONDecodeError) and not line.endswith(b"\n"):
             raise FieldError(
                 "row",
                 "truncated",
                 "a complete JSON object",
                 f"a truncated last line ({len(line)} bytes, no newline at the end)",
             ) from None
+        what = str(error)
+        if isinstance(error, json.JSONDecodeError):
+            what = f"{error.msg} at column {error.colno}"
         raise FieldError(
-            "row",
-            "invalid JSON",
-            "a JSON object",
-            f"invalid JSON ({error.msg} at column {error.colno})",
-        ) from None
-    except (RecursionError, ValueError) as error:
-        if isinstance(error, FieldError):
-            raise
-        raise FieldError(
-            "row", "invalid JSON", "a JSON object", f"invalid JSON ({error})"
+            "row", "invalid JSON", "a JSON object", f"invalid JSON ({what})"
         ) from None
     if not isinstance(value, dict):
         raise FieldError(

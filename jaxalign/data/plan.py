@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jaxalign.data.bin_packing import Packer, place
+from jaxalign.data.bin_packing import Packer, assign_rows
 from jaxalign.data.cuts import Seen
 from jaxalign.data.rows import Index
 
@@ -203,7 +203,7 @@ def pack(
         packing * targets if packing else targets,
     )
     empty = np.full(decoder_rows, capacity[1], np.int64)
-    decoder_row, fits = place(lengths, empty, level=not packing)
+    decoder_row, fits = assign_rows(lengths, empty, level=not packing)
     _check_fit(encoder, lengths, fits, capacity, decoder_rows, packing)
 
     groups = index.prompt_hash if seen is None else seen.prompt_hash

@@ -238,11 +238,7 @@ def examples(
 
     Args:
       rows: ``(file, line, row or BadRow)``.
-      schema: a key of ``SCHEMAS``.
-      field_map: see :class:`FieldMap`; ignored with a transform.
       transform: a data set's own function from a raw row to records.
-      require: see :func:`convert`.
-      desirable_above: see :func:`convert`.
 
     Yields:
       An :class:`Example` or a :class:`BadRow` for every row. An example without
@@ -279,6 +275,11 @@ def examples(
         yield Example(file, line, raw, records, len(found) - len(kept))
 
 
+# What a function of a row's fields raises where the row is not as it expects.
+_ROW_ERRORS = (TypeError, ValueError, AttributeError, LookupError)
+_ROW_ERRORS += (OverflowError, RecursionError)
+
+
 def _transformed(
     transform: Transform, raw: Mapping[str, Any]
 ) -> Sequence[Record | None]:
@@ -290,14 +291,7 @@ def _transformed(
     except KeyError as error:
         name = str(error.args[0]) if error.args else "a field"
         raise missing(name, name, name, raw) from None
-    except (
-        TypeError,
-        ValueError,
-        AttributeError,
-        LookupError,
-        OverflowError,
-        RecursionError,
-    ) as error:
+    except _ROW_ERRORS as error:
         raise FieldError(
             "row",
             "shape",
@@ -312,17 +306,13 @@ def load(
     *,
     field_map: Mapping[str, str] | None = None,
     on_bad_row: str = "error",
-    require: Sequence[str] = (),
     listing: pathlib.Path | None = None,
 ) -> tuple[list[Example], BadRows]:
     """Reads a whole JSON Lines file: prompts to generate from, rows to score.
 
     Args:
       path: a ``.jsonl`` or ``.jsonl.gz`` file, here or in a bucket.
-      schema: a key of ``SCHEMAS``.
-      field_map: see :class:`FieldMap`.
       on_bad_row: ``error`` or ``skip``, which says how many.
-      require: see :func:`convert`.
       listing: a JSON Lines file for all bad rows, if there are any.
 
     Returns:
@@ -339,7 +329,7 @@ def load(
         (file, n, row.at(file, n) if isinstance(row, FieldError) else row)
         for file, n, row in rows
     )
-    for item in examples(rows, schema, field_map=field_map, require=require):
+    for item in examples(rows, schema, field_map=field_map):
         if isinstance(item, BadRow):
             bad.add(item)
         else:

@@ -54,7 +54,6 @@ def mean_with_ci(
       values: ``[n]`` finite numbers.
       clusters: ``[n]`` labels, such as the prompt each sample answers; None: every
         value is its own cluster.
-      confidence: two-sided level.
 
     Returns:
       An ``Interval``; its bounds are nan when there is only one cluster, which says
@@ -96,10 +95,6 @@ def wilson_interval(wins: float, n: int, *, confidence: float = 0.95) -> Interva
     Args:
       wins: successes, between 0 and ``n``; ties may count as halves.
       n: independent trials.
-      confidence: two-sided level.
-
-    Returns:
-      An ``Interval`` around ``wins / n``.
 
     >>> wilson_interval(5, 10).mean
     0.5

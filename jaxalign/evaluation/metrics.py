@@ -65,10 +65,6 @@ def exact_match(
 
     Args:
       targets: a text per example, or several acceptable ones.
-      predictions: a text per example.
-
-    Returns:
-      ``exact_match`` in percent.
 
     >>> exact_match(["4", ["yes", "true"]], ["4 ", "no"])
     {'exact_match': 50.0}
@@ -84,15 +80,7 @@ def exact_match(
 def sequence_accuracy(
     targets: Sequence[Any], predictions: Sequence[Any]
 ) -> dict[str, float]:
-    """How many predictions equal their target in every token.
-
-    Args:
-      targets: token ids or a text (split at white space) per example.
-      predictions: the same.
-
-    Returns:
-      ``sequence_accuracy`` in percent.
-    """
+    """How many predictions equal their target in every token."""
     _same_number(targets, predictions)
     hits = [
         _tokens(target) == _tokens(prediction)
@@ -108,13 +96,6 @@ def token_accuracy(
 
     Each example counts ``max(len(target), len(prediction))`` positions, so that 100
     means equality and babbling past the end costs.
-
-    Args:
-      targets: token ids or a text (split at white space) per example.
-      predictions: the same.
-
-    Returns:
-      ``token_accuracy`` in percent.
 
     >>> token_accuracy([[5, 6, 7]], [[5, 9, 7, 7]])
     {'token_accuracy': 50.0}
@@ -147,12 +128,7 @@ def bleu(
     """Corpus BLEU by ``sacrebleu``, with T5's settings (``intl`` tokenisation).
 
     Args:
-      targets: a text per example, or several references.
-      predictions: a text per example.
       tokenize: sacrebleu's tokenisation.
-
-    Returns:
-      ``bleu`` in percent.
 
     Raises:
       ImportError: when sacrebleu is absent (extra ``metrics``).
@@ -225,18 +201,12 @@ def rouge(
     for each measure separately.
 
     Args:
-      targets: a text per example, or several references.
-      predictions: a text per example.
       tokenize: ``"unicode"``, the words of any script (`words`); or ``"ascii"``, those
         of ``rouge-score`` itself, to compare with published numbers of texts that have
         letters beyond ``a`` to ``z``, all of which it drops. Equal on ASCII text.
 
     Returns:
       ``rouge1``, ``rouge2``, ``rougeLsum`` in percent, means over examples.
-
-    Raises:
-      ImportError: when rouge-score is absent (extra ``metrics``).
-      ValueError: for another tokenisation, or an example without a reference.
     """
     _same_number(targets, predictions)
     if tokenize not in ("unicode", "ascii"):
@@ -308,10 +278,6 @@ def run_metrics(
 
     Args:
       metric_fns: functions told apart by their argument names (see the module).
-      targets: one per example, postprocessed as the metrics expect.
-      predictions: one per example; needed by prediction metrics.
-      scores: log-probability of each target; needed by score metrics.
-      aux_values: further values per example; needed by metrics that name them.
 
     Returns:
       ``{name: value}``; ``seqio.metrics.Scalar`` and its like are unwrapped.

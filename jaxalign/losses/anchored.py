@@ -12,24 +12,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jaxalign.losses.pairwise import margins, masked
-
-__all__ = ["apo_down", "apo_zero", "exo_pair", "nca_pair", "sppo_hard"]
-
-
-def _log_ratios(
-    chosen_logps: jax.Array,
-    rejected_logps: jax.Array,
-    ref_chosen_logps: jax.Array,
-    ref_rejected_logps: jax.Array,
-    where: jax.Array | None,
-) -> tuple[jax.Array, jax.Array]:
-    """``(lr_w, lr_l)``, each a margin against a pair of zeros."""
-    nothing = jnp.zeros_like(chosen_logps)
-    return (
-        margins(chosen_logps, nothing, ref_chosen_logps, nothing, where),
-        margins(rejected_logps, nothing, ref_rejected_logps, nothing, where),
-    )
+from jaxalign.losses.pairwise import log_ratios, margins, masked
 
 
 def exo_pair(
@@ -97,9 +80,8 @@ def nca_pair(
     >>> round(float(losses[0]), 5)
     1.35082
     """
-    chosen, rejected = _log_ratios(
-        chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, where
-    )
+    chosen = log_ratios(chosen_logps, ref_chosen_logps, where)
+    rejected = log_ratios(rejected_logps, ref_rejected_logps, where)
     losses = -jax.nn.log_sigmoid(beta * chosen) - 0.5 * (
         jax.nn.log_sigmoid(-beta * chosen) + jax.nn.log_sigmoid(-beta * rejected)
     )
@@ -129,9 +111,8 @@ def sppo_hard(
     ...           jnp.array([-11.5]), beta=0.1)
     Array([36.25], dtype=float32)
     """
-    chosen, rejected = _log_ratios(
-        chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, where
-    )
+    chosen = log_ratios(chosen_logps, ref_chosen_logps, where)
+    rejected = log_ratios(rejected_logps, ref_rejected_logps, where)
     target = 0.5 / beta
     losses = jnp.square(chosen - target) + jnp.square(rejected + target)
     return masked(losses, where)
@@ -158,9 +139,8 @@ def apo_zero(
     >>> round(float(losses[0]), 5)
     0.96252
     """
-    chosen, rejected = _log_ratios(
-        chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, where
-    )
+    chosen = log_ratios(chosen_logps, ref_chosen_logps, where)
+    rejected = log_ratios(rejected_logps, ref_rejected_logps, where)
     losses = 1.0 - jax.nn.sigmoid(beta * chosen) + jax.nn.sigmoid(beta * rejected)
     return masked(losses, where)
 
@@ -186,9 +166,8 @@ def apo_down(
     >>> round(float(losses[0]), 5)
     0.98755
     """
-    chosen, rejected = _log_ratios(
-        chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, where
-    )
+    chosen = log_ratios(chosen_logps, ref_chosen_logps, where)
+    rejected = log_ratios(rejected_logps, ref_rejected_logps, where)
     losses = 1.0 + jax.nn.sigmoid(beta * chosen)
     losses -= jax.nn.sigmoid(beta * (chosen - rejected))
     return masked(losses, where)

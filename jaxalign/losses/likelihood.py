@@ -8,8 +8,6 @@ import jax.numpy as jnp
 
 from jaxalign.losses.pairwise import masked
 
-__all__ = ["cross_entropy"]
-
 
 def cross_entropy(
     target_logits: jax.Array,

@@ -22,7 +22,15 @@ import chex
 import jax
 import jax.numpy as jnp
 
-__all__ = ["dpo", "dpo_nll", "hinge", "ipo", "margins", "masked", "robust_dpo"]
+
+def log_ratios(
+    logps: jax.Array, ref_logps: jax.Array, where: jax.Array | None = None
+) -> jax.Array:
+    """``lr = logps - stop_gradient(ref_logps)`` in float32; 0 where masked."""
+    chex.assert_equal_shape([logps, ref_logps])
+    chex.assert_type([logps, ref_logps], float)
+    logps, ref_logps = (jnp.asarray(x, jnp.float32) for x in (logps, ref_logps))
+    return masked(logps - jax.lax.stop_gradient(ref_logps), where)
 
 
 def margins(
@@ -33,14 +41,9 @@ def margins(
     where: jax.Array | None = None,
 ) -> jax.Array:
     """The log-ratio margin ``delta`` in nats; the reference is under stop-gradient."""
-    arrays = [chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps]
-    chex.assert_equal_shape(arrays)
-    chex.assert_type(arrays, float)
-    chosen, rejected, ref_chosen, ref_rejected = (
-        x.astype(jnp.float32) for x in map(jnp.asarray, arrays)
-    )
-    ref_chosen, ref_rejected = jax.lax.stop_gradient((ref_chosen, ref_rejected))
-    return masked((chosen - ref_chosen) - (rejected - ref_rejected), where)
+    chex.assert_equal_shape([chosen_logps, rejected_logps])
+    chosen = log_ratios(chosen_logps, ref_chosen_logps, where)
+    return chosen - log_ratios(rejected_logps, ref_rejected_logps, where)
 
 
 def masked(values: jax.Array, where: jax.Array | None) -> jax.Array:

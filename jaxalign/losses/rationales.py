@@ -8,8 +8,6 @@ import jax.numpy as jnp
 
 from jaxalign.losses.pairwise import masked
 
-__all__ = ["RATIONALE_TERMS", "rationale"]
-
 RATIONALE_TERMS = ("nll", "logsigmoid")
 
 

@@ -15,8 +15,6 @@ import jax.numpy as jnp
 
 from jaxalign.losses.pairwise import masked
 
-__all__ = ["cpo", "orpo", "simpo", "slic_hf"]
-
 
 def _pair(
     chosen_logps: jax.Array,

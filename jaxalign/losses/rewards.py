@@ -18,10 +18,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from jaxalign.losses.pairwise import masked
-from jaxalign.losses.unpaired import log_ratios
-
-__all__ = ["dro_p", "dro_p_at_mean", "dro_v", "reward_weights"]
+from jaxalign.losses.pairwise import log_ratios, masked
 
 
 def dro_v(

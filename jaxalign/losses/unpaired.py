@@ -18,19 +18,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from jaxalign.losses.pairwise import masked
-
-__all__ = ["apo_zero_unpaired", "bco", "kto", "kto_at_reference_point", "log_ratios"]
-
-
-def log_ratios(
-    logps: jax.Array, ref_logps: jax.Array, where: jax.Array | None = None
-) -> jax.Array:
-    """``lr = logps - stop_gradient(ref_logps)`` in float32; 0 where masked."""
-    chex.assert_equal_shape([logps, ref_logps])
-    chex.assert_type([logps, ref_logps], float)
-    logps, ref_logps = (jnp.asarray(x, jnp.float32) for x in (logps, ref_logps))
-    return masked(logps - jax.lax.stop_gradient(ref_logps), where)
+from jaxalign.losses.pairwise import log_ratios, masked
 
 
 def kto_at_reference_point(

@@ -153,13 +153,15 @@ def prepare(
     write = functools.partial(
         writing.write_splits,
         targets=targets,
-        schema=schema,
-        vocabulary=vocabulary,
-        fingerprint=fingerprint,
-        source={
-            "data": data,
-            **source.identity,
-            "split": {"eval_fraction": eval_fraction, "seed": seed},
+        cache={
+            "schema": schema,
+            "vocabulary": vocabulary,
+            "fingerprint": fingerprint,
+            "source": {
+                "data": data,
+                **source.identity,
+                "split": {"eval_fraction": eval_fraction, "seed": seed},
+            },
         },
         on_bad_row=on_bad_row,
         eval_fraction=eval_fraction,

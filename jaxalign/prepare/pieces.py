@@ -104,7 +104,6 @@ def rows(piece: Piece, before: int) -> Iterator[RawRow]:
     """The rows of a piece, as reading the whole file gives them.
 
     Args:
-      piece: of :func:`cut`.
       before: the sum of :func:`count` over the pieces of its file before it.
     """
     if piece.stop is None:

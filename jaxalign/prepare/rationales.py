@@ -69,12 +69,8 @@ def request(record: Record, kind: str, chosen_second: bool) -> str:
     replaces, so that what it writes fits either order.
 
     Args:
-      record: with ``prompt``, ``chosen`` and ``rejected``.
       kind: ``"general"`` or ``"specific"``.
       chosen_second: whether the rejected answer is shown first.
-
-    Raises:
-      OptionError: for another kind.
     """
     if kind not in _ASK:
         raise OptionError(

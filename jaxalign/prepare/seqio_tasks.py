@@ -131,12 +131,10 @@ def token_rows(
     """The rows of a seqio task or mixture, its token ids taken as they are.
 
     Args:
-      name: a registered task or mixture.
       schema: ``supervised`` reads the features ``inputs`` and ``targets``,
         ``trajectory`` also ``reward`` or ``label``, ``preference`` reads ``inputs``,
         ``chosen``, ``rejected`` and, where present, ``margin``, ``rationale`` also
         ``rationale_inputs`` and ``rationale_targets``.
-      split: of the task.
       sequence_length: handed to the task; nothing is cut where it is None.
 
     Raises:
@@ -250,7 +248,6 @@ def register(
     *,
     data: str | None = None,
     name: str | None = None,
-    task_options: Mapping[str, Any] | None = None,
 ) -> str:
     """Registers a data set of ``jaxalign.tasks`` as a seqio task.
 
@@ -261,15 +258,8 @@ def register(
     its own, as seqio has it.
 
     Args:
-      task: a name that ``jaxalign tasks`` lists.
       schema: ``supervised``, ``trajectory``, ``preference`` or ``rationale``.
-      vocabulary: of the features; its escapes are applied to the text.
       data: an exported file of the data set, instead of its own source.
-      name: the seqio name; ``<task>_<schema>`` by default.
-      task_options: options of the data set's record functions.
-
-    Returns:
-      The seqio name.
     """
     seqio = late_imports.seqio()
 
@@ -279,7 +269,7 @@ def register(
             f"No seqio features are defined for the schema {schema!r}; expected one "
             f"of {list(_TOKENS)}."
         )
-    transform = tasks_lib.get_task(task).transform(schema, task_options)
+    transform = tasks_lib.get_task(task).transform(schema)
     numbers = {"supervised": {}, "trajectory": _TRAJECTORY}.get(schema, _MARGIN)
     words = {_TEXT_OF[feature]: feature for feature in _TOKENS[schema]}
 

@@ -195,7 +195,6 @@ def read_parquet(
     """``(row number, row or BadRow)`` of a Parquet file, or of some row groups of it.
 
     Args:
-      path: the file.
       groups: consecutive row groups; None for all.
       before: how many rows stand before the first of them.
     """

@@ -111,12 +111,8 @@ def describe(
     """The summary of a cache as a table.
 
     Args:
-      cache: a prepared cache.
       inputs: the length prompts are cut to (TASK_FEATURE_LENGTHS); with ``targets``
         the table also says what is truncated and how full packed rows are.
-      targets: the length responses are cut to.
-      packing: as for ``jaxalign.data.plan.pack``.
-      decoder_rows: likewise.
     """
     s = cache.summary
     source = s.get("source", {})

@@ -116,7 +116,6 @@ def add_task(
     """Registers a data set.
 
     Args:
-      name: letters, digits and underscores.
       doc: one line for ``jaxalign tasks``.
       records: for each schema, a function from a raw row (dict) to a list of records
         with the schema's fields; keyword-only arguments are options. An empty list
@@ -126,9 +125,6 @@ def add_task(
       source: see :class:`Task`.
       made_by: further functions whose files the rows depend on: a cache made before
         such a file was edited is not served.
-
-    Returns:
-      The task.
 
     Example::
 

@@ -17,7 +17,6 @@ from jaxalign.data.records import Example
 from jaxalign.data.rows import Row, prompt_hash
 from jaxalign.prepare.rows import Encoded
 from jaxalign.prepare.summary import Tally, source_counts
-from jaxalign.vocabularies import Vocabulary
 
 Item = Example | Encoded | list[Row] | BadRow
 
@@ -35,10 +34,7 @@ def write_splits(
     build: Callable[[Example], list[Row]] | None,
     targets: Mapping[str, pathlib.Path],
     *,
-    schema: str,
-    vocabulary: Vocabulary,
-    fingerprint: str,
-    source: Mapping[str, Any],
+    cache: Mapping[str, Any],
     on_bad_row: str = "error",
     eval_fraction: float = 0.0,
     seed: int = 0,
@@ -52,11 +48,7 @@ def write_splits(
         bad rows.
       build: turns an example into rows; None when items are rows.
       targets: split name to folder: ``train``, and ``validation`` if wanted.
-      schema: of the rows.
-      vocabulary: that made their ids.
-      fingerprint: identity of the caches.
-      source: JSON-ready description of where rows came from.
-      on_bad_row: ``error`` or ``skip``.
+      cache: what `CacheWriter` is told of all splits.
       eval_fraction: share of prompts for ``validation``. Of a source so small that
         chance gives one side nothing, that side gets one prompt.
       seed: of the split.
@@ -76,15 +68,7 @@ def write_splits(
         with contextlib.ExitStack() as stack:
             stack.callback(bad.close)
             writers = {
-                name: stack.enter_context(
-                    CacheWriter(
-                        path,
-                        schema=schema,
-                        vocabulary=vocabulary,
-                        fingerprint=fingerprint,
-                        source=dict(source),
-                    )
-                )
+                name: stack.enter_context(CacheWriter(path, **cache))
                 for name, path in targets.items()
             }
             # disable=None: a progress bar on a terminal, silence elsewhere.
@@ -108,15 +92,15 @@ def write_splits(
                 if rows and isinstance(item, Example | Encoded):
                     responses_left_out += item.left_out
                 for row in rows:
-                    place = prompt_fraction(row, seed)
-                    lowest, highest = min(lowest, place), max(highest, place)
-                    name = "validation" if place < cut else "train"
+                    fraction = prompt_fraction(row, seed)
+                    lowest, highest = min(lowest, fraction), max(highest, fraction)
+                    name = "validation" if fraction < cut else "train"
                     writers[name].write(row)
                     tallies[name].add(row)
             if bad.total and on_bad_row == "error":
                 raise DataError(bad)
             if not kept:
-                raise ValueError(_nothing_left(source, read, left_out, bad))
+                raise ValueError(_nothing_left(cache["source"], read, left_out, bad))
             if not all(tally.rows for tally in tallies.values()):
                 raise _EmptySplit(lowest, highest)
             counts = source_counts(read, kept, left_out, responses_left_out, bad)
@@ -127,9 +111,10 @@ def write_splits(
         attempt(eval_fraction)
     except _EmptySplit as empty:
         if empty.lowest == empty.highest:
+            data = cache["source"].get("data")
             raise ValueError(
-                f"EVAL_FRACTION={eval_fraction} needs two distinct prompts, and "
-                f"{source.get('data')} has one: add rows, or set EVAL_FRACTION=0."
+                f"EVAL_FRACTION={eval_fraction} needs two distinct prompts, and {data} "
+                "has one: add rows, or set EVAL_FRACTION=0."
             ) from None
         too_low = empty.lowest >= eval_fraction
         attempt(_just_above(empty.lowest) if too_low else empty.highest)

@@ -10,7 +10,6 @@ parameters alone.
 from __future__ import annotations
 
 import json
-import os
 import re
 import time
 from collections.abc import Callable
@@ -21,6 +20,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from jaxalign.files import write_atomically
 from jaxalign.training import fingerprints
 
 _T = TypeVar("_T")
@@ -41,11 +41,7 @@ def first_line(error: BaseException) -> str:
 
 
 def patiently(read: Callable[[], _T]) -> _T:
-    """Calls what reads files, again after a moment where it fails.
-
-    Raises:
-      OSError: of the last attempt.
-    """
+    """Calls what reads files, again after a moment where it fails."""
     for pause in _PAUSES:
         try:
             return read()
@@ -66,12 +62,7 @@ def write_meta(folder: Path, meta: dict[str, Any]) -> None:
     meta = {**meta, _FILES: fingerprints.files_sha256(folder, names)}
     meta = json.loads(json.dumps(meta))  # as it will be read: lists, no tuples
     meta[_OWN] = fingerprints.json_fingerprint(meta)
-    path = folder / META_FILE
-    path.parent.mkdir()
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(json.dumps(meta))
-        file.flush()
-        os.fsync(file.fileno())
+    write_atomically(folder / META_FILE, json.dumps(meta))
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
@@ -173,14 +164,7 @@ def compare(
     """Compares the fingerprint of parameters that were read with the saved one.
 
     Args:
-      folder: the checkpoint's.
-      meta: its meta.
       name: the fingerprint's, such as ``"policy_fingerprint"``.
-      item: where the parameters lie.
-      found: the fingerprint of what was read.
-
-    Raises:
-      DamagedCheckpointError: when they differ.
     """
     written = meta.get(name)
     if written is None or written == found:

@@ -28,7 +28,6 @@ class MetricWriter:
     A process killed while it writes leaves half a line; opening the file drops it.
 
     Args:
-      run_dir: the run directory, made if absent.
       use_wandb: also log to Weights & Biases; the W&B run's id is kept in
         ``wandb_id.txt`` so that a restart continues it.
       enabled: write at all. By default, on the first JAX process only.
@@ -72,10 +71,6 @@ class MetricWriter:
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Records scalars of one step.
-
-        Args:
-          step: steps taken when the numbers were measured.
-          metrics: by name, Python, NumPy or JAX scalars.
 
         Raises:
           ValueError: when a value is not one number; the name is in the message.
@@ -166,11 +161,8 @@ def write_calibration(
     ``{"step": s, "bins": [{"value": mean, "target": mean, "count": n}, ...]}``.
 
     Args:
-      run_dir: the run directory.
-      step: steps taken.
       values: predicted values ``[n]``, one per response.
       targets: what they were to be ``[n]``: for DRO ``r - tau lr``, the soft value.
-      bins: at most so many parts.
     """
     values, targets = np.asarray(values, np.float64), np.asarray(targets, np.float64)
     order = np.argsort(values, kind="stable")

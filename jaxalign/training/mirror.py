@@ -64,7 +64,7 @@ class RunFolder:
         self._copying_checkpoint = False
         if self._url:
             self.name = self._url
-            self.path = remote.place(self._url, "runs")
+            self.path = remote.copy_path(self._url, "runs")
             distributed.main_first(self._take, "working copy")
         else:
             self.path = Path(run_dir).absolute()
@@ -129,11 +129,7 @@ class RunFolder:
                 remote_checkpoints.set_aside(self._checkpoint(step))
 
     def started(self) -> None:
-        """The run is described and about to compile: is the bucket there to write to?
-
-        Raises:
-          OSError: when it is not.
-        """
+        """The run is about to compile: is the bucket there to write to?"""
         if self._writes:
             self._copy_files()
 
@@ -143,11 +139,7 @@ class RunFolder:
         It may be called beside the loop, which goes on meanwhile.
 
         Args:
-          step: of the checkpoint.
           reached: writes into the manifest that the run has it; called when it is so.
-
-        Raises:
-          OSError: when the bucket cannot be written.
         """
         if self._writes:
             self._copying_checkpoint = True

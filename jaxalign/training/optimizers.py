@@ -81,7 +81,7 @@ def adafactor(
     if weight_decay_rate is not None:
         links.append(optax.add_decayed_weights(weight_decay_rate))
     made = _assemble([*links, optax.scale(-1.0)], learning_rate, grad_clip)
-    return _told(made, {"name": "adafactor", **settings})
+    return _described(made, {"name": "adafactor", **settings})
 
 
 def optimizer(
@@ -126,7 +126,7 @@ def optimizer(
         [constructors[name](*bound.args, **bound.kwargs)], learning_rate, grad_clip
     )
     bound.apply_defaults()
-    return _told(made, {"name": name, "grad_clip": grad_clip, **bound.arguments})
+    return _described(made, {"name": name, "grad_clip": grad_clip, **bound.arguments})
 
 
 def per_network(
@@ -160,7 +160,7 @@ def per_network(
             )
         return {name: name for name in params}
 
-    return _told(optax.multi_transform(transformations, labels), transformations)
+    return _described(optax.multi_transform(transformations, labels), transformations)
 
 
 def gradient_norms(grads: Mapping[str, Any]) -> dict[str, jax.Array]:
@@ -207,7 +207,7 @@ class _Recorded(NamedTuple):
     learning_rate: jax.Array
 
 
-class Told(optax.GradientTransformationExtraArgs):
+class Described(optax.GradientTransformationExtraArgs):
     """A transformation that carries the settings it was made with.
 
     ``description`` tells two optimizers apart by the names their users know
@@ -217,12 +217,12 @@ class Told(optax.GradientTransformationExtraArgs):
     description: Mapping[str, Any]
 
 
-def _told(
+def _described(
     transformation: optax.GradientTransformation, settings: Mapping[str, Any]
 ) -> optax.GradientTransformation:
-    told = Told(*optax.with_extra_args_support(transformation))
-    told.description = settings
-    return told
+    described = Described(*optax.with_extra_args_support(transformation))
+    described.description = settings
+    return described
 
 
 def _record(learning_rate: LearningRate) -> optax.GradientTransformation:

@@ -100,11 +100,7 @@ def _instruction(event: Any) -> str:
 
 
 def check_steps(steps: tuple[int, int] | None, train_steps: int) -> None:
-    """Refuses steps that are no range, or that a run never comes to.
-
-    Raises:
-      ValueError: saying which steps there are.
-    """
+    """Refuses steps that are no range, or that a run never comes to."""
     if steps is not None and not 1 <= steps[0] <= steps[1]:
         raise ValueError(
             f"--profile_steps=FIRST,LAST needs 1 <= FIRST <= LAST, got {steps}."
@@ -126,9 +122,6 @@ class Profile:
       run_dir: gets ``profile/``.
       steps: ``(first, last)``, counted from 1; None traces nothing.
       enabled: False on all processes but the first.
-
-    Raises:
-      ValueError: where the steps are no range.
     """
 
     def __init__(

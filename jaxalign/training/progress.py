@@ -18,10 +18,8 @@ class Progress:
 
     Args:
       start_step: where this process starts; the restored step of a resumed run.
-      total_steps: where the run ends.
       stream: the terminal, by default ``sys.stderr``.
       interval: seconds between log lines.
-      clock: seconds, monotonic.
       enabled: print at all; `update` measures regardless.
 
     >>> with Progress(0, 100, enabled=False) as progress:
@@ -65,12 +63,8 @@ class Progress:
         """Reports the steps since the previous call, whose results have arrived.
 
         Args:
-          step: steps taken in the whole run.
           metrics: means over those steps; ``loss`` (else ``objective``) is shown,
             ``batch/tokens`` gives the tokens of one step.
-
-        Returns:
-          ``steps_per_second`` and ``tokens_per_second`` since the previous call.
         """
         now = self._clock()
         before, previous = self._recent[-1]

@@ -27,11 +27,7 @@ FOLDER = "checkpoints"
 
 
 def complete(run_dir: str) -> list[int]:
-    """The steps of which a remote run directory has a complete checkpoint, ascending.
-
-    Raises:
-      OSError: when the bucket cannot be read.
-    """
+    """The steps whose checkpoints in a remote run directory are complete, ascending."""
     fs, path = remote.connect(f"{run_dir.rstrip('/')}/{FOLDER}")
     with remote.reporting(run_dir):
         names = {name.rsplit("/", 1)[-1] for name in fs.glob(f"{path}/*")}
@@ -53,11 +49,7 @@ def complete(run_dir: str) -> list[int]:
 
 
 def give(folder: Path, url: str) -> None:
-    """Copies a checkpoint into a bucket; its list of files comes last.
-
-    Raises:
-      OSError: when the bucket cannot be written; the checkpoint is then incomplete.
-    """
+    """Copies a checkpoint into a bucket; its list of files comes last."""
     files = {
         file.relative_to(folder).as_posix(): file
         for file in sorted(folder.rglob("*"))
@@ -107,9 +99,6 @@ def take(url: str, target: Path, items: tuple[str, ...] = ()) -> str | None:
 
     Returns:
       None, or what is wrong with the checkpoint's files.
-
-    Raises:
-      OSError: when the bucket cannot be read.
     """
     fs, path = remote.connect(url)
     try:
@@ -145,11 +134,6 @@ def copy_policy(path: str) -> Path:
 
     It has what inference reads: the policy, ``meta`` and the vocabulary. A copy that is
     there is used again as long as the checkpoint is the same.
-
-    Raises:
-      FileNotFoundError: saying what was looked for, and where.
-      DamagedCheckpointError: when the checkpoint's files are not those that were
-        written.
     """
     url = path.rstrip("/")
     run_dir, parent, last = url.rsplit("/", 2)
@@ -162,7 +146,7 @@ def copy_policy(path: str) -> Path:
                 "steps."
             )
         run_dir, url = url, f"{url}/{FOLDER}/{steps[-1]}"
-    target = remote.place(url)
+    target = remote.copy_path(url)
     mark = target.with_name(f".{target.name}.version")
     version = json.dumps(_listed(url) or _versions(url), sort_keys=True)
     with _alone(target):
@@ -189,11 +173,7 @@ def _alone(target: Path) -> Iterator[None]:
 
 
 def _listed(url: str) -> dict[str, str] | None:
-    """SHA-256 by file of a checkpoint; None if it has no list.
-
-    Raises:
-      DamagedCheckpointError: when its list is not what was written.
-    """
+    """SHA-256 by file of a checkpoint; None if it has no list."""
     fs, path = remote.connect(f"{url}.json")
     with remote.reporting(url):
         if not fs.exists(path):

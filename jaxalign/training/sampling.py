@@ -37,9 +37,7 @@ class Sampler:
         """Writes JSON lines ``{"prompt", "response", "target", "logp", "num_tokens"}``.
 
         Args:
-          path: the file; written whole or not at all.
           ready: the run's `Setup`.
-          params: the policy's parameters.
           seed: of the samples; the same at every step, so that what changes between
             two files is the policy.
 

@@ -129,7 +129,6 @@ class SentencePieceVocabulary(BaseVocabulary):
         """Text up to the first EOS, escapes undone; unknown ids read `` ⁇ ``.
 
         Args:
-          ids: of the text.
           final: whether they are all. If not, what further ids may change is held
             back: half a character of byte pieces, and an open escape. What is
             returned then is a prefix of the text of ``ids`` and any that follow.

@@ -90,10 +90,7 @@ def draw(schema: str, prompt: str, key: str, *, kind: str = "specific") -> dict:
     and never have the same true reward.
 
     Args:
-      schema: one of ``SCHEMAS``.
-      prompt: a prompt of this world.
       key: with the schema, what the draw depends on.
-      kind: of rationale.
     """
     if schema not in SCHEMAS:
         raise ValueError(unknown("schema", schema, SCHEMAS))
@@ -120,10 +117,8 @@ def draws(split: str, size: int | None = None, seed: int = 0) -> Iterator[dict]:
     """What a data set is drawn from: ``{"prompt", "key"}`` for each row.
 
     Args:
-      split: one of ``SPLITS``.
       size: the number of rows, ``SIZES`` by default; a data set is a prefix of any
         larger one.
-      seed: the draw's seed.
     """
     if split not in SPLITS:
         raise ValueError(unknown("split", split, SPLITS))
@@ -147,18 +142,7 @@ def write_dataset(
     size: int | None = None,
     seed: int = 0,
 ) -> Path:
-    """Writes :func:`rows` as JSON lines, atomically; the same bytes for the same seed.
-
-    Args:
-      path: the file to write; its folder is made.
-      schema: one of ``SCHEMAS``.
-      split: one of ``SPLITS``.
-      size: the number of rows, ``SIZES`` by default.
-      seed: the draw's seed.
-
-    Returns:
-      The path.
-    """
+    """Writes :func:`rows` as JSON lines; the same bytes for the same seed."""
     drawn = rows(schema, split, size, seed)
     write_atomically(path, "".join(json.dumps(row) + "\n" for row in drawn))
     return Path(path)

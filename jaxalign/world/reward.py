@@ -57,11 +57,7 @@ def judge(prompt: str, response: str) -> Verdict:
     """Judges any text as a response to a prompt of this world.
 
     Args:
-      prompt: a prompt of this world.
       response: any text; case and punctuation do not matter.
-
-    Returns:
-      The parts of the true reward; the module's docstring defines them.
     """
     question = parse(prompt)
     words = _words(response)
@@ -114,9 +110,6 @@ def rationale(prompt: str, chosen: str, rejected: str, kind: str = "specific") -
     """Why one response is better than another, as the judge sees it.
 
     Args:
-      prompt: a prompt of this world.
-      chosen: the better response.
-      rejected: the worse one.
       kind: ``"general"`` compares; ``"specific"`` also states the fact in question.
 
     >>> print(rationale("What is Gus's pet?", "Gus keeps a mole.", "Gus keeps a fox."))

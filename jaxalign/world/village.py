@@ -128,9 +128,7 @@ def sample_prompts(split: str, size: int, seed: int = 0) -> list[str]:
     """Draws prompts of a split: all different, until the split is exhausted.
 
     Args:
-      split: ``train``, ``validation`` or ``test``.
       size: how many; beyond the split's size, prompts come round again.
-      seed: the draw's seed.
 
     >>> len(set(sample_prompts("test", 500)))
     500

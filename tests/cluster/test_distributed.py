@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import tiny_run
 
-from jaxalign.cluster import distributed
+from jaxalign.cluster import distributed, rendezvous
 from jaxalign.training import checkpoints
 
 LAUNCHER = Path(__file__).parents[2] / "launch" / "local.py"
@@ -67,7 +67,7 @@ def meet(count: int, present: list[int], timeout: float) -> dict[int, str]:
 
     def come(index: int) -> None:
         try:
-            distributed.rendezvous(address, count, index, timeout)
+            rendezvous.rendezvous(address, count, index, timeout)
             said[index] = "all here"
         except distributed.MissingProcessesError as error:
             said[index] = str(error)
@@ -100,7 +100,7 @@ def test_strangers_at_the_port_change_nothing():
 
     def come(index: int) -> None:
         try:
-            distributed.rendezvous(f"127.0.0.1:{port}", 3, index, 30)
+            rendezvous.rendezvous(f"127.0.0.1:{port}", 3, index, 30)
             said[index] = "all here"
         except BaseException as error:
             said[index] = repr(error)
@@ -125,7 +125,7 @@ def test_strangers_at_the_port_change_nothing():
                     kept.append(client)
         if wave == 0:  # one that comes and goes has not come
             gone = socket.create_connection(("127.0.0.1", port))
-            gone.sendall(distributed._greeting(3, 2))
+            gone.sendall(rendezvous._greeting(3, 2))
             time.sleep(0.2)
             gone.close()
             threads[1].start()
@@ -156,7 +156,7 @@ def test_somebody_else_at_the_coordinators_address_is_not_process_0(answer):
         threading.Thread(target=serve, daemon=True).start()
         address = f"127.0.0.1:{server.getsockname()[1]}"
         with pytest.raises(distributed.MissingProcessesError, match=r"\[0\] of 2"):
-            distributed.rendezvous(address, 2, 1, 1)
+            rendezvous.rendezvous(address, 2, 1, 1)
         server.shutdown(socket.SHUT_RDWR)
 
 

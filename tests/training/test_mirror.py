@@ -104,7 +104,7 @@ def test_a_run_in_a_bucket_is_resumed_elsewhere_to_the_bits_of_a_local_one(
     # One checkpoint is kept, and nothing on the machine.
     assert remote_checkpoints.complete(url) == [6]
     assert not [n for n in names if n.startswith("checkpoints/4")]
-    assert not remote.place(url, "runs").exists()
+    assert not remote.copy_path(url, "runs").exists()
     # What the bucket holds is a run directory like any other.
     fetched = remote.home() / "fetched"
     fs, path = remote.connect(url)
@@ -239,7 +239,7 @@ def test_a_policy_in_a_bucket_is_used_like_a_local_one(
     expected = (tmp_path / "local.jsonl").read_bytes()
     assert (tmp_path / "remote.jsonl").read_bytes() == expected
     # Only what inference needs was copied; who asks again gets the copy that is there.
-    copied = remote.place(uploaded) / "checkpoints" / "6"
+    copied = remote.copy_path(uploaded) / "checkpoints" / "6"
     assert {p.name for p in copied.iterdir()} == {"policy", "meta"}
     before = copied.stat().st_ino
     assert checkpoints.resolve(f"{uploaded}/checkpoints/6") == copied

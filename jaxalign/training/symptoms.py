@@ -101,10 +101,11 @@ class Watch:
     ['log_ratios_rule_the_residual']
     """
 
-    def __init__(self) -> None:
+    def __init__(self, symptoms: tuple[Symptom, ...] = SYMPTOMS):
+        self._symptoms = symptoms
         self._first: dict[str, float] = {}
         self._latest: dict[str, float] = {}
-        self._counts = dict.fromkeys((s.name for s in SYMPTOMS), 0)
+        self._counts = dict.fromkeys((s.name for s in symptoms), 0)
         self.told: list[str] = []
 
     def state(self) -> dict[str, Any]:
@@ -122,7 +123,7 @@ class Watch:
         """Goes on from a `state`."""
         self._first = dict(saved["first"])
         self._latest = dict(saved["latest"])
-        known = [s.name for s in SYMPTOMS]
+        known = [s.name for s in self._symptoms]
         self._counts |= {n: c for n, c in saved["counts"].items() if n in known}
         self.told = list(saved["told"])
 
@@ -136,7 +137,7 @@ class Watch:
             self._first.setdefault(name, value)
             self._latest[name] = value
         new = []
-        for symptom in SYMPTOMS:
+        for symptom in self._symptoms:
             if symptom.name in self.told:
                 continue
             showing = symptom.shows(self._first, self._latest)

@@ -180,9 +180,7 @@ def main_first(function: Callable[[], _T], name: str) -> _T:
 
 def all_agree(value: bool) -> bool:
     """Whether a condition holds in every process."""
-    if jax.process_count() == 1:
-        return value
-    return bool(multihost_utils.process_allgather(jax.numpy.asarray(value)).all())
+    return bool(smallest(int(value)))
 
 
 def smallest(value: int) -> int:

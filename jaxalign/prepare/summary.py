@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -18,33 +17,22 @@ _PERCENTILES = (50, 90, 99)
 _SHOWN_PROBLEMS = 20
 
 
-@dataclasses.dataclass
 class Tally:
     """Counts over one cache while its rows are written."""
 
-    rows: int = 0
-    responses: int = 0
-    pairs: int = 0
-    tokens: dict[str, int] = dataclasses.field(
-        default_factory=lambda: {"prompts": 0, "responses": 0}
-    )
-    unknown: dict[str, int] = dataclasses.field(
-        default_factory=lambda: {"prompts": 0, "responses": 0}
-    )
-    lengths: dict[str, list[int]] = dataclasses.field(
-        default_factory=lambda: {"prompts": [], "responses": []}
-    )
+    def __init__(self) -> None:
+        self.rows = self.pairs = 0
+        self.lengths: dict[str, list[int]] = {"prompts": [], "responses": []}
+        self.unknown = dict.fromkeys(self.lengths, 0)
 
     def add(self, row: Row) -> None:
         """Counts one cache row."""
         self.rows += 1
-        self.responses += len(row.responses)
         self.pairs += len(row.pairs)
-        for name in ("prompts", "responses"):
+        for name, lengths in self.lengths.items():
             for ids in getattr(row, name):
-                self.tokens[name] += len(ids)
+                lengths.append(len(ids))
                 self.unknown[name] += int(np.count_nonzero(ids == UNK_ID))
-                self.lengths[name].append(len(ids))
 
     def summary(self, source: Mapping[str, Any]) -> dict[str, Any]:
         """The JSON-ready summary that is stored with the cache.
@@ -55,13 +43,13 @@ class Tally:
         return {
             "source": dict(source),
             "rows": self.rows,
-            "responses": self.responses,
+            "responses": len(self.lengths["responses"]),
             "pairs": self.pairs,
             "prompt_tokens": lengths_summary(self.lengths["prompts"]),
             "response_tokens": lengths_summary(self.lengths["responses"]),
             "unknown_token_rate": {
-                name: self.unknown[name] / max(self.tokens[name], 1)
-                for name in self.tokens
+                name: self.unknown[name] / max(sum(lengths), 1)
+                for name, lengths in self.lengths.items()
             },
         }
 
@@ -88,16 +76,6 @@ def lengths_summary(lengths: Any) -> dict[str, int]:
     found = np.percentile(values, _PERCENTILES, method="higher")
     result = {f"p{p}": int(v) for p, v in zip(_PERCENTILES, found, strict=True)}
     return result | {"max": int(values.max()), "total": int(values.sum())}
-
-
-def truncation(index: Index, *, inputs: int, targets: int) -> dict[str, int]:
-    """How many prompts and responses are longer than the lengths given."""
-    return {
-        "prompts_truncated": int((index.prompt_lengths > inputs).sum()),
-        "prompts": len(index.prompt_lengths),
-        "responses_truncated": int((index.response_lengths > targets).sum()),
-        "responses": len(index.response_lengths),
-    }
 
 
 def describe(
@@ -194,11 +172,6 @@ def _feed_lines(
 ) -> list[tuple[str, str]]:
     from jaxalign.data import plan
 
-    cut = truncation(index, inputs=inputs, targets=targets)
-    lines = [
-        (f"truncated {name}", f"{cut[f'{name}_truncated']:,} of {cut[name]:,} at {n}")
-        for name, n in (("prompts", inputs), ("responses", targets))
-    ]
     packed = plan.pack(
         index,
         inputs=inputs,
@@ -207,11 +180,16 @@ def _feed_lines(
         decoder_rows=decoder_rows,
     )
     full = packed.occupancy()
-    lines.append(
-        (
-            f"occupancy, packing {packing or 'off'}",
-            f"encoder {full['encoder']:.1%}, {packed.shape.decoder_rows} decoder rows "
-            f"{full['decoder']:.1%}",
-        )
+    counts = (
+        ("prompts", len(index.prompt_lengths), inputs),
+        ("responses", len(index.response_lengths), targets),
     )
-    return lines
+    lines = [
+        (f"truncated {name}", f"{packed.truncated[name]:,} of {count:,} at {length}")
+        for name, count, length in counts
+    ]
+    shares = (
+        f"encoder {full['encoder']:.1%}, {packed.shape.decoder_rows} decoder rows "
+        f"{full['decoder']:.1%}"
+    )
+    return [*lines, (f"occupancy, packing {packing or 'off'}", shares)]

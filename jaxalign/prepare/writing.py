@@ -117,7 +117,8 @@ def write_splits(
                 "has one: add rows, or set EVAL_FRACTION=0."
             ) from None
         too_low = empty.lowest >= eval_fraction
-        attempt(_just_above(empty.lowest) if too_low else empty.highest)
+        just_above = empty.lowest + 2.0**-49
+        attempt(just_above if too_low else empty.highest)
 
 
 def prompt_fraction(row: Row, seed: int) -> float:
@@ -125,10 +126,6 @@ def prompt_fraction(row: Row, seed: int) -> float:
     text = f"{seed}:{prompt_hash(row.prompts[0])}".encode()
     head = hashlib.sha256(text).digest()[:6]
     return int.from_bytes(head, "big") / 2**48
-
-
-def _just_above(value: float) -> float:
-    return value + 2.0**-49
 
 
 def _nothing_left(

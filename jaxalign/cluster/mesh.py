@@ -7,7 +7,6 @@ below map them to mesh axes.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import math
 from collections.abc import Callable, Mapping
@@ -19,6 +18,8 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+
+from jaxalign import user_code
 
 AXES = ("data", "fsdp", "tensor")
 
@@ -129,8 +130,7 @@ def named_mesh(sizes: Mapping[str, int] | None) -> Mesh:
     sizes = dict(sizes or {})
     for name, size in sizes.items():
         if name not in AXES:
-            near = difflib.get_close_matches(str(name), AXES, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
+            hint = user_code.hint(str(name), AXES)
             raise ValueError(f"MESH has no axis {name!r}.{hint} Its axes: {AXES}.")
         if isinstance(size, bool) or not isinstance(size, int):
             raise ValueError(f"MESH's {name!r} must be a whole number, got {size!r}.")

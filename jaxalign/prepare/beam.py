@@ -68,12 +68,6 @@ def encoded(
       ImportError: where Apache Beam is not installed.
       ValueError: for a file that cannot be cut into pieces.
       RuntimeError: when the pipeline or a worker failed.
-
-    Example::
-
-        with encoded(recipe, files, folder, "--direct_num_workers=4") as items:
-            for item in items():
-                ...
     """
     job = _Job(recipe, pieces.cut(files))
     beside = beside.absolute()

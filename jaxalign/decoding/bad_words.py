@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxalign.decoding import constraints
-from jaxalign.decoding.programs import EOS_ID
 from jaxalign.decoding.regular import DEAD
+from jaxalign.decoding.rules import EOS_ID
 
 _HEX = "0123456789abcdef"
 _OTHER = ""  # any character that no word holds

@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign.decoding import regular
-from jaxalign.decoding.programs import EOS_ID, Context, Program, State
+from jaxalign.decoding.programs import Context, Program, State
+from jaxalign.decoding.rules import EOS_ID
 
 _FAR = 2**29  # the distance of states that do not end; sums stay in int32
 _CHUNK = 1 << 22  # table entries computed at once

@@ -10,10 +10,9 @@ import jax
 import numpy as np
 import tqdm
 
+from jaxalign.decoding.checks import check_constraint, check_sizes, check_uint32
 from jaxalign.decoding.engine import Engine, Finished
-from jaxalign.decoding.generate import check_constraint
-from jaxalign.decoding.loop import Constraint
-from jaxalign.decoding.sampling import EOS_ID, PAD_ID, Sampling
+from jaxalign.decoding.rules import EOS_ID, PAD_ID, Constraint, Sampling
 from jaxalign.decoding.stops import LOOK, Cut, Stops
 
 # The smallest padded prompt length, and how many batches are sorted together: enough to
@@ -109,15 +108,12 @@ class Generator:
         sharding: jax.sharding.Sharding | None = None,
         progress: bool | None = None,
     ):
-        sizes = {
-            "max_prompt_length": max_prompt_length,
-            "max_new_tokens": max_new_tokens,
-            "num_samples": num_samples,
-            "batch_size": batch_size,
-        }
-        for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}.")
+        check_sizes(
+            max_prompt_length=max_prompt_length,
+            max_new_tokens=max_new_tokens,
+            num_samples=num_samples,
+            batch_size=batch_size,
+        )
         self._model = model
         self._vocabulary = vocabulary
         self._max_prompt_length = max_prompt_length
@@ -171,10 +167,7 @@ class Generator:
                 f"{len(prefixes)}."
             )
         for i, prompt_id in enumerate(ids):
-            if not 0 <= prompt_id < 2**32:
-                raise ValueError(
-                    f"prompt_ids[{i}] must lie in [0, 2**32), got {prompt_id}."
-                )
+            check_uint32(f"prompt_ids[{i}]", prompt_id)
         check_constraint(self._constraint, self._max_new_tokens, prefixes or ())
         cut = [self._cut(i, prompt) for i, prompt in enumerate(prompts)]
         # Not inside the generator function below: arguments are checked when called.

@@ -35,7 +35,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-EOS_ID = 1
+from jaxalign.decoding.rules import EOS_ID, PAD_ID
+
 BLANK = -1  # stands for "one or more tokens" in a template
 SPACED_BLANK = -2  # the first of which begins with a space
 
@@ -172,7 +173,7 @@ def infilling(
         if part is None and i and parts[i - 1] is None and not begins:
             raise ValueError(f"parts[{i - 1}] and parts[{i}] are both blank; use one.")
         flat.extend([SPACED_BLANK if begins else BLANK] if part is None else part)
-    if any(token in (0, EOS_ID) for token in flat):
+    if any(token in (PAD_ID, EOS_ID) for token in flat):
         raise ValueError("Fixed text may hold neither padding (0) nor EOS (1).")
     return Infilling(jnp.array([*flat, EOS_ID], jnp.int32), spaced)
 

@@ -12,7 +12,7 @@ import pytest
 import sentencepiece
 
 from jaxalign.decoding import constraints, regular
-from jaxalign.decoding.generate import check_constraint
+from jaxalign.decoding.checks import check_constraint
 from jaxalign.vocabularies import ByteVocabulary, SentencePieceVocabulary
 
 LONGEST = 4  # tokens of a sequence, EOS included

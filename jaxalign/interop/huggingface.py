@@ -65,11 +65,7 @@ _UNREAD = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weigh
 _ENCODER_BLOCK = (("SelfAttention", "attention", "pre_attention_layer_norm"),)
 _DECODER_BLOCK = (
     ("SelfAttention", "self_attention", "pre_self_attention_layer_norm"),
-    (
-        "EncDecAttention",
-        "encoder_decoder_attention",
-        "pre_cross_attention_layer_norm",
-    ),
+    ("EncDecAttention", "encoder_decoder_attention", "pre_cross_attention_layer_norm"),
 )
 
 

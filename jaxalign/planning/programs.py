@@ -130,10 +130,7 @@ def _decode(ready: runs.Setup, policy: Any) -> Program:
         )
 
     return Program(
-        jax.jit(
-            meshes.with_activation_rules(ready.mesh, decode),
-            out_shardings=rows,
-        ),
+        jax.jit(meshes.with_activation_rules(ready.mesh, decode), out_shardings=rows),
         (
             policy,
             jax.ShapeDtypeStruct((size, lengths["inputs"]), jnp.int32, sharding=rows),

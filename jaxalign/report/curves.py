@@ -8,7 +8,7 @@ import re
 
 import numpy as np
 
-from jaxalign.report import charts
+from jaxalign.report import charts, style
 from jaxalign.report.charts import number
 from jaxalign.report.runs import Run
 from jaxalign.report.sections import key
@@ -56,12 +56,7 @@ _GROUPS = (
     _Group(
         "Optimisation and speed",
         "Gradient norms are taken before clipping.",
-        (
-            "learning_rate.*",
-            "grad_norm.*",
-            "tokens_per_second",
-            "steps_per_second",
-        ),
+        ("learning_rate.*", "grad_norm.*", "tokens_per_second", "steps_per_second"),
     ),
 )
 
@@ -206,8 +201,7 @@ def last_values(runs: list[Run]) -> str:
     head = "".join(f'<th scope="col" class="num">{key(run)}</th>' for run in runs)
     return (
         '<p class="note">Training values are the last tenth\'s mean, evaluation values '
-        'the last evaluation\'s.</p><div class="scroll"><table><thead><tr><th></th>'
-        f"{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+        "the last evaluation's.</p>" + style.table(f"<th></th>{head}", rows)
     )
 
 

@@ -60,7 +60,7 @@ class Run:
     missing: list[str] = dataclasses.field(default_factory=list)
 
 
-def here(run_dir: str | Path) -> Path:
+def local(run_dir: str | Path) -> Path:
     """The run directory, or a copy of what the report reads of a remote one.
 
     Raises:

@@ -78,21 +78,21 @@ def application(
     async def answer(request: Request, chat: bool) -> Response:
         guard.require_json(request.headers.getlist("content-type"))
         body = await _body(request, limits)
-        asked = requests.parse(
+        parsed = requests.parse(
             body, chat=chat, model=model, vocabulary=vocabulary, limits=limits
         )
         batcher: Batcher = request.app.state.batcher
         try:
-            batcher.enqueue(asked.work)
+            batcher.enqueue(parsed.work)
         except QueueFull:
             raise Refusal(
-                429,
                 "Too many requests are waiting; try again later.",
                 code="queue_full",
+                status=429,
             ) from None
-        answer = Answer(asked, vocabulary, chat=chat, model=model)
-        updates = batcher.updates(asked.work)
-        if asked.work.stream:
+        answer = Answer(parsed, vocabulary, chat=chat, model=model)
+        updates = batcher.updates(parsed.work)
+        if parsed.work.stream:
             events = _events(updates, answer, metrics)
             return StreamingResponse(events, media_type="text/event-stream")
         found = await _while_connected(request, updates)
@@ -164,18 +164,18 @@ async def _body(request: Request, limits: Limits) -> Any:
                 size += len(chunk)
                 if size > limits.body_bytes:
                     raise Refusal(
-                        413,
                         f"The body is larger than {limits.body_bytes} bytes; send "
                         "fewer or shorter prompts.",
                         code="body_too_large",
+                        status=413,
                     )
                 chunks.append(chunk)
     except TimeoutError:
         raise Refusal(
-            408, f"The body did not arrive in {limits.body_seconds} seconds."
+            f"The body did not arrive in {limits.body_seconds} seconds.", status=408
         ) from None
     except ClientDisconnect:
-        raise Refusal(400, "The client left before its request had arrived.") from None
+        raise Refusal("The client left before its request had arrived.") from None
     return refusals.from_json(b"".join(chunks))
 
 
@@ -191,7 +191,7 @@ async def _while_connected(
                 return None
         return task.result()[1]
     except EngineFailed as error:
-        raise Refusal(500, str(error)) from None
+        raise Refusal(str(error), status=500) from None
     finally:
         if not task.done():
             task.cancel()
@@ -201,9 +201,7 @@ async def _while_connected(
 
 
 async def _events(
-    updates: AsyncIterator[tuple[bool, list[Samples]]],
-    answer: Answer,
-    metrics: Metrics,
+    updates: AsyncIterator[tuple[bool, list[Samples]]], answer: Answer, metrics: Metrics
 ) -> AsyncIterator[str]:
     """Server-sent events: pieces of text as they come, an end for each choice."""
 
@@ -228,10 +226,10 @@ async def _events(
                     ended.add(i)
             if complete:
                 metrics.used(answer.usage(found))
-                if answer.asked.include_usage:
+                if answer.request.include_usage:
                     yield event([], usage=answer.usage(found))
     except EngineFailed as error:
-        yield f"data: {json.dumps(Refusal(500, str(error)).body())}\n\n"
+        yield f"data: {json.dumps(Refusal(str(error), status=500).body())}\n\n"
     finally:
         await updates.aclose()
     yield "data: [DONE]\n\n"
@@ -254,20 +252,22 @@ async def _unknown_path(request: Request, error: Exception) -> Response:
     return await _refused(
         request,
         Refusal(
-            404,
             f"No {shown(request.url.path)} here; there are {', '.join(guard.PATHS)}.",
+            status=404,
         ),
     )
 
 
 async def _wrong_method(request: Request, error: Exception) -> Response:
     where, method = shown(request.url.path), shown(request.method)
-    refusal = Refusal(405, f"{where} does not take {method}.")
+    refusal = Refusal(f"{where} does not take {method}.", status=405)
     return await _refused(request, refusal)
 
 
 async def _failed(request: Request, error: Exception) -> Response:
-    return await _refused(request, Refusal(500, "The server failed; see its log."))
+    return await _refused(
+        request, Refusal("The server failed; see its log.", status=500)
+    )
 
 
 def serve(

@@ -16,11 +16,10 @@ import threading
 from collections.abc import AsyncIterator
 from typing import Any, NamedTuple, Protocol
 
+from jaxalign.decoding.rules import EOS_ID
 from jaxalign.decoding.stops import Cut, Stops
 
 _log = logging.getLogger(__name__)
-
-EOS_ID = 1
 
 Samples = list[list[int]]  # token ids, EOS included where one came
 
@@ -102,8 +101,8 @@ class Work:
     stops: Stops | None = None
     tickets: list[int] = dataclasses.field(init=False, default_factory=list)
     answers: dict[int, Samples] = dataclasses.field(init=False, default_factory=dict)
-    # What the worker tells: samples so far, at last (True, samples) or an exception.
-    told: asyncio.Queue = dataclasses.field(init=False)
+    # From the worker: samples so far, at last (True, samples) or an exception.
+    updates: asyncio.Queue = dataclasses.field(init=False)
     loop: asyncio.AbstractEventLoop = dataclasses.field(init=False)
     cancelled: bool = dataclasses.field(init=False, default=False)
 
@@ -150,7 +149,7 @@ class Batcher:
           QueueFull: when too many wait already.
         """
         work.loop = asyncio.get_running_loop()
-        work.told = asyncio.Queue()
+        work.updates = asyncio.Queue()
         with self._changed:
             if self._closed or len(self._waiting) >= self._max_waiting:
                 raise QueueFull
@@ -168,11 +167,11 @@ class Batcher:
         """
         try:
             while True:
-                told = await work.told.get()
-                if isinstance(told, Exception):
-                    raise told
-                yield told
-                if told[0]:
+                update = await work.updates.get()
+                if isinstance(update, Exception):
+                    raise update
+                yield update
+                if update[0]:
                     return
         finally:
             self.forget(work)
@@ -257,7 +256,7 @@ class Batcher:
             if done or work.stream:
                 found = {**so_far, **work.answers}
                 nothing = [[] for _ in range(work.num_samples)]
-                _tell(work, (done, [found.get(t, nothing) for t in work.tickets]))
+                _publish(work, (done, [found.get(t, nothing) for t in work.tickets]))
             if not done:
                 going_on.append(work)
         self._running = going_on
@@ -286,7 +285,7 @@ class Batcher:
 
     def _end(self, error: Exception) -> None:
         for work in self._running:
-            _tell(work, error)
+            _publish(work, error)
         self._running = []
 
 
@@ -295,10 +294,10 @@ def _kept(samples: Samples, cuts: list[Cut | None]) -> Samples:
     return [t[: c.tokens] if c else t for t, c in zip(samples, cuts, strict=True)]
 
 
-def _tell(work: Work, what: Any) -> None:
+def _publish(work: Work, what: Any) -> None:
     if work.cancelled:
         return
     try:
-        work.loop.call_soon_threadsafe(work.told.put_nowait, what)
+        work.loop.call_soon_threadsafe(work.updates.put_nowait, what)
     except RuntimeError:  # the server's loop has ended
         _log.warning("A response came after the server had stopped.")

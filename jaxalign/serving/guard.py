@@ -81,20 +81,20 @@ class Guard:
             name = _name(host)
             if not (self._named(name) or _is_address(name) or name == address):
                 raise Refusal(
-                    403,
                     f"This server is not called {shown(host)}; if it should be, start "
                     "it with --allowed_hosts=NAME.",
                     code="host_not_allowed",
+                    status=403,
                 )
         for origin in _values(scope, b"origin"):
             scheme, _, netloc = origin.partition("://")
             known = scheme in ("http", "https") and self._may_send(_name(netloc))
             if not known and "*" not in self._hosts:
                 raise Refusal(
-                    403,
                     f"Pages of {shown(origin)} may not ask this server; to allow "
                     "those of a host, start it with --allowed_hosts=NAME.",
                     code="origin_not_allowed",
+                    status=403,
                 )
         if self._key is None or scope["path"] in _OPEN:
             return
@@ -108,9 +108,9 @@ class Guard:
             given[0].encode("latin-1"), self._key
         ):
             raise Refusal(
-                401,
                 "This server wants its API key: Authorization: Bearer KEY.",
                 code="invalid_api_key",
+                status=401,
             )
 
     def _named(self, name: str | None) -> bool:
@@ -156,9 +156,9 @@ def require_json(content_types: Iterable[str]) -> None:
     if kind.strip().lower() != "application/json" or not fits:
         came = ", ".join(map(shown, given)) or "none"
         raise Refusal(
-            415,
             f"Content-Type must be application/json, got {came}.",
             code="unsupported_media_type",
+            status=415,
         )
 
 

@@ -211,7 +211,7 @@ def without(
 
     >>> from jaxalign.vocabularies import ByteVocabulary
     >>> rule = without(["no"], ByteVocabulary())
-    >>> bool(rule.mask(rule.advance(0, ord("n") + 3), 9)[ord("o") + 3])
+    >>> bool(rule.allowed(rule.advance(0, ord("n") + 3), 9)[ord("o") + 3])
     False
     """
     for word in words:

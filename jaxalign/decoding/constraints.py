@@ -46,6 +46,8 @@ class Automaton(Program):
     def init(self) -> State:
         return jnp.int32(0)
 
+    start = init  # as a ``jaxalign.decoding.Constraint``
+
     def advance(self, state: jax.Array, token: jax.Array) -> jax.Array:
         """The state after ``token``; -1, for good, if it was not allowed."""
         return self.next_state[state, self.token_class[token]]
@@ -65,27 +67,20 @@ class Automaton(Program):
         end = table[state, token_class[EOS_ID]]
         return bool(distance[state] == 0 or distance[end] == 0)
 
-    def mask(self, state: jax.Array, remaining: jax.Array | int) -> jax.Array:
-        """Which tokens are allowed, bool ``[V]``.
+    def allowed(self, state: jax.Array, remaining: jax.Array | int) -> jax.Array:
+        """Which tokens may come next, bool ``[..., V]``.
 
         Args:
-          state: int32 scalar.
-          remaining: tokens that may still come, EOS included.
+          state: int32 ``[...]``.
+          remaining: tokens that may still come, EOS included; ``[...]``.
         """
-        return self.allowed(state, jnp.asarray(remaining))
-
-    def start(self) -> State:
-        """As a ``jaxalign.decoding.Constraint``: the state before the first token."""
-        return self.init()
-
-    def allowed(self, state: jax.Array, remaining: jax.Array) -> jax.Array:
-        """As a ``jaxalign.decoding.Constraint``: ``mask`` for rows of any shape."""
         targets = self.next_state[state]
-        reach = (targets >= 0) & (self.distance[targets] < remaining[..., None])
+        remaining = jnp.asarray(remaining)[..., None]
+        reach = (targets >= 0) & (self.distance[targets] < remaining)
         return reach[..., self.token_class]
 
     def proposal(self, state: State, context: Context) -> jax.Array:
-        allowed = self.mask(state, context.remaining)
+        allowed = self.allowed(state, context.remaining)
         return jnp.where(allowed, context.logps[0], -jnp.inf)
 
     def step(self, state, context, token, key):
@@ -97,7 +92,7 @@ def regex(pattern: str, vocabulary: Any, num_tokens: int | None = None) -> Autom
 
     >>> from jaxalign.vocabularies import ByteVocabulary
     >>> digits = regex("[0-9]{2}", ByteVocabulary())
-    >>> jnp.flatnonzero(digits.mask(0, 3)) - 3 - ord("0")
+    >>> jnp.flatnonzero(digits.allowed(0, 3)) - 3 - ord("0")
     Array([0, 1, 2, 3, 4, 5, 6, 7, 8, 9], dtype=int32)
     """
     return over_tokens(regular.compile_regex(pattern), vocabulary, num_tokens)

@@ -28,13 +28,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jaxalign.decoding import seats
-from jaxalign.decoding.checks import (
-    check_constraint,
-    check_sizes,
-    check_uint32,
-    pad_prefixes,
-)
+from jaxalign.decoding import checks, seats
 from jaxalign.decoding.groups import Plan, Requests
 from jaxalign.decoding.rules import PAD_ID, Constraint, Sampling
 from jaxalign.decoding.sampling import RowSettings
@@ -63,6 +57,8 @@ class Finished:
 
 @dataclasses.dataclass(frozen=True)
 class _Request:
+    """What was submitted, checked; see `Engine.submit`."""
+
     ticket: int
     tokens: np.ndarray
     prompt_id: int
@@ -125,13 +121,9 @@ class Engine:
     ):
         slots = num_samples if slots is None else slots
         admit = max(1, groups // 8) if admit is None else admit
-        check_sizes(
-            prompt_length=prompt_length,
-            max_new_tokens=max_new_tokens,
-            num_samples=num_samples,
-            groups=groups,
-            slots=slots,
-            admit=admit,
+        checks.check_sizes(prompt_length=prompt_length, max_new_tokens=max_new_tokens)
+        checks.check_sizes(
+            num_samples=num_samples, groups=groups, slots=slots, admit=admit
         )
         if sharding is not None:
             try:
@@ -213,14 +205,14 @@ class Engine:
             raise ValueError("A prompt must not hold ids below 1 (0 is padding).")
         num_samples = _within("num_samples", num_samples, plan.num_samples)
         max_new_tokens = _within("max_new_tokens", max_new_tokens, plan.length)
-        check_uint32("prompt_id", prompt_id)
-        check_uint32("seed", seed)
+        checks.check_uint32("prompt_id", prompt_id)
+        checks.check_uint32("seed", seed)
         if len(prefixes):
             if not self._prefixes:
                 raise ValueError("Prefixes need an Engine made with prefixes=True.")
-            pad_prefixes([prefixes], plan.num_samples, max_new_tokens)
+            checks.pad_prefixes([prefixes], plan.num_samples, max_new_tokens)
         if len(prefixes) or max_new_tokens not in self._checked:
-            check_constraint(self._constraint, max_new_tokens, [prefixes])
+            checks.check_constraint(self._constraint, max_new_tokens, [prefixes])
             self._checked.add(max_new_tokens)
         if not self._per_prompt and (temperature, top_p) != (None, None):
             raise ValueError(
@@ -364,7 +356,7 @@ class Engine:
         if self._prefixes:
             rows = [request.prefixes for request in batch]
             rows += [()] * (size - len(rows))
-            planned, lengths = pad_prefixes(rows, plan.num_samples, plan.length)
+            planned, lengths = checks.pad_prefixes(rows, plan.num_samples, plan.length)
         if self._per_prompt:
             settings = RowSettings(
                 column("temperature", np.float32, 1), column("top_p", np.float32, 1)

@@ -235,9 +235,9 @@ def text_function(
     """A :class:`Potential` function out of Python code that scores texts.
 
     Args:
-      function: takes a list of texts and the prompt ids that they answer, returns a
-        log-potential for each; never called with empty lists.
-      vocabulary: decodes token ids (``jaxalign.vocabularies``).
+      function: takes a list of texts and the prompt ids that they answer, never empty;
+        returns a log-potential for each.
+      vocabulary: decodes token ids.
       every_token: score unfinished texts too; as in the ``Potential``.
     """
 
@@ -245,20 +245,19 @@ def text_function(
         tokens, length, done, prompt_ids = map(np.asarray, arrays)
         wanted = np.ones_like(done) if every_token else done
         values = np.zeros(done.shape, np.float32)
-        rows = np.argwhere(wanted)
-        if len(rows):
+        if wanted.any():
             texts = [
-                vocabulary.decode(tokens[tuple(r)][: length[tuple(r)]].tolist())
-                for r in rows
+                vocabulary.decode(row[:n].tolist())
+                for row, n in zip(tokens[wanted], length[wanted], strict=True)
             ]
-            ids = [int(prompt_ids[tuple(r)]) for r in rows]
-            scores = np.asarray(function(texts, ids), np.float32)
+            scores = function(texts, prompt_ids[wanted].tolist())
+            scores = np.asarray(scores, np.float32)
             if scores.shape != (len(texts),):
                 raise ValueError(
                     f"The potential must return one number for each of {len(texts)} "
                     f"texts, got shape {scores.shape}."
                 )
-            values[tuple(rows.T)] = scores
+            values[wanted] = scores
         return values
 
     def potential(tokens, length, done, prompt_id):

@@ -172,13 +172,8 @@ def smc(
         jnp.float32(temperature),
         jnp.float32(ess_threshold),
         _Settings(
-            int(num_particles),
-            int(max_new_tokens),
-            int(expansion),
-            resampling,
-            vocab_size,
-            must_end,
-            merge,
+            *(num_particles, max_new_tokens, expansion),
+            *(resampling, vocab_size, must_end, merge),
         ),
     )
 
@@ -308,16 +303,8 @@ def _smc(
 
     def step(carry: _Carry) -> _Carry:
         inputs = jnp.repeat(carry.inputs, m, axis=0)  # the same token in each context
-        logits, cache = network.apply(
-            model,
-            params,
-            "decode_step",
-            inputs,
-            carry.position,
-            carry.cache,
-            cross_kv,
-            encoder_mask,
-        )
+        args = inputs, carry.position, carry.cache, cross_kv, encoder_mask
+        logits, cache = network.apply(model, params, "decode_step", *args)
         logits = logits / temperature
         if vocab_size is not None:
             real = jnp.arange(logits.shape[-1]) < vocab_size

@@ -77,6 +77,11 @@ class Stops:
         end, start = min(found)
         return start, end
 
+    def before(self, text: str) -> str:
+        """What comes before the first stop, or the whole text."""
+        found = self.find(text)
+        return text[: found[0]] if found else text
+
     def held(self, text: str) -> int:
         """How many characters at the end of a text may begin a stop."""
         sizes = {

@@ -9,6 +9,7 @@ those of https://jax-ml.github.io/scaling-book/tpus/.
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import importlib.metadata
 import importlib.util
 import math
@@ -171,35 +172,28 @@ def _tpu_devices(name: str, kind: str, shape: str) -> list[Any]:
 
 
 def check_libtpu(jax_version: str | None, wants: list[str], found: str | None) -> None:
-    """Refuses a libtpu of another release than the installed jax names.
+    """Refuses a libtpu of another release than ``wants``, jax's requirements, names.
 
     A jaxlib reads what the compiler of its own release makes; of a newer one it may
     not, and then fails where a program is printed.
-
-    Args:
-      jax_version: that is installed.
-      wants: jax's requirements, with its extras'.
-      found: the version of libtpu; None where it is not known.
 
     Raises:
       ImportError: saying what to install.
 
     >>> check_libtpu("0.10.2", ["libtpu==0.0.42.*; extra == 'tpu'"], "0.0.42.1")
     """
-    pattern = r"libtpu ?==([\d.]+?)(\.\*)? ?(?:;|$)"
     for requirement in wants:
-        match = re.match(pattern, requirement)
+        match = re.match(r"libtpu ?==([\d.]+(?:\.\*)?) ?(?:;|$)", requirement)
         if match is None or found is None:
             continue
-        parts, own = match[1].split("."), found.split(".")
-        if own == parts or (match[2] and own[: len(parts)] == parts):
-            continue
-        release = match[1] + (match[2] or "")
-        raise ImportError(
-            f"jaxalign plan compiles with libtpu, and libtpu {found} does not go with "
-            f"jax {jax_version}: pip install 'libtpu=={release}'. (pip install "
-            "'jaxalign[plan]' brings the one that goes with it.)"
-        )
+        release = match[1]  # 0.0.42.* holds 0.0.42 itself, too
+        wanted = release if release.endswith("*") else f"{release}."
+        if not fnmatch.fnmatch(f"{found}.", wanted):
+            raise ImportError(
+                f"jaxalign plan compiles with libtpu, and libtpu {found} does not go "
+                f"with jax {jax_version}: pip install 'libtpu=={release}'. (pip "
+                "install 'jaxalign[plan]' brings the one that goes with it.)"
+            )
 
 
 def _version(package: str) -> str | None:

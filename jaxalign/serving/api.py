@@ -75,7 +75,8 @@ def application(
         finally:
             await asyncio.to_thread(batcher.close)
 
-    async def answer(request: Request, chat: bool) -> Response:
+    async def answer(request: Request) -> Response:
+        chat = request.url.path == "/v1/chat/completions"
         guard.require_json(request.headers.getlist("content-type"))
         body = await _body(request, limits)
         parsed = requests.parse(
@@ -101,12 +102,6 @@ def application(
         whole = answer.whole(found)
         metrics.used(whole["usage"])
         return JSONResponse(whole)
-
-    async def completions(request: Request) -> Response:
-        return await answer(request, chat=False)
-
-    async def chat_completions(request: Request) -> Response:
-        return await answer(request, chat=True)
 
     async def models(request: Request) -> Response:
         entry = {"id": model, "object": "model", "created": 0, "owned_by": "jaxalign"}
@@ -137,18 +132,13 @@ def application(
             )
         ],
         routes=[
-            Route("/v1/completions", completions, methods=["POST"]),
-            Route("/v1/chat/completions", chat_completions, methods=["POST"]),
+            Route("/v1/completions", answer, methods=["POST"]),
+            Route("/v1/chat/completions", answer, methods=["POST"]),
             Route("/v1/models", models),
             Route("/health", health),
             Route("/metrics", prometheus),
         ],
-        exception_handlers={
-            Refusal: _refused,
-            404: _unknown_path,
-            405: _wrong_method,
-            Exception: _failed,
-        },
+        exception_handlers=dict.fromkeys((Refusal, 404, 405, Exception), _refused),
         lifespan=lifespan,
     )
 
@@ -244,30 +234,20 @@ def _refusal_response(refusal: Refusal) -> Response:
     return JSONResponse(refusal.body(), refusal.status, _HEADERS.get(refusal.status))
 
 
-async def _refused(request: Request, refusal: Refusal) -> Response:
+async def _refused(request: Request, error: Exception) -> Response:
+    """Whatever goes wrong, in the API's format."""
+    path, method = shown(request.url.path), shown(request.method)
+    status = getattr(error, "status_code", 500)
+    if isinstance(error, Refusal):
+        refusal = error
+    elif status == 404:
+        paths = ", ".join(guard.PATHS)
+        refusal = Refusal(f"No {path} here; there are {paths}.", status=404)
+    elif status == 405:
+        refusal = Refusal(f"{path} does not take {method}.", status=405)
+    else:
+        refusal = Refusal("The server failed; see its log.", status=500)
     return _refusal_response(refusal)
-
-
-async def _unknown_path(request: Request, error: Exception) -> Response:
-    return await _refused(
-        request,
-        Refusal(
-            f"No {shown(request.url.path)} here; there are {', '.join(guard.PATHS)}.",
-            status=404,
-        ),
-    )
-
-
-async def _wrong_method(request: Request, error: Exception) -> Response:
-    where, method = shown(request.url.path), shown(request.method)
-    refusal = Refusal(f"{where} does not take {method}.", status=405)
-    return await _refused(request, refusal)
-
-
-async def _failed(request: Request, error: Exception) -> Response:
-    return await _refused(
-        request, Refusal("The server failed; see its log.", status=500)
-    )
 
 
 def serve(

@@ -225,9 +225,8 @@ class Batcher:
                 _log.exception("Decoding %d requests failed.", len(self._running))
                 self._end(EngineFailed("The server failed; see its log."))
                 self._backend.reset()
-        self._end(EngineFailed("The server is shutting down."))
         with self._changed:
-            self._running = list(self._waiting)
+            self._running = [*self._running, *self._waiting]
             self._waiting.clear()
         self._end(EngineFailed("The server is shutting down."))
 

@@ -114,16 +114,13 @@ class Guard:
             )
 
     def _named(self, name: str | None) -> bool:
-        """Whether a host is one that the server was told of, or this machine."""
+        """Whether a host is one of those given, or this machine."""
         if "*" in self._hosts:
             return True
         return name is not None and (name in self._hosts or name.endswith(".localhost"))
 
     def _may_send(self, name: str | None) -> bool:
-        """Whether pages of a host may ask: those of a known one or of this machine.
-
-        Anybody may put a page at an address of his own.
-        """
+        """Whether pages of a host may ask: anybody may put one at his own address."""
         return self._named(name) or (
             _is_address(name) and ipaddress.ip_address(name).is_loopback
         )

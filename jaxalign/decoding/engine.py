@@ -36,23 +36,14 @@ from jaxalign.decoding.sampling import RowSettings
 
 @dataclasses.dataclass(frozen=True)
 class Finished:
-    """All samples of one submitted prompt, without padding.
+    """All samples of one submitted prompt, without padding."""
 
-    Attributes:
-      ticket: what ``submit`` returned.
-      prompt_id: as submitted.
-      tokens: an int32 array per sample, EOS included where one came.
-      logps: a float32 array per sample, the model's full distribution.
-      sampler_logps: the distribution drawn from.
-      entropies: of the full distribution, or None.
-    """
-
-    ticket: int
-    prompt_id: int
-    tokens: list[np.ndarray]
-    logps: list[np.ndarray]
-    sampler_logps: list[np.ndarray]
-    entropies: list[np.ndarray] | None
+    ticket: int  # what ``submit`` returned
+    prompt_id: int  # as submitted
+    tokens: list[np.ndarray]  # an int32 array per sample, EOS included where one came
+    logps: list[np.ndarray]  # a float32 array per sample, the model's full distribution
+    sampler_logps: list[np.ndarray]  # the distribution drawn from
+    entropies: list[np.ndarray] | None  # of the full distribution, or None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,23 +22,14 @@ from jaxalign.decoding.sampling import RowSettings
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a decode loop is compiled for.
+    """What a decode loop is compiled for."""
 
-    Attributes:
-      model: the network.
-      rules: of sampling.
-      slots: ``S``, samples of a prompt decoded at a time.
-      num_samples: ``N``, the most that a request may ask for.
-      length: ``T``, of the longest response.
-      entropy: whether to record entropies.
-    """
-
-    model: Any
-    rules: Sampling
-    slots: int
-    num_samples: int
-    length: int
-    entropy: bool
+    model: Any  # the network
+    rules: Sampling  # of sampling
+    slots: int  # ``S``, samples of a prompt decoded at a time
+    num_samples: int  # ``N``, the most that a request may ask for
+    length: int  # ``T``, of the longest response
+    entropy: bool  # whether to record entropies
 
 
 class Samples(NamedTuple):
@@ -62,25 +53,19 @@ class Samples(NamedTuple):
 
 
 class Requests(NamedTuple):
-    """Prompts and what is asked of each; arrays over ``R`` prompts.
+    """Prompts and what is asked of each; arrays over ``R`` prompts."""
 
-    Attributes:
-      tokens: int32 ``[R, Le]``, right-padded with 0. A row of zeros is no prompt.
-      keys: typed PRNG keys ``[R]``: sample ``n`` draws from ``fold_in(key, n)``.
-      num_samples: int32 ``[R]``, at most ``N``.
-      max_new_tokens: int32 ``[R]``, at most ``T``.
-      prefixes: int32 ``[R, N, T]``: tokens that responses begin with, then 0; None
-        where there are none.
-      prefix_lengths: int32 ``[R, N]`` or None.
-      settings: temperature and top-p of each, ``[R]``; None takes the rules'.
-    """
-
+    # int32 ``[R, Le]``, right-padded with 0. A row of zeros is no prompt.
     tokens: jax.Array
+    # typed PRNG keys ``[R]``: sample ``n`` draws from ``fold_in(key, n)``
     keys: jax.Array
-    num_samples: jax.Array
-    max_new_tokens: jax.Array
+    num_samples: jax.Array  # int32 ``[R]``, at most ``N``
+    max_new_tokens: jax.Array  # int32 ``[R]``, at most ``T``
+    # int32 ``[R, N, T]``: tokens that responses begin with, then 0; None where there
+    # are none
     prefixes: jax.Array | None = None
-    prefix_lengths: jax.Array | None = None
+    prefix_lengths: jax.Array | None = None  # int32 ``[R, N]`` or None
+    # temperature and top-p of each, ``[R]``; None takes the rules'
     settings: RowSettings | None = None
 
 

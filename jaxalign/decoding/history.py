@@ -17,16 +17,13 @@ from jaxalign.decoding.rules import EOS_ID, START_ID, Sampling
 
 
 class History(NamedTuple):
-    """What rows remember of their tokens.
+    """What rows remember of their tokens."""
 
-    Attributes:
-      recent: int32 ``[..., L]``, the last ``L`` inputs, oldest first, -1 before the
-        first; ``L`` is what the longest bad word or stop sequence needs.
-      seen: bool ``[..., V]``, the inputs so far, the start token among them; None
-        without a repetition penalty.
-    """
-
+    # int32 ``[..., L]``, the last ``L`` inputs, oldest first, -1 before the first;
+    # ``L`` is what the longest bad word or stop sequence needs.
     recent: jax.Array
+    # bool ``[..., V]``, the inputs so far, the start token among them; None without a
+    # repetition penalty.
     seen: jax.Array | None
 
 

@@ -18,15 +18,10 @@ import jax.numpy as jnp
 
 
 class Resampled(NamedTuple):
-    """Survivors.
+    """Survivors."""
 
-    Attributes:
-      indices: int32 ``[n]`` into the particles resampled.
-      log_weights: float32 ``[n]``; ``-inf`` for slots that nobody deserved.
-    """
-
-    indices: jax.Array
-    log_weights: jax.Array
+    indices: jax.Array  # int32 ``[n]`` into the particles resampled
+    log_weights: jax.Array  # float32 ``[n]``; ``-inf`` for slots that nobody deserved
 
 
 def effective_sample_size(log_weights: jax.Array) -> jax.Array:

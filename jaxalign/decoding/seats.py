@@ -19,17 +19,11 @@ from jaxalign.decoding.rules import Constraint
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """What the functions below are compiled for.
+    """What the functions below are compiled for."""
 
-    Attributes:
-      plan: of the loop.
-      groups: prompts decoded at a time.
-      sharding: of the groups axis, or None.
-    """
-
-    plan: Plan
-    groups: int
-    sharding: jax.sharding.Sharding | None
+    plan: Plan  # of the loop
+    groups: int  # prompts decoded at a time
+    sharding: jax.sharding.Sharding | None  # of the groups axis, or None
 
     def constrain(self, state: State) -> State:
         """Groups over the sharding's axes, so that every call returns what it got."""

@@ -19,17 +19,11 @@ LOOK = 8  # tokens decoded between two looks
 
 
 class Cut(NamedTuple):
-    """Where a stop ends a response.
+    """Where a stop ends a response."""
 
-    Attributes:
-      text: up to and including the stop.
-      start: where the stop begins in it.
-      tokens: how many tokens there are up to the one that completes the stop.
-    """
-
-    text: str
-    start: int
-    tokens: int
+    text: str  # up to and including the stop
+    start: int  # where the stop begins in it
+    tokens: int  # how many tokens there are up to the one that completes the stop
 
 
 class Stops:

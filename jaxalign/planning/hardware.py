@@ -26,22 +26,15 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Peak figures of one device.
+    """Peak figures of one device."""
 
-    Attributes:
-      flops: bfloat16 matrix operations per second, dense.
-      memory: bytes of main memory (HBM) that a program may use.
-      memory_bandwidth: bytes per second.
-      link_bandwidth: bytes per second that one device sends in a ring over its fast
-        links: both directions of one torus axis, or NVLink.
-      network_bandwidth: bytes per second and device between slices or hosts.
-    """
-
-    flops: float
-    memory: int
-    memory_bandwidth: float
+    flops: float  # bfloat16 matrix operations per second, dense
+    memory: int  # bytes of main memory (HBM) that a program may use
+    memory_bandwidth: float  # bytes per second
+    # bytes per second that one device sends in a ring over its fast links: both
+    # directions of one torus axis, or NVLink
     link_bandwidth: float
-    network_bandwidth: float
+    network_bandwidth: float  # bytes per second and device between slices or hosts
 
 
 CHIPS = {
@@ -61,19 +54,13 @@ _LARGEST = {"v4": 4096, "v5e": 256, "v5p": 8960, "v6e": 256}  # chips in a slice
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """Devices to compile for.
+    """Devices to compile for."""
 
-    Attributes:
-      name: as the user wrote it.
-      kind: a key of `CHIPS`.
-      devices: compile-only TPU devices, or this machine's CPU devices.
-      exact: whether the compiler is the target's own. Where it is not, memory is an
-        estimate from the CPU compiler.
-    """
-
-    name: str
-    kind: str
-    devices: list[Any]
+    name: str  # as the user wrote it
+    kind: str  # a key of `CHIPS`
+    devices: list[Any]  # compile-only TPU devices, or this machine's CPU devices
+    # whether the compiler is the target's own. Where it is not, memory is an estimate
+    # from the CPU compiler.
     exact: bool
 
     @property

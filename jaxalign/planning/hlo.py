@@ -46,17 +46,12 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """Bytes of one run of a program, per device.
+    """Bytes of one run of a program, per device."""
 
-    Attributes:
-      collectives: bytes sent by kind, over links inside a slice.
-      across_slices: bytes sent by kind, by collectives whose groups span slices.
-      memory: bytes read from and written to main memory.
-    """
-
-    collectives: dict[str, int]
+    collectives: dict[str, int]  # bytes sent by kind, over links inside a slice
+    # bytes sent by kind, by collectives whose groups span slices
     across_slices: dict[str, int]
-    memory: int
+    memory: int  # bytes read from and written to main memory
 
 
 def shape_bytes(shape: str, *, main_memory: bool = False) -> int:

@@ -28,21 +28,13 @@ _SMOOTH_FROM = 60
 
 @dataclasses.dataclass(frozen=True)
 class Series:
-    """One curve.
+    """One curve."""
 
-    Attributes:
-      label: for the readout, plain text.
-      colour: 0-9.
-      steps: x, ascending.
-      values: y; non-finite ones are gaps, marked on the axis.
-      dashed: drawn dashed with its points, as evaluation is.
-    """
-
-    label: str
-    colour: int
-    steps: np.ndarray
-    values: np.ndarray
-    dashed: bool = False
+    label: str  # for the readout, plain text
+    colour: int  # 0-9
+    steps: np.ndarray  # x, ascending
+    values: np.ndarray  # y; non-finite ones are gaps, marked on the axis
+    dashed: bool = False  # drawn dashed with its points, as evaluation is
 
 
 def number(value: float, digits: int = 4) -> str:

@@ -27,36 +27,28 @@ _MARKS = ("metrics.jsonl", "config.gin", "manifest.json")
 
 @dataclasses.dataclass
 class Run:
-    """What one run directory holds.
+    """What one run directory holds."""
 
-    Attributes:
-      path: the directory.
-      name: its shortest name that no other run of the report has.
-      colour: 0-9.
-      metrics: ``{name: (steps, values)}``, see `read_metrics`.
-      manifest: ``manifest.json``.
-      config: ``config.gin``, verbatim.
-      samples: of the last step that has any.
-      samples_step: that step.
-      calibration: bins ``(value, target, count)`` of the value network.
-      profile: where the time of a step went, if steps were traced.
-      missing: sentences for the reader.
-    """
-
-    path: Path
-    name: str = ""
-    colour: int = 0
+    path: Path  # the directory
+    name: str = ""  # its shortest name that no other run of the report has
+    colour: int = 0  # 0-9
+    # ``{name: (steps, values)}``, see `read_metrics`
     metrics: dict[str, tuple[np.ndarray, np.ndarray]] = dataclasses.field(
         default_factory=dict
     )
+    # ``manifest.json``.
     manifest: dict[str, Any] = dataclasses.field(default_factory=dict)
-    config: str = ""
+    config: str = ""  # ``config.gin``, verbatim.
+    # of the last step that has any
     samples: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    samples_step: int | None = None
+    samples_step: int | None = None  # that step
+    # bins ``(value, target, count)`` of the value network
     calibration: list[tuple[float, float, float]] = dataclasses.field(
         default_factory=list
     )
+    # where the time of a step went, if steps were traced
     profile: dict[str, Any] = dataclasses.field(default_factory=dict)
+    # sentences for the reader
     missing: list[str] = dataclasses.field(default_factory=list)
 
 

@@ -25,15 +25,10 @@ Samples = list[list[int]]  # token ids, EOS included where one came
 
 
 class Settings(NamedTuple):
-    """How tokens are drawn.
+    """How tokens are drawn."""
 
-    Attributes:
-      temperature: 0 takes the most probable tokens.
-      top_p: keep so much probability.
-    """
-
-    temperature: float
-    top_p: float
+    temperature: float  # 0 takes the most probable tokens
+    top_p: float  # keep so much probability
 
 
 class Backend(Protocol):
@@ -80,24 +75,15 @@ class EngineFailed(Exception):
 
 @dataclasses.dataclass(eq=False)
 class Work:
-    """One request: prompts that are answered together.
+    """One request: prompts that are answered together."""
 
-    Attributes:
-      prompts: token ids, EOS included.
-      seeds: one for each prompt.
-      settings: see ``Settings``.
-      max_new_tokens: of a response.
-      num_samples: per prompt.
-      stream: whether to tell the tokens as they come.
-      stops: texts that end a response; its tokens are those up to the stop's last.
-    """
-
-    prompts: list[list[int]]
-    seeds: list[int]
-    settings: Settings
-    max_new_tokens: int
-    num_samples: int
-    stream: bool = False
+    prompts: list[list[int]]  # token ids, EOS included
+    seeds: list[int]  # one for each prompt
+    settings: Settings  # see ``Settings``
+    max_new_tokens: int  # of a response
+    num_samples: int  # per prompt
+    stream: bool = False  # whether to tell the tokens as they come
+    # texts that end a response; its tokens are those up to the stop's last
     stops: Stops | None = None
     tickets: list[int] = dataclasses.field(init=False, default_factory=list)
     answers: dict[int, Samples] = dataclasses.field(init=False, default_factory=dict)

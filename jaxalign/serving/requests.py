@@ -16,21 +16,13 @@ from jaxalign.serving.refusals import Refusal, name_of, shown, wrong
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What a request may cost.
+    """What a request may cost."""
 
-    Attributes:
-      body_bytes: of a request.
-      prompt_tokens: of a prompt, EOS included.
-      new_tokens: of a response; also what requests that name none get.
-      samples: responses to a request, prompts times ``n``.
-      body_seconds: for a body to arrive.
-    """
-
-    body_bytes: int = 1 << 20
-    prompt_tokens: int = 1024
-    new_tokens: int = 256
-    samples: int = 64
-    body_seconds: float = 30.0
+    body_bytes: int = 1 << 20  # of a request
+    prompt_tokens: int = 1024  # of a prompt, EOS included
+    new_tokens: int = 256  # of a response; also what requests that name none get
+    samples: int = 64  # responses to a request, prompts times ``n``
+    body_seconds: float = 30.0  # for a body to arrive
 
 
 @dataclasses.dataclass(frozen=True)

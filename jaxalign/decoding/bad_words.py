@@ -35,20 +35,15 @@ _LEADS = {
 
 
 class _State(NamedTuple):
-    """How far the reader is.
+    """How far the reader is."""
 
-    Attributes:
-      matched: the longest end of the text that begins a word.
-      escape: what is open: "", "§", "§x" or "§x" and digits; " " where an escaped
-        newline would take a space along.
-      literal: as `matched`, if the open escape turned out to be none.
-      partial: bytes to come of a character, bounds of the next, and those that came
-        (empty for characters that no word holds; then only their number counts).
-    """
-
-    matched: str | None
+    matched: str | None  # the longest end of the text that begins a word
+    # what is open: "", "§", "§x" or "§x" and digits; " " where an escaped newline would
+    # take a space along
     escape: str = ""
-    literal: str | None = ""
+    literal: str | None = ""  # as `matched`, if the open escape turned out to be none
+    # bytes to come of a character, bounds of the next, and those that came (empty for
+    # characters that no word holds; then only their number counts)
     partial: tuple[int, int, int, bytes, int] | None = None
 
 

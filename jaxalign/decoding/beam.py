@@ -104,17 +104,12 @@ class BeamSearch:
 
 
 class Beams(NamedTuple):
-    """The ``R`` best beams of each prompt, best first.
+    """The ``R`` best beams of each prompt, best first."""
 
-    Attributes:
-      tokens: int32 ``[B, R, T]``, EOS included, then 0.
-      scores: float32 ``[B, R]``, normalised log-probabilities.
-      lengths: int32 ``[B, R]``; 0 where the search ended with fewer beams (their score
-        is about -1e9).
-    """
-
-    tokens: jax.Array
-    scores: jax.Array
+    tokens: jax.Array  # int32 ``[B, R, T]``, EOS included, then 0
+    scores: jax.Array  # float32 ``[B, R]``, normalised log-probabilities
+    # int32 ``[B, R]``; 0 where the search ended with fewer beams (their score is about
+    # -1e9)
     lengths: jax.Array
 
 

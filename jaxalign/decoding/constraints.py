@@ -30,18 +30,14 @@ class Automaton(Program):
     """A finite-state constraint: a program, and masks for any other decoder.
 
     Tokens that act alike in every state share a column.
-
-    Attributes:
-      next_state: int32 ``[S, C]``, the state after a token of each class, or -1, which
-        stands for the last state and leads nowhere; state 0 is the start. Both sizes
-        are powers of two, so that constraints of like size share what is compiled.
-      token_class: int32 ``[V]``.
-      distance: int32 ``[S]``, the fewest tokens to the end, EOS included.
     """
 
+    # int32 ``[S, C]``, the state after a token of each class, or -1, which stands for
+    # the last state and leads nowhere; state 0 is the start. Both sizes are powers of
+    # two, so that constraints of like size share what is compiled.
     next_state: jax.Array
-    token_class: jax.Array
-    distance: jax.Array
+    token_class: jax.Array  # int32 ``[V]``
+    distance: jax.Array  # int32 ``[S]``, the fewest tokens to the end, EOS included
 
     def init(self) -> State:
         return jnp.int32(0)

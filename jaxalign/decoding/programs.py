@@ -44,23 +44,16 @@ State = Any
 
 
 class Context(NamedTuple):
-    """What a program may look at before the token at ``position``.
+    """What a program may look at before the token at ``position``."""
 
-    Attributes:
-      logps: float32 ``[M, V]``, log-probabilities of the next token given each of the
-        ``M`` prompts; row 0 is the model that particles are drawn from.
-      tokens: int32 ``[T]``, the tokens so far, then 0.
-      position: int32 scalar, how many there are.
-      remaining: int32 scalar, how many may follow, EOS included; huge where particles
-        need not end.
-      prompt_id: uint32 scalar, as given to ``smc``.
-    """
-
+    # float32 ``[M, V]``, log-probabilities of the next token given each of the ``M``
+    # prompts; row 0 is the model that particles are drawn from
     logps: jax.Array
-    tokens: jax.Array
-    position: jax.Array
+    tokens: jax.Array  # int32 ``[T]``, the tokens so far, then 0
+    position: jax.Array  # int32 scalar, how many there are
+    # int32 scalar, how many may follow, EOS included; huge where particles need not end
     remaining: jax.Array
-    prompt_id: jax.Array
+    prompt_id: jax.Array  # uint32 scalar, as given to ``smc``
 
 
 class Program:
@@ -97,12 +90,9 @@ class AllowedTokens(Program):
 
     The proposal is the model restricted to the allowed tokens and renormalised, so each
     step multiplies the weight by their mass.
-
-    Attributes:
-      allowed: bool ``[V]``, EOS among them.
     """
 
-    allowed: jax.Array
+    allowed: jax.Array  # bool ``[V]``, EOS among them
 
     def proposal(self, state: State, context: Context) -> jax.Array:
         kept = jnp.where(self.allowed, context.logps[0], -jnp.inf)
@@ -184,12 +174,9 @@ class PromptIntersection(Program):
 
     ``P(s) ~ prod_j p(s | prompt_j)``: text that continues all of them. The proposal is
     the normalised product: a step multiplies the weight by ``sum_v prod_j p_j(v)``.
-
-    Attributes:
-      num_contexts: prompts ``M``.
     """
 
-    num_contexts: int = flax.struct.field(pytree_node=False)
+    num_contexts: int = flax.struct.field(pytree_node=False)  # prompts ``M``
 
     def proposal(self, state: State, context: Context) -> jax.Array:
         return only_eos_at_last(jnp.sum(context.logps, axis=0), context)

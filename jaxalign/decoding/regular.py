@@ -17,15 +17,10 @@ DEAD = -1
 
 
 class ByteAutomaton(NamedTuple):
-    """A deterministic automaton over UTF-8 bytes; state 0 is the start.
+    """A deterministic automaton over UTF-8 bytes; state 0 is the start."""
 
-    Attributes:
-      table: int32 ``[S, 256]``, the next state, or -1.
-      accepting: bool ``[S]``.
-    """
-
-    table: np.ndarray
-    accepting: np.ndarray
+    table: np.ndarray  # int32 ``[S, 256]``, the next state, or -1
+    accepting: np.ndarray  # bool ``[S]``
 
     def accepts(self, text: str) -> bool:
         """Whether the whole text is in the language."""

@@ -28,19 +28,14 @@ _BLOCK = 128
 
 
 class Draw(NamedTuple):
-    """One token per row; all arrays ``[...]``.
+    """One token per row; all arrays ``[...]``."""
 
-    Attributes:
-      tokens: int32 ids.
-      logps: log-probability under the model's full, untempered distribution.
-      sampler_logps: log-probability under the distribution drawn from; 0 for greedy
-        and for forced tokens.
-      entropies: of the full distribution, in nats; None unless asked for.
-    """
-
-    tokens: jax.Array
-    logps: jax.Array
+    tokens: jax.Array  # int32 ids
+    logps: jax.Array  # log-probability under the model's full, untempered distribution
+    # log-probability under the distribution drawn from; 0 for greedy and for forced
+    # tokens
     sampler_logps: jax.Array
+    # of the full distribution, in nats; None unless asked for
     entropies: jax.Array | None = None
 
 
@@ -48,14 +43,10 @@ class RowSettings(NamedTuple):
     """Temperature and nucleus of each row, in place of one for all; arrays ``[...]``.
 
     They are data, not part of what is compiled: a server takes any of them.
-
-    Attributes:
-      temperature: float32; 0 takes the most probable token.
-      top_p: float32 in ``(0, 1]``.
     """
 
-    temperature: jax.Array
-    top_p: jax.Array
+    temperature: jax.Array  # float32; 0 takes the most probable token
+    top_p: jax.Array  # float32 in ``(0, 1]``
 
 
 def _row_logits(logits: jax.Array, rows: RowSettings) -> jax.Array:

@@ -16,7 +16,6 @@ import numpy as np
 
 from jaxalign.decoding import constraints
 from jaxalign.decoding.regular import DEAD
-from jaxalign.decoding.rules import EOS_ID
 
 _HEX = "0123456789abcdef"
 _OTHER = ""  # any character that no word holds
@@ -220,26 +219,6 @@ def without(
     more = max(0, (num_tokens or 0) - len(spelt))
     spelt += [spelt[vocabulary.unk_id]] * more
     first += [first[vocabulary.unk_id]] * more
-    # State 0: no text yet. Then the reader's states that tokens lead to, then the end.
-    begun = constraints.walk(table, np.zeros(1, np.int64), first)
-    empty = np.array([not raw for raw in first])
-    found, rows, fresh = np.zeros(0, np.int64), [], np.unique(begun[begun >= 0])
-    while fresh.size:
-        if (len(found) + len(fresh)) * len(spelt) > _MOST:
-            raise ValueError(
-                f"{len(words)} bad words need a table of more than {_MOST} entries for "
-                f"{len(spelt)} tokens: name fewer, or shorter ones."
-            )
-        found = np.concatenate([found, fresh])
-        rows.append(constraints.walk(table, fresh, spelt))
-        fresh = np.setdiff1d(rows[-1][rows[-1] >= 0], found)
-    inside = np.concatenate([begun, *rows])
-    order = np.argsort(found)
-    targets = order[np.searchsorted(found[order], np.maximum(inside, found.min()))] + 1
-    targets = np.where(inside >= 0, targets, DEAD).astype(np.int32)
-    targets[0, empty] = 0
-    ends = np.concatenate([[True], fine[found], [True]])
-    targets = np.vstack([targets, np.full((1, len(spelt)), DEAD, np.int32)])
-    targets[:, EOS_ID] = np.where(ends, len(found) + 1, DEAD)
-    targets[-1] = DEAD
-    return constraints.pack(targets, ends)
+    return constraints.from_bytes(
+        table, fine, spelt, first, unfinished=True, limit=_MOST
+    )

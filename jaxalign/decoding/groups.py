@@ -156,10 +156,7 @@ def drop(groups: Groups, dropped: jax.Array) -> Groups:
 def end(groups: Groups, ended: jax.Array, constraint: Constraint | None) -> Groups:
     """Ends samples where they stand; their slots take the prompts' next ones.
 
-    Args:
-      groups: of the state.
-      ended: bool ``[G, N]``: samples; those without a slot are left alone.
-      constraint: as given to `new_groups`.
+    ``ended`` is bool ``[G, N]``; samples without a slot are left alone.
     """
     slots = jnp.take_along_axis(ended, groups.sample, axis=1)
     return refill(groups._replace(ended=groups.ended | slots), constraint)

@@ -58,15 +58,9 @@ def run(
     max_steps: jax.Array | None = None,
     stop_when_free: jax.Array | None = None,
 ) -> State:
-    """Steps until all samples have ended.
+    """Steps until all samples have ended, or what is given of two limits is reached.
 
-    Args:
-      plan: what is compiled.
-      params: of the model.
-      state: its cache is overwritten where the caller donates it.
-      constraint: as given to `new_groups`.
-      max_steps: return after so many steps.
-      stop_when_free: return when so many groups are free.
+    `max_steps` counts steps, `stop_when_free` groups that are free.
     """
     first = state.cursor
 

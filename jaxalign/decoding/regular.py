@@ -185,11 +185,8 @@ def through_escapes(
 ) -> ByteAutomaton:
     """The escaped spellings of the texts of a language.
 
-    Args:
-      automaton: over plain text.
-      opener: the character that opens an escape.
-      letters: what each one-letter escape stands for; that of a newline takes one
-        space behind it along. Escapes by number (``x..;``) are left out.
+    ``letters`` says what each one-letter escape behind ``opener`` stands for; that of a
+    newline takes one space along. Escapes by number (``x..;``) are left out.
     """
     table, accepting = automaton
     size = len(accepting)

@@ -68,15 +68,10 @@ def _row_logits(logits: jax.Array, rows: RowSettings) -> jax.Array:
 def sampler_logits(
     logits: jax.Array, sampling: Sampling, rows: RowSettings | None = None
 ) -> jax.Array:
-    """The unnormalised log-probabilities that tokens are drawn from.
+    """What tokens are drawn from: log-probabilities ``[..., V]`` up to a constant.
 
-    Args:
-      logits: ``[..., V]`` float32.
-      sampling: with ``temperature > 0``.
-      rows: temperature and top-p of each row; then those of `sampling` do not count.
-
-    Returns:
-      ``[..., V]``: tempered, then truncated; up to a constant per row.
+    Tempered, then truncated; `rows`, where given, replaces the temperature, which is
+    otherwise above 0, and the top-p of `sampling`.
     """
     if rows is not None:
         if sampling.top_k:

@@ -219,9 +219,8 @@ def params_from_huggingface(
     )
     if embedding is not None:
         state.setdefault("shared.weight", embedding)
-    if not config.logits_via_embedding and embedding is not None:
-        # A tied but unscaled head is stored once.
-        state.setdefault("lm_head.weight", state["shared.weight"])
+        if not config.logits_via_embedding:  # a tied but unscaled head is stored once
+            state.setdefault("lm_head.weight", embedding)
     for name in aliases:
         if name in state and not np.array_equal(
             np.asarray(state[name]), np.asarray(state["shared.weight"])

@@ -88,19 +88,11 @@ def bytes_per_device(tree: Any) -> int:
 def candidate(
     run: runs.Run, topology: Topology, sizes: dict[str, int], steps: tuple[str, ...]
 ) -> dict[str, Any]:
-    """Compiles a run's programs for one mesh and says what came out.
+    """Compiles a run's programs for one mesh: a candidate of `jaxalign.planning.plan`.
 
-    Args:
-      run: the run.
-      topology: what to compile for.
-      sizes: ``{"data", "fsdp", "tensor"}``; one may be -1.
-      steps: of `programs.STEPS`; the first is what the top-level keys describe.
-
-    Returns:
-      The keys of a candidate, see `jaxalign.planning.plan`.
-
-    Raises:
-      ValueError: where batch or network do not divide over the mesh.
+    ``sizes`` are of ``data``, ``fsdp`` and ``tensor``, one of them -1 at most; the
+    first of ``steps`` is what the top-level keys describe. Raises a ValueError where
+    batch or network do not divide over the mesh.
     """
     mesh = meshes.make_mesh(**sizes, devices=topology.devices)
     ready = programs.abstract_setup(run, mesh)

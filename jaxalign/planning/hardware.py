@@ -222,10 +222,8 @@ def parse_mesh(text: str) -> dict[str, int]:
 def candidate_meshes(count: int, slices: int, limit: int) -> list[dict[str, int]]:
     """Meshes to compare: fsdp over a slice, then ever more tensor, then more data.
 
-    Args:
-      count: devices.
-      slices: slices; data goes over them.
-      limit: the largest tensor axis that divides heads, hidden layer and vocabulary.
+    Of ``count`` devices in slices, over which data goes; a tensor axis divides
+    ``limit``, as it must heads, hidden layer and vocabulary.
 
     >>> candidate_meshes(16, 1, 4)[:2]
     [{'data': 1, 'fsdp': 16, 'tensor': 1}, {'data': 1, 'fsdp': 8, 'tensor': 2}]

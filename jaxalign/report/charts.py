@@ -203,16 +203,13 @@ def line_chart(
     unit_interval: bool = False,
     smoothing: bool = True,
 ) -> tuple[str, list[str]]:
-    """Curves over steps.
+    """Curves over steps, at least one with a finite value; notes for their caption.
 
     Args:
-      series: at least one with a finite value.
+      series: the curves.
       title: for screen readers.
       unit_interval: fix the axis to 0..1.
       smoothing: draw long noisy curves as a moving mean over faint points.
-
-    Returns:
-      The SVG, and notes for its caption (clipped outliers, non-finite values).
     """
     drawn = [s for s in series if np.isfinite(s.values).any()]
     y0, y1, clipped = _limits(drawn, unit_interval)

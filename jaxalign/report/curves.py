@@ -23,6 +23,8 @@ class _Group:
     patterns: tuple[str, ...]  # full matches of names without train/ or eval/
 
 
+_REWARDS = ("accuracies", "chosen", "rejected", "mean")
+
 # A metric goes to the first group that matches it; the order within one is the
 # patterns'.
 _GROUPS = (
@@ -34,13 +36,7 @@ _GROUPS = (
     _Group(
         "Rewards",
         "Implied rewards β·log(π/π_ref), as in TRL; margins are chosen minus rejected.",
-        (
-            "rewards/margins.*",
-            "rewards/accuracies",
-            "rewards/chosen",
-            "rewards/rejected",
-            "rewards/mean",
-        ),
+        ("rewards/margins.*", *(f"rewards/{x}" for x in _REWARDS)),
     ),
     _Group(
         "Distance from the reference policy",
@@ -60,16 +56,11 @@ _GROUPS = (
     ),
 )
 
-_UNITS = {
-    "log_ratios/mean": "nats",
-    "log_ratios/chosen": "nats",
-    "log_ratios/rejected": "nats",
+_NATS = ("log_ratios/mean", "log_ratios/chosen", "log_ratios/rejected")
+_NATS += ("reference_point", "reference_point/unclamped")
+_NATS += ("logps", "logps/chosen", "logps/rejected")
+_UNITS = dict.fromkeys(_NATS, "nats") | {
     "log_ratios/token": "nats per token",
-    "reference_point": "nats",
-    "reference_point/unclamped": "nats",
-    "logps": "nats",
-    "logps/chosen": "nats",
-    "logps/rejected": "nats",
     "tokens_per_second": "tokens/s",
     "steps_per_second": "steps/s",
     "rewards/accuracies": "share of pairs",
@@ -120,18 +111,16 @@ def _rank(group: _Group, name: str) -> int | None:
 
 
 def _panel(runs: list[Run], name: str) -> str:
-    series, having = [], []
+    series: list[charts.Series] = []
+    having = []
     for run in runs:
-        found = False
-        for full, (steps, values) in run.metrics.items():
-            split, base = split_name(full)
-            if base == name and len(steps):
-                found = True
-                label = run.name + (" (eval)" if split == "eval" else "")
-                dashed = split == "eval"
-                series.append(charts.Series(label, run.colour, steps, values, dashed))
-        if found:
-            having.append(run)
+        own = [(split_name(full), points) for full, points in run.metrics.items()]
+        own = [(split, x) for (split, base), x in own if base == name and len(x[0])]
+        for split, points in own:
+            dashed = split == "eval"
+            label = run.name + " (eval)" * dashed
+            series.append(charts.Series(label, run.colour, *points, dashed))
+        having += [run.name] * bool(own)
     unit = f" <small>{esc(_UNITS[name])}</small>" if name in _UNITS else ""
     title = f"<figcaption><b>{esc(name)}</b>{unit}"
     if not any(np.isfinite(s.values).any() for s in series):
@@ -145,7 +134,7 @@ def _panel(runs: list[Run], name: str) -> str:
         smoothing=not name.startswith("learning_rate"),
     )
     if len(having) < len(runs):
-        notes.insert(0, "only " + ", ".join(run.name for run in having))
+        notes.insert(0, "only " + ", ".join(having))
     note = f'<p class="caption">{esc("; ".join(notes))}</p>' if notes else ""
     return f"<figure>{title}</figcaption>{svg}{note}</figure>"
 
@@ -169,17 +158,9 @@ def _calibration(runs: list[Run]) -> str:
 
 
 _LAST = (
-    "loss",
-    "rewards/chosen",
-    "rewards/rejected",
-    "rewards/margins",
-    "rewards/accuracies",
-    "log_ratios/mean",
-    "value/mean",
-    "value/std",
-    "value/correlation",
-    "grad_norm",
-    "tokens_per_second",
+    *("loss", "rewards/chosen", "rewards/rejected", "rewards/margins"),
+    *("rewards/accuracies", "log_ratios/mean", "value/mean", "value/std"),
+    *("value/correlation", "grad_norm", "tokens_per_second"),
 )
 
 

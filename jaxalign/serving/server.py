@@ -9,27 +9,20 @@ import socket
 import time
 from typing import Any
 
-_NEEDED = ("starlette", "uvicorn")
 # File descriptors that are not for connections: libraries, logs, devices.
 _RESERVED = 64
 
 
 def require() -> None:
-    """Says what to install where the server's packages are missing.
-
-    Raises:
-      ImportError: naming the extra.
-    """
-    import importlib
-
-    for name in _NEEDED:
-        try:
-            importlib.import_module(name)
-        except ImportError as error:
-            raise ImportError(
-                f"Serving needs {' and '.join(_NEEDED)}: "
-                f"pip install 'jaxalign[serve]'. ({error})"
-            ) from error
+    """Says what to install where the server's packages are missing."""
+    try:
+        import starlette  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            "Serving needs starlette and uvicorn: pip install 'jaxalign[serve]'. "
+            f"({error})"
+        ) from error
 
 
 def listen(host: str, port: int) -> socket.socket:

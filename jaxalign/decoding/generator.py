@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -121,20 +122,26 @@ class Generator:
             num_samples=num_samples,
             batch_size=batch_size,
         )
-        self._model = model
+        self._engine = functools.partial(
+            Engine,
+            model,
+            max_new_tokens=max_new_tokens,
+            num_samples=num_samples,
+            slots=slots,
+            sampling=sampling,
+            constraint=constraint,
+            entropy=entropy,
+            sharding=sharding,
+        )
         self._vocabulary = vocabulary
         self._max_prompt_length = max_prompt_length
         self._max_new_tokens = max_new_tokens
-        self._num_samples = num_samples
-        self._sampling = Sampling() if sampling is None else sampling
         self._batch_size = batch_size
-        self._slots = slots
         self._stops = Stops(stop, vocabulary)
         self._constraint = constraint
         # On the host, where responses are judged.
         judges = hasattr(constraint, "accepts")
         self._judged = jax.device_get(constraint) if judges else None
-        self._entropy = entropy
         self._seed = seed
         self._sharding = sharding
         self._progress = progress
@@ -253,19 +260,11 @@ class Generator:
             by_length.setdefault(length, []).append(i)
         # Longest first: memory runs out at once or not at all.
         for length in sorted(by_length, reverse=True):
-            engine = Engine(
-                self._model,
+            engine = self._engine(
                 params,
                 prompt_length=length,
-                max_new_tokens=self._max_new_tokens,
-                num_samples=self._num_samples,
                 groups=size,
-                slots=self._slots,
-                sampling=self._sampling,
-                constraint=self._constraint,
                 prefixes=any(len(prompt.prefixes) for prompt in prompts),
-                entropy=self._entropy,
-                sharding=self._sharding,
             )
             tickets = {}
             for i in by_length[length]:

@@ -83,16 +83,10 @@ def _step(
     """One token for every slot at work, then new samples for those that ended."""
     groups, old, rules = state.groups, state.groups.samples, plan.rules
     count, slots = groups.ended.shape
+    cache = _with_axis(state.cache, slots)
+    args = groups.inputs, groups.position, cache, groups.cross_kv, groups.encoder_mask
     logits, cache = network.apply(
-        plan.model,
-        params,
-        "decode_step",
-        groups.inputs,
-        groups.position,
-        _with_axis(state.cache, slots),
-        groups.cross_kv,
-        groups.encoder_mask,
-        state.cursor,
+        plan.model, params, "decode_step", *args, state.cursor
     )
     of_group = jnp.broadcast_to(jnp.arange(count)[:, None], (count, slots))
     forced = None

@@ -216,8 +216,6 @@ class Potential(Program):
 def text_function(
     function: Callable[[list[str], list[int]], Sequence[float]],
     vocabulary: Any,
-    *,
-    every_token: bool = False,
 ) -> Callable[..., jax.Array]:
     """A :class:`Potential` function out of Python code that scores texts.
 
@@ -225,26 +223,24 @@ def text_function(
       function: takes a list of texts and the prompt ids that they answer, never empty;
         returns a log-potential for each.
       vocabulary: decodes token ids.
-      every_token: score unfinished texts too; as in the ``Potential``.
     """
 
     def on_host(*arrays):
         tokens, length, done, prompt_ids = map(np.asarray, arrays)
-        wanted = np.ones_like(done) if every_token else done
         values = np.zeros(done.shape, np.float32)
-        if wanted.any():
+        if done.any():
             texts = [
                 vocabulary.decode(row[:n].tolist())
-                for row, n in zip(tokens[wanted], length[wanted], strict=True)
+                for row, n in zip(tokens[done], length[done], strict=True)
             ]
-            scores = function(texts, prompt_ids[wanted].tolist())
+            scores = function(texts, prompt_ids[done].tolist())
             scores = np.asarray(scores, np.float32)
             if scores.shape != (len(texts),):
                 raise ValueError(
                     f"The potential must return one number for each of {len(texts)} "
                     f"texts, got shape {scores.shape}."
                 )
-            values[wanted] = scores
+            values[done] = scores
         return values
 
     def potential(tokens, length, done, prompt_id):

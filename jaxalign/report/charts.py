@@ -37,7 +37,7 @@ class Series:
     dashed: bool = False  # drawn dashed with its points, as evaluation is
 
 
-def number(value: float, digits: int = 4) -> str:
+def number(value: float) -> str:
     """Formats for reading: ``12.3k``, ``0.001``, ``2e-05``.
 
     >>> [number(x) for x in (0.0, 12345.0, 0.001, 0.00002, -1.5, float("nan"))]
@@ -49,8 +49,8 @@ def number(value: float, digits: int = 4) -> str:
         return "∞" if value > 0 else "-∞"
     for limit, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
         if abs(value) >= limit:
-            return f"{value / (limit if unit != 'k' else 1e3):.{digits}g}{unit}"
-    return f"{value:.{digits}g}"
+            return f"{value / (limit if unit != 'k' else 1e3):.4g}{unit}"
+    return f"{value:.4g}"
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
@@ -67,14 +67,11 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     return [round(i * step, 12) for i in range(first, last + 1)]
 
 
-def thin(steps: np.ndarray, values: np.ndarray, buckets: int = _BUCKETS):
-    """Keeps the extremes of each of `buckets` stretches, and their order.
-
-    Returns at most ``2 * buckets`` points; short series come back unchanged.
-    """
-    if len(steps) <= 2 * buckets:
+def thin(steps: np.ndarray, values: np.ndarray):
+    """Keeps the extremes of each of `_BUCKETS` stretches, and their order."""
+    if len(steps) <= 2 * _BUCKETS:
         return steps, values
-    edges = np.linspace(0, len(steps), buckets + 1).astype(int)
+    edges = np.linspace(0, len(steps), _BUCKETS + 1).astype(int)
     keep: list[int] = []
     for start, stop in zip(edges, edges[1:], strict=False):
         part = values[start:stop]

@@ -12,14 +12,7 @@ from jaxalign.serving.requests import ParsedRequest
 
 
 class Answer:
-    """The answer to one request.
-
-    Args:
-      request: what is answered.
-      vocabulary: decodes tokens.
-      chat: whether it is a chat completion.
-      model: its name.
-    """
+    """The answer to one request, which is a chat completion or a plain one."""
 
     def __init__(
         self, request: ParsedRequest, vocabulary: Any, *, chat: bool, model: str
@@ -44,7 +37,7 @@ class Answer:
         }
 
     def text(self, tokens: list[int], complete: bool) -> tuple[str, str | None]:
-        """The text that may be told of a sample, and why it ended, if it did.
+        """The text that may be sent of a sample, and why it ended, if it did.
 
         Of a sample that goes on, what may still change is held back: half a character,
         an open escape, and what may be the beginning of a stop sequence.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 import itertools
 from typing import Any, NamedTuple
 
@@ -36,7 +37,7 @@ class EngineBackend:
     stays. Where none is idle, prompts wait in the order in which they came.
 
     Args:
-      policy: a loaded checkpoint: ``model``, ``params``, ``vocabulary``.
+      policy: a loaded checkpoint: ``model`` and ``params``.
       max_prompt_tokens: of a prompt, EOS included.
       max_new_tokens: of a response.
       max_samples: of a prompt.
@@ -44,10 +45,6 @@ class EngineBackend:
       max_engines: at a time.
       max_engine_bytes: of device memory that engines hold together; no bound if None.
         One engine is kept whatever it holds.
-
-    Attributes:
-      engines: how many there are.
-      engine_bytes: of device memory that they hold.
     """
 
     def __init__(
@@ -63,11 +60,17 @@ class EngineBackend:
     ):
         if max_engines < 1:
             raise ValueError(f"max_engines must be at least 1, got {max_engines}.")
-        self._policy = policy
+        self._new_engine = functools.partial(
+            Engine,
+            policy.model,
+            policy.params,
+            max_new_tokens=max_new_tokens,
+            groups=batch_size,
+            admit=1,
+            per_prompt=True,
+        )
         self._max_prompt_tokens = max_prompt_tokens
-        self._max_new_tokens = max_new_tokens
         self._max_samples = max_samples
-        self._batch_size = batch_size
         self._max_engines = max_engines
         self._max_bytes = max_engine_bytes
         self._bytes: dict[_Kind, int] = {}  # of each kind seen so far
@@ -75,10 +78,12 @@ class EngineBackend:
 
     @property
     def engines(self) -> int:
+        """How many there are."""
         return len(self._engines)
 
     @property
     def engine_bytes(self) -> int:
+        """Of device memory that engines hold."""
         return sum(self._bytes[kind] for kind in list(self._engines))
 
     def reset(self) -> None:
@@ -97,16 +102,8 @@ class EngineBackend:
                 return None
         if engine is None:
             length, samples = kind
-            engine = Engine(
-                self._policy.model,
-                self._policy.params,
-                prompt_length=length,
-                max_new_tokens=self._max_new_tokens,
-                num_samples=samples,
-                groups=self._batch_size,
-                slots=min(samples, _SLOTS),
-                admit=1,
-                per_prompt=True,
+            engine = self._new_engine(
+                prompt_length=length, num_samples=samples, slots=min(samples, _SLOTS)
             )
             self._bytes[kind] = engine.nbytes
         self._engines[kind] = engine

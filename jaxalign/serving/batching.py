@@ -100,11 +100,8 @@ class Work:
 class Batcher:
     """Feeds requests to a backend in the order in which they came.
 
-    Args:
-      backend: what generates.
-      batch_size: prompts decoded at a time; a larger request runs when there is any
-        room, and fills the backend's own queue.
-      max_waiting: requests in the queue; more are refused.
+    A request larger than `batch_size` prompts runs when there is any room, and fills
+    the backend's own queue.
     """
 
     def __init__(self, backend: Backend, *, batch_size: int, max_waiting: int):

@@ -63,12 +63,11 @@ class Guard:
                 status = message["status"]
             await send(message)
 
+        app = self._app
         try:
             self._check(scope)
         except Refusal as refusal:
             app = self._refuse(refusal)
-        else:
-            app = self._app
         try:
             await app(scope, receive, counted)
         finally:

@@ -331,7 +331,9 @@ def _smc(
         parents = survivors.indices // expansion
 
         def of_child(tree):  # [B, N, K, ...] -> [B, N, ...]
-            flat = jax.tree.map(lambda x: x.reshape(b, -1, *x.shape[3:]), tree)
+            flat = jax.tree.map(
+                lambda x: x.reshape(b, n * expansion, *x.shape[3:]), tree
+            )
             return network.take_rows(flat, survivors.indices)
 
         def of_parent(tree):  # [B, N, ...]

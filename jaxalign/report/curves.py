@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import html
 import re
 
@@ -16,45 +15,32 @@ from jaxalign.report.sections import key
 esc = html.escape
 
 
-@dataclasses.dataclass(frozen=True)
-class _Group:
-    title: str
-    note: str
-    patterns: tuple[str, ...]  # full matches of names without train/ or eval/
-
-
 _REWARDS = ("accuracies", "chosen", "rejected", "mean")
-
-# A metric goes to the first group that matches it; the order within one is the
-# patterns'.
-_GROUPS = (
-    _Group(
-        "Loss",
+# Titles with their notes, and full matches of names without train/ or eval/. A metric
+# goes to the first group that matches it; the order within one is the patterns'.
+_GROUPS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "Loss": (
         "What was minimised.",
         ("loss", "objective", "loss/.*", "nll.*", ".*perplexity", "accuracy.*"),
     ),
-    _Group(
-        "Rewards",
+    "Rewards": (
         "Implied rewards β·log(π/π_ref), as in TRL; margins are chosen minus rejected.",
         ("rewards/margins.*", *(f"rewards/{x}" for x in _REWARDS)),
     ),
-    _Group(
-        "Distance from the reference policy",
+    "Distance from the reference policy": (
         "Log-ratios log(π/π_ref) of the data's responses, in nats: negative where the "
         "policy finds them less likely. Chosen ones may fall while margins grow.",
         ("log_ratios/mean", "log_ratios.*", "reference_point.*", "logps.*"),
     ),
-    _Group(
-        "Value network",
+    "Value network": (
         "In units of the (standardised) reward.",
         ("value/correlation", "value/mean", "value/std", "value/.*"),
     ),
-    _Group(
-        "Optimisation and speed",
+    "Optimisation and speed": (
         "Gradient norms are taken before clipping.",
         ("learning_rate.*", "grad_norm.*", "tokens_per_second", "steps_per_second"),
     ),
-)
+}
 
 _NATS = ("log_ratios/mean", "log_ratios/chosen", "log_ratios/rejected")
 _NATS += ("reference_point", "reference_point/unclamped")
@@ -77,37 +63,28 @@ def split_name(name: str) -> tuple[str, str]:
 def curves(runs: list[Run]) -> str:
     """Every metric of every run, one chart a metric, in groups."""
     names = sorted({split_name(n)[1] for run in runs for n in run.metrics} - {"time"})
-    placed: dict[str, list[str]] = {group.title: [] for group in _GROUPS}
-    rest = []
-    for name in names:
-        group = next((g for g in _GROUPS if _rank(g, name) is not None), None)
-        (placed[group.title] if group else rest).append(name)
     out = []
-    for group in _GROUPS:
-        members = sorted(placed[group.title], key=lambda n: (_rank(group, n), n))
+    for title, (note, patterns) in _GROUPS.items():
+        members = []
+        for pattern in patterns:
+            members += [name for name in names if re.fullmatch(pattern, name)]
+            names = [name for name in names if name not in members]
         panels = [_panel(runs, name) for name in members]
-        if group.title == "Value network":
+        if title == "Value network":
             panels.append(_calibration(runs))
         panels = [p for p in panels if p]
         if panels:
             out.append(
-                f"<h3>{group.title}</h3><p class='note'>{group.note}</p>"
+                f"<h3>{title}</h3><p class='note'>{note}</p>"
                 f'<div class="grid">{"".join(panels)}</div>'
             )
-    panels = [p for p in (_panel(runs, name) for name in rest) if p]
+    panels = [p for p in (_panel(runs, name) for name in names) if p]
     if panels:
         out.append(
             f"<details class='more'><summary>{len(panels)} more metrics</summary>"
             f'<div class="grid">{"".join(panels)}</div></details>'
         )
     return "".join(out) or "<p>No run has recorded a metric yet.</p>"
-
-
-def _rank(group: _Group, name: str) -> int | None:
-    for i, pattern in enumerate(group.patterns):
-        if re.fullmatch(pattern, name):
-            return i
-    return None
 
 
 def _panel(runs: list[Run], name: str) -> str:

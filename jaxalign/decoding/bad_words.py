@@ -81,10 +81,9 @@ class _Reader:
         spans = [(value << 4 * s, (value + 1) << 4 * s) for s in range(room + 1)]
         kinds = []
         for low, high in spans:
-            place = sum(edge <= low for edge in self._edges)
             if any(low < edge < high for edge in self._edges):
                 return digits
-            kinds.append(place)
+            kinds.append(sum(edge <= low for edge in self._edges))
         return self._same.setdefault((len(digits), tuple(kinds)), digits)
 
     def read(self, state: _State, c: str) -> _State:

@@ -12,6 +12,7 @@ nothing, and they are not returned.
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -110,11 +111,9 @@ class Stops:
             found = self.find(text, after)
             return found and Cut(text[: found[1]], found[0], len(tokens))
         # Each token only adds to the text: the fewest of them that reach the end.
-        low, high = forced, len(tokens)
-        while low < high:
-            middle = (low + high) // 2
-            if len(decode(tokens[:middle], final=False)) >= found[1]:
-                high = middle
-            else:
-                low = middle + 1
-        return Cut(text[: found[1]], found[0], low)
+        fewest = forced + bisect.bisect_left(
+            range(forced, len(tokens)),
+            found[1],
+            key=lambda n: len(decode(tokens[:n], final=False)),
+        )
+        return Cut(text[: found[1]], found[0], fewest)

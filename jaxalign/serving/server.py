@@ -93,19 +93,19 @@ def configuration(
 
         def data_received(self, data: bytes) -> None:
             super().data_received(data)
-            if self._asked():
+            if self._has_request():
                 self._stop_waiting()
 
         def on_response_complete(self) -> None:
             super().on_response_complete()
-            if not self._asked() and not self.transport.is_closing():
+            if not self._has_request() and not self.transport.is_closing():
                 self._await_request()
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._stop_waiting()
             super().connection_lost(exc)
 
-        def _asked(self) -> bool:
+        def _has_request(self) -> bool:
             return self.cycle is not None and not self.cycle.response_complete
 
         def _await_request(self) -> None:

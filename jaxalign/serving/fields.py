@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
 from jaxalign.serving.refusals import Refusal, name_of, shown, wrong
+from jaxalign.user_code import hint
 
 # Accepted and without effect on the responses, with their types.
 _IGNORED: dict[str, type] = {
@@ -69,9 +69,8 @@ def check_fields(body: Mapping[str, Any], chat: bool) -> None:
             if name == "metadata" and value:
                 _check_metadata(value)
         elif name not in neutral:
-            near = difflib.get_close_matches(name[:100], known, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise Refusal(f"Unknown field {shown(name)}.{hint}", param=name[:100])
+            near = hint(name[:100], known)
+            raise Refusal(f"Unknown field {shown(name)}.{near}", param=name[:100])
         elif value is not None and not any(_same(value, x) for x in neutral[name]):
             raise wrong(name, f"is not supported; leave it out. Got {shown(value)}.")
 

@@ -32,9 +32,8 @@ def samples(runs: Sequence[Run]) -> str:
         return "<p>No run has samples.</p>"
     # Prompts that more runs answered first; otherwise as they came.
     order = sorted(by_prompt, key=lambda p: -len(by_prompt[p]))[:_MAX_PROMPTS]
-    steps = ", ".join(
-        f"{r.name} at step {r.samples_step}" for r in runs if r.samples_step is not None
-    )
+    sampled = [run for run in runs if run.samples_step is not None]
+    steps = ", ".join(f"{run.name} at step {run.samples_step}" for run in sampled)
     out = [
         f'<p class="note">{len(order)} of {len(by_prompt)} prompts. Samples of '
         f"{esc(steps)}. log p is the sum over a response's tokens, in nats.</p>"

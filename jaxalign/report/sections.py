@@ -21,6 +21,10 @@ def key(run: Run) -> str:
     return f'<i class="key c{run.colour}"></i>{esc(run.name)}'
 
 
+_HEADER = {"objective": "", "steps": "step", "wall time": ""}
+_HEADER |= {"data fingerprint": "data", "params fingerprint": "params"}
+
+
 def headers(runs: list[Run]) -> str:
     """One line a run: what it is, and which data and parameters it stands for."""
     out = []
@@ -28,13 +32,7 @@ def headers(runs: list[Run]) -> str:
         facts = _facts(run)
         shown = [
             f"{label} {_cell(facts[key])}".strip()
-            for label, key in (
-                ("", "objective"),
-                ("step", "steps"),
-                ("", "wall time"),
-                ("data", "data fingerprint"),
-                ("params", "params fingerprint"),
-            )
+            for key, label in _HEADER.items()
             if key in facts
         ]
         text = " · ".join(shown) or "nothing recorded"
@@ -44,23 +42,17 @@ def headers(runs: list[Run]) -> str:
 
 def runs_table(runs: list[Run]) -> str:
     """What each run was: one column a run, equal cells merged."""
-    rows = [
-        (label, [facts.get(label) for facts in map(_facts, runs)])
-        for label in _labels(runs)
-    ]
+    facts = [_facts(run) for run in runs]
     head = "".join(f'<th scope="col">{key(run)}</th>' for run in runs)
     body = []
-    for label, values in rows:
+    for label in dict.fromkeys(label for own in facts for label in own):
+        values = [own.get(label) for own in facts]
         if all(v == values[0] for v in values):
             cells = f'<td colspan="{len(runs)}">{_cell(values[0])}</td>'
         else:
             cells = "".join(f'<td class="differs">{_cell(v)}</td>' for v in values)
         body.append(f'<tr><th scope="row">{esc(label)}</th>{cells}</tr>')
     return style.table(f"<th></th>{head}", body, "runs")
-
-
-def _labels(runs: list[Run]) -> list[str]:
-    return list(dict.fromkeys(label for run in runs for label in _facts(run)))
 
 
 def _facts(run: Run) -> dict[str, str]:

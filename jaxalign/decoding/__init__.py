@@ -5,9 +5,10 @@ from jaxalign.decoding.contrastive import contrastive_search
 from jaxalign.decoding.engine import Engine, Finished
 from jaxalign.decoding.generate import generate
 from jaxalign.decoding.generator import Generation, Generator
-from jaxalign.decoding.loop import Constraint, Samples
+from jaxalign.decoding.groups import Samples
 from jaxalign.decoding.mbr import minimum_bayes_risk
-from jaxalign.decoding.sampling import Sampling, sample
+from jaxalign.decoding.rules import Constraint, Sampling
+from jaxalign.decoding.sampling import sample
 
 __all__ = [
     "BeamSearch",

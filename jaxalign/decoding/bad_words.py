@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxalign.decoding import constraints
-from jaxalign.decoding.programs import EOS_ID
 from jaxalign.decoding.regular import DEAD
 
 _HEX = "0123456789abcdef"
@@ -35,20 +34,15 @@ _LEADS = {
 
 
 class _State(NamedTuple):
-    """How far the reader is.
+    """How far the reader is."""
 
-    Attributes:
-      matched: the longest end of the text that begins a word.
-      escape: what is open: "", "§", "§x" or "§x" and digits; " " where an escaped
-        newline would take a space along.
-      literal: as `matched`, if the open escape turned out to be none.
-      partial: bytes to come of a character, bounds of the next, and those that came
-        (empty for characters that no word holds; then only their number counts).
-    """
-
-    matched: str | None
+    matched: str | None  # the longest end of the text that begins a word
+    # what is open: "", "§", "§x" or "§x" and digits; " " where an escaped newline would
+    # take a space along
     escape: str = ""
-    literal: str | None = ""
+    literal: str | None = ""  # as `matched`, if the open escape turned out to be none
+    # bytes to come of a character, bounds of the next, and those that came (empty for
+    # characters that no word holds; then only their number counts)
     partial: tuple[int, int, int, bytes, int] | None = None
 
 
@@ -87,10 +81,9 @@ class _Reader:
         spans = [(value << 4 * s, (value + 1) << 4 * s) for s in range(room + 1)]
         kinds = []
         for low, high in spans:
-            place = sum(edge <= low for edge in self._edges)
             if any(low < edge < high for edge in self._edges):
                 return digits
-            kinds.append(place)
+            kinds.append(sum(edge <= low for edge in self._edges))
         return self._same.setdefault((len(digits), tuple(kinds)), digits)
 
     def read(self, state: _State, c: str) -> _State:
@@ -211,7 +204,7 @@ def without(
 
     >>> from jaxalign.vocabularies import ByteVocabulary
     >>> rule = without(["no"], ByteVocabulary())
-    >>> bool(rule.mask(rule.advance(0, ord("n") + 3), 9)[ord("o") + 3])
+    >>> bool(rule.allowed(rule.advance(0, ord("n") + 3), 9)[ord("o") + 3])
     False
     """
     for word in words:
@@ -225,26 +218,6 @@ def without(
     more = max(0, (num_tokens or 0) - len(spelt))
     spelt += [spelt[vocabulary.unk_id]] * more
     first += [first[vocabulary.unk_id]] * more
-    # State 0: no text yet. Then the reader's states that tokens lead to, then the end.
-    begun = constraints.walk(table, np.zeros(1, np.int64), first)
-    empty = np.array([not raw for raw in first])
-    found, rows, fresh = np.zeros(0, np.int64), [], np.unique(begun[begun >= 0])
-    while fresh.size:
-        if (len(found) + len(fresh)) * len(spelt) > _MOST:
-            raise ValueError(
-                f"{len(words)} bad words need a table of more than {_MOST} entries for "
-                f"{len(spelt)} tokens: name fewer, or shorter ones."
-            )
-        found = np.concatenate([found, fresh])
-        rows.append(constraints.walk(table, fresh, spelt))
-        fresh = np.setdiff1d(rows[-1][rows[-1] >= 0], found)
-    inside = np.concatenate([begun, *rows])
-    order = np.argsort(found)
-    targets = order[np.searchsorted(found[order], np.maximum(inside, found.min()))] + 1
-    targets = np.where(inside >= 0, targets, DEAD).astype(np.int32)
-    targets[0, empty] = 0
-    ends = np.concatenate([[True], fine[found], [True]])
-    targets = np.vstack([targets, np.full((1, len(spelt)), DEAD, np.int32)])
-    targets[:, EOS_ID] = np.where(ends, len(found) + 1, DEAD)
-    targets[-1] = DEAD
-    return constraints.pack(targets, ends)
+    return constraints.from_bytes(
+        table, fine, spelt, first, unfinished=True, limit=_MOST
+    )

@@ -23,8 +23,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign.decoding import history as histories
-from jaxalign.decoding import loop
-from jaxalign.decoding.sampling import EOS_ID, PAD_ID, START_ID, Sampling
+from jaxalign.decoding import network
+from jaxalign.decoding.checks import check_sizes
+from jaxalign.decoding.rules import EOS_ID, PAD_ID, START_ID, Constraint, Sampling
 
 _NEVER = -1e9
 
@@ -103,17 +104,12 @@ class BeamSearch:
 
 
 class Beams(NamedTuple):
-    """The ``R`` best beams of each prompt, best first.
+    """The ``R`` best beams of each prompt, best first."""
 
-    Attributes:
-      tokens: int32 ``[B, R, T]``, EOS included, then 0.
-      scores: float32 ``[B, R]``, normalised log-probabilities.
-      lengths: int32 ``[B, R]``; 0 where the search ended with fewer beams (their score
-        is about -1e9).
-    """
-
-    tokens: jax.Array
-    scores: jax.Array
+    tokens: jax.Array  # int32 ``[B, R, T]``, EOS included, then 0
+    scores: jax.Array  # float32 ``[B, R]``, normalised log-probabilities
+    # int32 ``[B, R]``; 0 where the search ended with fewer beams (their score is about
+    # -1e9)
     lengths: jax.Array
 
 
@@ -147,7 +143,7 @@ def beam_search(
     max_new_tokens: int,
     search: BeamSearch,
     num_return: int = 1,
-    constraint: loop.Constraint | None = None,
+    constraint: Constraint | None = None,
 ) -> Beams:
     """Searches the most probable responses to each prompt.
 
@@ -173,8 +169,7 @@ def beam_search(
             f"num_return must lie in [1, num_beams={search.num_beams}], got "
             f"{num_return}."
         )
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
+    check_sizes(max_new_tokens=max_new_tokens)
     beams = _search(
         model,
         params,
@@ -191,7 +186,7 @@ def _search(
     model: Any,
     params: Any,
     encoder_input_tokens: jax.Array,
-    constraint: loop.Constraint | None,
+    constraint: Constraint | None,
     *,
     length: int,
     search: BeamSearch,
@@ -200,28 +195,19 @@ def _search(
     batch, beams = encoder_input_tokens.shape[0], search.num_beams
     size = beams // search.num_groups
     rules = search.rules
-    mask, cross_kv = loop.encode(model, params, encoder_input_tokens)
+    mask, cross_kv = network.encode(model, params, encoder_input_tokens)
 
     def step(carry: _Carry) -> _Carry:
-        logits, cache = loop.apply(
-            model,
-            params,
-            "decode_step",
-            carry.inputs,
-            carry.position,
-            carry.cache,
-            cross_kv,
-            mask,
-        )
+        args = carry.inputs, carry.position, carry.cache, cross_kv, mask
+        logits, cache = network.apply(model, params, "decode_step", *args)
         logps = jax.nn.log_softmax(logits, axis=-1)
         allowed = None
         if constraint is not None:
             remaining = jnp.full((batch, beams), length - carry.position, jnp.int32)
             allowed = constraint.allowed(carry.constraint, remaining)
-        if rules.looks_back or allowed is not None:
-            logps = histories.apply_rules(
-                logps, rules, carry.history, carry.position, allowed
-            )
+        logps = histories.apply_rules(
+            logps, rules, carry.history, carry.position, allowed
+        )
         groups, taken, parents, ended = [], [], [], []
         for g, group in enumerate(carry.groups):
             own = logps[:, g * size : (g + 1) * size]
@@ -235,14 +221,9 @@ def _search(
             parents.append(parent + g * size)
             ended.append(done)
         inputs = jnp.concatenate(taken, axis=1)
-        ancestors = jnp.concatenate(parents, axis=1)
-
-        def follow(x: jax.Array) -> jax.Array:
-            index = ancestors.reshape(*ancestors.shape, *[1] * (x.ndim - 2))
-            return jnp.take_along_axis(x, index, axis=1)
-
-        history = jax.tree.map(follow, carry.history)
-        states = jax.tree.map(follow, carry.constraint)
+        history, states, cache = network.take_rows(
+            (carry.history, carry.constraint, cache), jnp.concatenate(parents, axis=1)
+        )
         if constraint is not None:
             states = constraint.advance(states, inputs)
         return _Carry(
@@ -252,7 +233,7 @@ def _search(
             groups=tuple(groups),
             history=histories.extend(history, inputs),
             constraint=states,
-            cache=jax.tree.map(follow, cache),
+            cache=cache,
         )
 
     shape = (batch, size, length)
@@ -267,62 +248,40 @@ def _search(
         finished=jnp.zeros(shape[:2], bool),
         improvable=jnp.any(mask, axis=1),
     )
-    vocab_size = model.config.vocab_size if rules.repetition_penalty != 1.0 else None
     start = _Carry(
         position=jnp.int32(0),
         go_on=jnp.bool_(True),
         inputs=jnp.full((batch, beams), START_ID, jnp.int32),
         groups=(group,) * search.num_groups,
-        history=histories.empty((batch, beams), vocab_size, rules),
-        constraint=constraint
-        and jax.tree.map(
-            lambda x: jnp.broadcast_to(x, (batch, beams, *jnp.shape(x))),
-            constraint.start(),
-        ),
+        history=histories.empty((batch, beams), rules, model),
+        constraint=constraint and network.repeat(constraint.start(), (batch, beams)),
         cache=model.init_self_cache(batch, beams, length),
     )
     groups = jax.lax.while_loop(lambda carry: carry.go_on, step, start).groups
-    merged = Beams(
-        *(
-            jnp.concatenate([getattr(group, name) for group in groups], axis=1)
-            for name in Beams._fields
-        )
-    )
+    found = [Beams(group.tokens, group.scores, group.lengths) for group in groups]
+    merged = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *found)
     return _best(merged, merged.scores, beams)
 
 
 def _best(tree: Any, scores: jax.Array, count: int) -> Any:
     """The ``count`` entries of axis 1 with the highest scores, in order."""
-    order = jax.lax.top_k(scores, count)[1]
-    return jax.tree.map(
-        lambda x: jnp.take_along_axis(
-            x, order.reshape(*order.shape, *[1] * (x.ndim - 2)), axis=1
-        ),
-        tree,
-    )
+    return network.take_rows(tree, jax.lax.top_k(scores, count)[1])
 
 
 def _advance(
     group: _Group, logps: jax.Array, position: jax.Array, search: BeamSearch
 ) -> tuple[_Group, jax.Array, jax.Array, jax.Array]:
-    """One step of one group.
+    """One step of one group, from ``logps [B, k, V]``.
 
-    Args:
-      group: its beams.
-      logps: ``[B, k, V]``.
-      position: scalar, tokens that running beams have.
-      search: the rules.
-
-    Returns:
-      The group, the tokens ``[B, k]`` and parents ``[B, k]`` of the running beams, and
-      a scalar: no row can get better.
+    Returns the group, the tokens ``[B, k]`` and parents ``[B, k]`` of its running
+    beams, and a scalar: no row can get better.
     """
     batch, size, vocab = logps.shape
     length = group.running.shape[2]
     total = logps + group.running_scores[:, :, None]
     scores, index = jax.lax.top_k(total.reshape(batch, -1), 2 * size)
     parents, tokens = index // vocab, index % vocab
-    sequences = jnp.take_along_axis(group.running, parents[:, :, None], axis=1)
+    sequences = network.take_rows(group.running, parents)
     sequences = jax.lax.dynamic_update_index_in_dim(sequences, tokens, position, 2)
     ends = (tokens == EOS_ID) | (position + 1 >= length)
 

@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign.decoding import regular
-from jaxalign.decoding.programs import EOS_ID, Context, Program, State
+from jaxalign.decoding.programs import Context, Program, State
+from jaxalign.decoding.rules import EOS_ID
 
 _FAR = 2**29  # the distance of states that do not end; sums stay in int32
 _CHUNK = 1 << 22  # table entries computed at once
@@ -29,21 +30,19 @@ class Automaton(Program):
     """A finite-state constraint: a program, and masks for any other decoder.
 
     Tokens that act alike in every state share a column.
-
-    Attributes:
-      next_state: int32 ``[S, C]``, the state after a token of each class, or -1, which
-        stands for the last state and leads nowhere; state 0 is the start. Both sizes
-        are powers of two, so that constraints of like size share what is compiled.
-      token_class: int32 ``[V]``.
-      distance: int32 ``[S]``, the fewest tokens to the end, EOS included.
     """
 
+    # int32 ``[S, C]``, the state after a token of each class, or -1, which stands for
+    # the last state and leads nowhere; state 0 is the start. Both sizes are powers of
+    # two, so that constraints of like size share what is compiled.
     next_state: jax.Array
-    token_class: jax.Array
-    distance: jax.Array
+    token_class: jax.Array  # int32 ``[V]``
+    distance: jax.Array  # int32 ``[S]``, the fewest tokens to the end, EOS included
 
     def init(self) -> State:
         return jnp.int32(0)
+
+    start = init  # as a ``jaxalign.decoding.Constraint``
 
     def advance(self, state: jax.Array, token: jax.Array) -> jax.Array:
         """The state after ``token``; -1, for good, if it was not allowed."""
@@ -64,27 +63,20 @@ class Automaton(Program):
         end = table[state, token_class[EOS_ID]]
         return bool(distance[state] == 0 or distance[end] == 0)
 
-    def mask(self, state: jax.Array, remaining: jax.Array | int) -> jax.Array:
-        """Which tokens are allowed, bool ``[V]``.
+    def allowed(self, state: jax.Array, remaining: jax.Array | int) -> jax.Array:
+        """Which tokens may come next, bool ``[..., V]``.
 
         Args:
-          state: int32 scalar.
-          remaining: tokens that may still come, EOS included.
+          state: int32 ``[...]``.
+          remaining: tokens that may still come, EOS included; ``[...]``.
         """
-        return self.allowed(state, jnp.asarray(remaining))
-
-    def start(self) -> State:
-        """As a ``jaxalign.decoding.Constraint``: the state before the first token."""
-        return self.init()
-
-    def allowed(self, state: jax.Array, remaining: jax.Array) -> jax.Array:
-        """As a ``jaxalign.decoding.Constraint``: ``mask`` for rows of any shape."""
         targets = self.next_state[state]
-        reach = (targets >= 0) & (self.distance[targets] < remaining[..., None])
+        remaining = jnp.asarray(remaining)[..., None]
+        reach = (targets >= 0) & (self.distance[targets] < remaining)
         return reach[..., self.token_class]
 
     def proposal(self, state: State, context: Context) -> jax.Array:
-        allowed = self.mask(state, context.remaining)
+        allowed = self.allowed(state, context.remaining)
         return jnp.where(allowed, context.logps[0], -jnp.inf)
 
     def step(self, state, context, token, key):
@@ -96,7 +88,7 @@ def regex(pattern: str, vocabulary: Any, num_tokens: int | None = None) -> Autom
 
     >>> from jaxalign.vocabularies import ByteVocabulary
     >>> digits = regex("[0-9]{2}", ByteVocabulary())
-    >>> jnp.flatnonzero(digits.mask(0, 3)) - 3 - ord("0")
+    >>> jnp.flatnonzero(digits.allowed(0, 3)) - 3 - ord("0")
     Array([0, 1, 2, 3, 4, 5, 6, 7, 8, 9], dtype=int32)
     """
     return over_tokens(regular.compile_regex(pattern), vocabulary, num_tokens)
@@ -143,37 +135,60 @@ def over_tokens(
     """
     if vocabulary.escapes:
         automaton = regular.through_escapes(automaton, *vocabulary.escapes)
-    table, accepting = automaton
-    size = len(accepting)
-    spelt = vocabulary.token_bytes()
-    num_tokens = max(num_tokens or 0, len(spelt))
-    usable = np.array([i for i, raw in enumerate(spelt) if raw])
-    # State 0: nothing but stripped spaces so far. Then the automaton's own states, then
-    # the state behind EOS.
-    end = size + 1
-    targets = np.full((size + 2, num_tokens), regular.DEAD, np.int32)
-    inside = walk(table, np.arange(size), [spelt[i] for i in usable])
-    targets[1 : size + 1, usable] = np.where(inside >= 0, inside + 1, regular.DEAD)
-    at_start = vocabulary.token_bytes(first=True)
-    first = [at_start[i] for i in usable]
-    begun = walk(table, np.zeros(1, np.int64), first)[0]
-    begun = np.where(begun >= 0, begun + 1, regular.DEAD)
-    empty = np.array([not raw for raw in first])
-    targets[0, usable] = np.where(empty, 0, begun)
-    targets[1 : size + 1, EOS_ID] = np.where(accepting, end, regular.DEAD)
-    targets[0, EOS_ID] = end if accepting[0] else regular.DEAD
-    return pack(targets, np.arange(size + 2) == end)
+    spelt = [raw or None for raw in vocabulary.token_bytes()]
+    spelt += [None] * ((num_tokens or 0) - len(spelt))
+    return from_bytes(*automaton, spelt, vocabulary.token_bytes(first=True))
+
+
+def from_bytes(
+    table: np.ndarray,
+    accepting: np.ndarray,
+    spelt: list[bytes | None],
+    first: list[bytes | None],
+    *,
+    unfinished: bool = False,
+    limit: int | None = None,
+) -> Automaton:
+    """Runs an automaton over bytes (`regular.ByteAutomaton`) over those of tokens.
+
+    Args:
+      table: int32 ``[S, 256]``.
+      accepting: bool ``[S]``.
+      spelt: the bytes of each token; None where it is never allowed.
+      first: those of tokens that begin a text.
+      unfinished: whether a text that may end may also stand without EOS.
+      limit: entries of the table over states and tokens, or None.
+    """
+    usable = np.array([i for i, raw in enumerate(spelt) if raw is not None])
+    inside, begin = [spelt[i] for i in usable], [first[i] for i in usable]
+    # State 0: no text yet. Then the states that tokens lead to, then the end.
+    rows = [walk(table, np.zeros(1, np.int64), begin)]
+    found, fresh = np.zeros(0, np.int64), np.unique(rows[0][rows[0] >= 0])
+    while fresh.size:
+        found = np.concatenate([found, fresh])
+        if limit is not None and len(found) * len(spelt) > limit:
+            raise ValueError(
+                f"The constraint needs a table of more than {limit} entries for "
+                f"{len(spelt)} tokens: name fewer words, or shorter ones."
+            )
+        rows.append(walk(table, fresh, inside))
+        fresh = np.setdiff1d(rows[-1][rows[-1] >= 0], found)
+    number = np.full(len(table) + 1, regular.DEAD, np.int32)  # -1 finds the last
+    number[found] = np.arange(len(found)) + 1
+    end = len(found) + 1
+    targets = np.full((end + 1, len(spelt)), regular.DEAD, np.int32)
+    targets[:end, usable] = number[np.concatenate(rows)]
+    targets[0, usable[[not raw for raw in begin]]] = 0
+    ends = np.concatenate([accepting[:1], accepting[found], [True]])
+    targets[:end, EOS_ID] = np.where(ends[:end], end, regular.DEAD)
+    return pack(targets, ends if unfinished else np.arange(end + 1) == end)
 
 
 def pack(targets: np.ndarray, ends: np.ndarray) -> Automaton:
-    """An :class:`Automaton` of a table over tokens.
+    """An :class:`Automaton` of a table over tokens, ``[S, V]``, with state 0 its start.
 
-    Args:
-      targets: int32 ``[S, V]``, the next state or -1; state 0 is the start.
-      ends: bool ``[S]``: where a response may stand as it is.
-
-    Raises:
-      ValueError: when no sequence of tokens leads from the start to an end.
+    ``ends``, bool ``[S]``, says where a response may stand as it is. Raises a
+    ValueError when no sequence of tokens leads from the start to an end.
     """
     columns, token_class = _classes(targets)
     distance = _distances(columns, ends)

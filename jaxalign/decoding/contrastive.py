@@ -18,9 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign.decoding import loop
-from jaxalign.decoding.loop import Samples
-from jaxalign.decoding.sampling import EOS_ID, PAD_ID, START_ID
+from jaxalign.decoding import network
+from jaxalign.decoding.groups import Samples
+from jaxalign.decoding.rules import EOS_ID, PAD_ID, START_ID
 
 
 class _Carry(NamedTuple):
@@ -87,21 +87,13 @@ def _search(
 ) -> Samples:
     chex.assert_rank(encoder_input_tokens, 2)
     batch = encoder_input_tokens.shape[0]
-    mask, cross_kv = loop.encode(model, params, encoder_input_tokens)
+    mask, cross_kv = network.encode(model, params, encoder_input_tokens)
 
     def read(tokens, position, cache):
         """Unit states ``[B, k, E]``, logits ``[B, k, V]`` and the cache."""
-        states, cache = loop.apply(
-            model,
-            params,
-            "decode_step_states",
-            tokens,
-            position,
-            cache,
-            cross_kv,
-            mask,
-        )
-        logits = loop.apply(model, params, "logits", states)
+        args = tokens, position, cache, cross_kv, mask
+        states, cache = network.apply(model, params, "decode_step_states", *args)
+        logits = network.apply(model, params, "logits", states)
         states = states.astype(jnp.float32)
         norms = jnp.linalg.norm(states, axis=-1, keepdims=True)
         return states / jnp.maximum(norms, 1e-12), logits, cache
@@ -116,30 +108,25 @@ def _search(
         scores = (1.0 - alpha) * jnp.exp(best) - alpha * likeness
         choice = jnp.argmax(scores, axis=-1)[:, None]
 
-        def chosen(x):
-            index = choice.reshape(batch, 1, *[1] * (x.ndim - 2))
-            return jnp.take_along_axis(x, index, axis=1)
-
+        tokens, logps, logits, states = jax.tree.map(
+            lambda x: x[:, 0],
+            network.take_rows((candidates, best, logits, states), choice),
+        )
         alive = ~carry.ended
-        tokens = jnp.where(alive, chosen(candidates)[:, 0], PAD_ID)
-
-        def write(array, values):
-            values = jnp.where(alive, values, 0).astype(array.dtype)
-            return array.at[:, 0, carry.position].set(values)
-
-        old = carry.samples
+        tokens = jnp.where(alive, tokens, PAD_ID)
+        old, at = carry.samples, (slice(None), 0, carry.position)
         samples = old._replace(
-            tokens=write(old.tokens, tokens),
-            logps=write(old.logps, chosen(best)[:, 0]),
+            tokens=old.tokens.at[at].set(tokens),
+            logps=old.logps.at[at].set(jnp.where(alive, logps, 0.0)),
             lengths=old.lengths + alive[:, None],
         )
         return _Carry(
             position=carry.position + 1,
-            logits=chosen(logits)[:, 0],
+            logits=logits,
             ended=carry.ended | (tokens == EOS_ID),
-            states=carry.states.at[:, carry.position + 1].set(chosen(states)[:, 0]),
+            states=carry.states.at[:, carry.position + 1].set(states),
             samples=samples,
-            cache=jax.tree.map(lambda x: jnp.broadcast_to(chosen(x), x.shape), cache),
+            cache=network.take_rows(cache, jnp.repeat(choice, top_k, axis=1)),
         )
 
     start = jnp.full((batch, top_k), START_ID, jnp.int32)

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import tqdm
 
+from jaxalign.decoding.checks import check_constraint, check_sizes, check_uint32
 from jaxalign.decoding.engine import Engine, Finished
-from jaxalign.decoding.generate import check_constraint
-from jaxalign.decoding.loop import Constraint
-from jaxalign.decoding.sampling import EOS_ID, PAD_ID, Sampling
+from jaxalign.decoding.rules import EOS_ID, PAD_ID, Constraint, Sampling
 from jaxalign.decoding.stops import LOOK, Cut, Stops
 
 # The smallest padded prompt length, and how many batches are sorted together: enough to
@@ -50,6 +50,13 @@ class Generation:
     def logp(self) -> np.ndarray:
         """``[N]`` log-probabilities of the whole responses, EOS included."""
         return np.array([logps.sum(dtype=np.float64) for logps in self.logps])
+
+
+class _Prompt(NamedTuple):
+    prompt_id: int
+    tokens: np.ndarray
+    truncated: bool
+    prefixes: Sequence[Sequence[int]]
 
 
 def prompt_bucket(length: int, limit: int) -> int:
@@ -109,29 +116,32 @@ class Generator:
         sharding: jax.sharding.Sharding | None = None,
         progress: bool | None = None,
     ):
-        sizes = {
-            "max_prompt_length": max_prompt_length,
-            "max_new_tokens": max_new_tokens,
-            "num_samples": num_samples,
-            "batch_size": batch_size,
-        }
-        for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}.")
-        self._model = model
+        check_sizes(
+            max_prompt_length=max_prompt_length,
+            max_new_tokens=max_new_tokens,
+            num_samples=num_samples,
+            batch_size=batch_size,
+        )
+        self._engine = functools.partial(
+            Engine,
+            model,
+            max_new_tokens=max_new_tokens,
+            num_samples=num_samples,
+            slots=slots,
+            sampling=sampling,
+            constraint=constraint,
+            entropy=entropy,
+            sharding=sharding,
+        )
         self._vocabulary = vocabulary
         self._max_prompt_length = max_prompt_length
         self._max_new_tokens = max_new_tokens
-        self._num_samples = num_samples
-        self._sampling = Sampling() if sampling is None else sampling
         self._batch_size = batch_size
-        self._slots = slots
         self._stops = Stops(stop, vocabulary)
         self._constraint = constraint
         # On the host, where responses are judged.
         judges = hasattr(constraint, "accepts")
         self._judged = jax.device_get(constraint) if judges else None
-        self._entropy = entropy
         self._seed = seed
         self._sharding = sharding
         self._progress = progress
@@ -161,26 +171,27 @@ class Generator:
           ValueError: naming the prompt that is empty or holds an impossible id.
         """
         ids = range(len(prompts)) if prompt_ids is None else list(prompt_ids)
-        if len(ids) != len(prompts):
-            raise ValueError(
-                f"Expected an id for each of {len(prompts)} prompts, got {len(ids)}."
-            )
-        if prefixes is not None and len(prefixes) != len(prompts):
-            raise ValueError(
-                f"Expected prefixes for each of {len(prompts)} prompts, got "
-                f"{len(prefixes)}."
-            )
-        for i, prompt_id in enumerate(ids):
-            if not 0 <= prompt_id < 2**32:
+        for what, given in (("an id", ids), ("prefixes", prefixes)):
+            if given is not None and len(given) != len(prompts):
                 raise ValueError(
-                    f"prompt_ids[{i}] must lie in [0, 2**32), got {prompt_id}."
+                    f"Expected {what} for each of {len(prompts)} prompts, got "
+                    f"{len(given)}."
                 )
+        for i, prompt_id in enumerate(ids):
+            check_uint32(f"prompt_ids[{i}]", prompt_id)
         check_constraint(self._constraint, self._max_new_tokens, prefixes or ())
-        cut = [self._cut(i, prompt) for i, prompt in enumerate(prompts)]
+        prefixes = [()] * len(prompts) if prefixes is None else prefixes
+        cut = [
+            _Prompt(ids[i], *self._cut(i, prompt), prefixes[i])
+            for i, prompt in enumerate(prompts)
+        ]
         # Not inside the generator function below: arguments are checked when called.
-        return self._run(params, cut, ids, prefixes, start)
+        return self._run(params, cut, start)
 
-    def _cut(self, i: int, prompt: np.ndarray | Sequence[int]) -> tuple:
+    def _cut(
+        self, i: int, prompt: np.ndarray | Sequence[int]
+    ) -> tuple[np.ndarray, bool]:
+        """The tokens that are decoded of a prompt, and whether some were left out."""
         tokens = np.asarray(prompt, np.int32)
         if tokens.ndim != 1 or tokens.size == 0:
             raise ValueError(
@@ -202,97 +213,91 @@ class Generator:
                 tokens[-1] = EOS_ID
         return tokens, truncated
 
-    def _run(self, params, cut: list[tuple], ids, prefixes: Any, first: int):
+    def _run(
+        self, params: Any, prompts: Sequence[_Prompt], first: int
+    ) -> Iterator[Generation]:
         # Few prompts do not pay for a whole batch; sharded batches keep their size, so
         # that it stays divisible.
         size = self._batch_size
         if self._sharding is None:
-            size = min(size, 1 << max(len(cut) - 1, 0).bit_length())
+            size = min(size, 1 << max(len(prompts) - 1, 0).bit_length())
         # tqdm's None: only on a terminal.
         disable = None if self._progress is None else not self._progress
         window = self._batch_size * _BATCHES_PER_WINDOW
+        new_tokens = 0
         with tqdm.tqdm(
-            total=len(cut),
+            total=len(prompts),
             initial=first,
             desc="generate",
             unit="prompt",
             disable=disable,
         ) as bar:
-            new_tokens = 0
             # What a window gives, to the bit, depends on its prompts only.
-            for start in range(first // window * window, len(cut), window):
-                rows = range(start, min(start + window, len(cut)))
+            for start in range(first // window * window, len(prompts), window):
+                rows = range(start, min(start + window, len(prompts)))
                 done: dict[int, Generation] = {}
                 following = max(start, first)
-                for i, finished in self._window(params, cut, ids, rows, size, prefixes):
+                for i, finished in self._window(params, prompts, rows, size):
                     if i < first:
                         continue
-                    given = () if prefixes is None else prefixes[i]
-                    done[i] = self._generation(finished, cut[i][1], given)
+                    done[i] = self._generation(prompts[i], finished)
                     new_tokens += sum(map(len, done[i].tokens))
                     bar.update(1)
                     rate = new_tokens / max(bar.format_dict["elapsed"], 1e-9)
                     bar.set_postfix_str(f"{rate:.0f} tokens/s", refresh=False)
                     while following in done:
-                        self.num_truncated += cut[following][1]
+                        self.num_truncated += prompts[following].truncated
                         yield done.pop(following)
                         following += 1
 
     def _window(
-        self, params, cut, ids, rows: range, size: int, prefixes: Any
+        self, params: Any, prompts: Sequence[_Prompt], rows: range, size: int
     ) -> Iterator[tuple[int, Finished]]:
         """Everything of a window, length by length, as it finishes."""
         by_length: dict[int, list[int]] = {}
         for i in rows:
-            length = prompt_bucket(len(cut[i][0]), self._max_prompt_length)
+            length = prompt_bucket(len(prompts[i].tokens), self._max_prompt_length)
             by_length.setdefault(length, []).append(i)
         # Longest first: memory runs out at once or not at all.
         for length in sorted(by_length, reverse=True):
-            engine = Engine(
-                self._model,
+            engine = self._engine(
                 params,
                 prompt_length=length,
-                max_new_tokens=self._max_new_tokens,
-                num_samples=self._num_samples,
                 groups=size,
-                slots=self._slots,
-                sampling=self._sampling,
-                constraint=self._constraint,
-                prefixes=prefixes is not None,
-                entropy=self._entropy,
-                sharding=self._sharding,
+                prefixes=any(len(prompt.prefixes) for prompt in prompts),
             )
             tickets = {}
             for i in by_length[length]:
                 ticket = engine.submit(
-                    cut[i][0],
-                    prompt_id=ids[i],
+                    prompts[i].tokens,
+                    prompt_id=prompts[i].prompt_id,
                     seed=self._seed,
-                    prefixes=() if prefixes is None else prefixes[i],
+                    prefixes=prompts[i].prefixes,
                 )
                 tickets[ticket] = i
             while engine.pending:
                 for finished in engine.step(LOOK if self._stops else None):
                     yield tickets[finished.ticket], finished
-                if not self._stops:
-                    continue
-                for ticket, samples in engine.progress().items():
-                    given = () if prefixes is None else prefixes[tickets[ticket]]
-                    for n, tokens in enumerate(samples):
-                        if self._cut_at_stop(tokens, n, given):
-                            engine.end(ticket, n)
+                if self._stops:
+                    for ticket, samples in engine.progress().items():
+                        cuts = self._cuts(prompts[tickets[ticket]], samples)
+                        for n, cut in enumerate(cuts):
+                            if cut:
+                                engine.end(ticket, n)
 
-    def _cut_at_stop(
-        self, tokens: np.ndarray, n: int, prefixes: Any, final: bool = False
-    ) -> Cut | None:
-        forced = len(prefixes[n]) if n < len(prefixes) else 0
-        return self._stops.cut(tokens.tolist(), final, forced)
+    def _cuts(
+        self, prompt: _Prompt, samples: list[np.ndarray], final: bool = False
+    ) -> list[Cut | None]:
+        """Where stops end the samples of a prompt."""
+        forced = [*map(len, prompt.prefixes), *[0] * len(samples)]
+        return [
+            self._stops.cut(tokens.tolist(), final, forced[n])
+            for n, tokens in enumerate(samples)
+        ]
 
-    def _generation(
-        self, finished: Finished, truncated: bool, prefixes: Any
-    ) -> Generation:
+    def _generation(self, prompt: _Prompt, finished: Finished) -> Generation:
         tokens = finished.tokens
-        cuts = [self._cut_at_stop(t, n, prefixes, True) for n, t in enumerate(tokens)]
+        cuts = self._cuts(prompt, tokens, final=True)
         # All of a response, or what leads up to its stop.
         sizes = [c.tokens if c else None for c in cuts]
 
@@ -309,7 +314,7 @@ class Generator:
             texts = [text if ok else None for text, ok in zip(texts, fit, strict=True)]
         return Generation(
             prompt_id=finished.prompt_id,
-            truncated=truncated,
+            truncated=prompt.truncated,
             texts=texts,
             tokens=tokens,
             logps=kept(finished.logps),

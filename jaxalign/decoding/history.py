@@ -7,45 +7,39 @@ whose parts exist only where a rule needs them.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxalign.decoding.sampling import EOS_ID, START_ID, Sampling
+from jaxalign.decoding import network
+from jaxalign.decoding.rules import EOS_ID, START_ID, Sampling
 
 
 class History(NamedTuple):
-    """What rows remember of their tokens.
+    """What rows remember of their tokens."""
 
-    Attributes:
-      recent: int32 ``[..., L]``, the last ``L`` inputs, oldest first, -1 before the
-        first; ``L`` is what the longest bad word or stop sequence needs.
-      seen: bool ``[..., V]``, the inputs so far, the start token among them; None
-        without a repetition penalty.
-    """
-
+    # int32 ``[..., L]``, the last ``L`` inputs, oldest first, -1 before the first;
+    # ``L`` is what the longest bad word or stop sequence needs.
     recent: jax.Array
+    # bool ``[..., V]``, the inputs so far, the start token among them; None without a
+    # repetition penalty.
     seen: jax.Array | None
 
 
-def empty(rows: tuple[int, ...], vocab_size: int | None, rules: Sampling) -> History:
-    """The history of rows that have their start token only.
+def _start(size: int, vocab_size: int | None) -> History:
+    """Of one row that has its start token only."""
+    recent = jnp.where(jnp.arange(size) == size - 1, START_ID, -1).astype(jnp.int32)
+    seen = None if vocab_size is None else jnp.arange(vocab_size) == START_ID
+    return History(recent, seen)
 
-    Args:
-      rows: leading shape.
-      vocab_size: ``V``; may be None without a repetition penalty.
-      rules: decide what is remembered.
-    """
+
+def empty(rows: tuple[int, ...], rules: Sampling, model: Any) -> History:
+    """The history of rows of a shape that have their start token only."""
     words = [len(word) - 1 for word in rules.bad_words]
     size = max([0, *words, *map(len, rules.stop_sequences)])
-    recent = jnp.full((*rows, size), -1, jnp.int32)
-    if size:
-        recent = recent.at[..., -1].set(START_ID)
-    seen = None
-    if rules.repetition_penalty != 1.0:
-        seen = jnp.broadcast_to(jnp.arange(vocab_size) == START_ID, (*rows, vocab_size))
-    return History(recent, seen)
+    vocab_size = model.config.vocab_size if rules.repetition_penalty != 1.0 else None
+    return network.repeat(_start(size, vocab_size), rows)
 
 
 def extend(history: History, tokens: jax.Array) -> History:
@@ -58,23 +52,19 @@ def extend(history: History, tokens: jax.Array) -> History:
     return History(recent, seen)
 
 
-def restart(history: History, where: jax.Array) -> History:
-    """Forgets the tokens of the rows ``where`` ``[...]``."""
-    recent, seen = history
-    if recent.shape[-1]:
-        start = jnp.full(recent.shape[-1:], -1, jnp.int32).at[-1].set(START_ID)
-        recent = jnp.where(where[..., None], start, recent)
-    if seen is not None:
-        start = jnp.arange(seen.shape[-1]) == START_ID
-        seen = jnp.where(where[..., None], start, seen)
-    return History(recent, seen)
+def restart(history: History, rows: jax.Array) -> History:
+    """Forgets the tokens of ``rows``, bool ``[...]``."""
+    vocab_size = None if history.seen is None else history.seen.shape[-1]
+    return jax.tree.map(
+        lambda start, now: jnp.where(rows[..., None], start, now),
+        _start(history.recent.shape[-1], vocab_size),
+        history,
+    )
 
 
 def _ends_with(recent: jax.Array, sequence: tuple[int, ...]) -> jax.Array:
-    if not sequence:
-        return jnp.ones(recent.shape[:-1], bool)
     tail = recent[..., recent.shape[-1] - len(sequence) :]
-    return jnp.all(tail == jnp.asarray(sequence), axis=-1)
+    return jnp.all(tail == jnp.asarray(sequence, jnp.int32), axis=-1)
 
 
 def stopped(history: History, rules: Sampling) -> jax.Array:

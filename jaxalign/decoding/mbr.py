@@ -55,15 +55,9 @@ def minimum_bayes_risk(
     *,
     references: Sequence[str] | None = None,
 ) -> int:
-    """The index of the candidate with the highest expected utility.
+    """The index of the candidate of highest expected utility; of equals the first.
 
-    Args:
-      pool: as in `expected_utilities`.
-      metric: as in `expected_utilities`.
-      references: as in `expected_utilities`.
-
-    Returns:
-      An index into ``pool``; of equals the first.
+    Arguments are those of `expected_utilities`.
 
     >>> minimum_bayes_risk(["red", "blue", "red"], lambda a, b: float(a == b))
     0

@@ -35,7 +35,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-EOS_ID = 1
+from jaxalign.decoding.rules import EOS_ID, PAD_ID
+
 BLANK = -1  # stands for "one or more tokens" in a template
 SPACED_BLANK = -2  # the first of which begins with a space
 
@@ -43,23 +44,16 @@ State = Any
 
 
 class Context(NamedTuple):
-    """What a program may look at before the token at ``position``.
+    """What a program may look at before the token at ``position``."""
 
-    Attributes:
-      logps: float32 ``[M, V]``, log-probabilities of the next token given each of the
-        ``M`` prompts; row 0 is the model that particles are drawn from.
-      tokens: int32 ``[T]``, the tokens so far, then 0.
-      position: int32 scalar, how many there are.
-      remaining: int32 scalar, how many may follow, EOS included; huge where particles
-        need not end.
-      prompt_id: uint32 scalar, as given to ``smc``.
-    """
-
+    # float32 ``[M, V]``, log-probabilities of the next token given each of the ``M``
+    # prompts; row 0 is the model that particles are drawn from
     logps: jax.Array
-    tokens: jax.Array
-    position: jax.Array
+    tokens: jax.Array  # int32 ``[T]``, the tokens so far, then 0
+    position: jax.Array  # int32 scalar, how many there are
+    # int32 scalar, how many may follow, EOS included; huge where particles need not end
     remaining: jax.Array
-    prompt_id: jax.Array
+    prompt_id: jax.Array  # uint32 scalar, as given to ``smc``
 
 
 class Program:
@@ -96,12 +90,9 @@ class AllowedTokens(Program):
 
     The proposal is the model restricted to the allowed tokens and renormalised, so each
     step multiplies the weight by their mass.
-
-    Attributes:
-      allowed: bool ``[V]``, EOS among them.
     """
 
-    allowed: jax.Array
+    allowed: jax.Array  # bool ``[V]``, EOS among them
 
     def proposal(self, state: State, context: Context) -> jax.Array:
         kept = jnp.where(self.allowed, context.logps[0], -jnp.inf)
@@ -172,7 +163,7 @@ def infilling(
         if part is None and i and parts[i - 1] is None and not begins:
             raise ValueError(f"parts[{i - 1}] and parts[{i}] are both blank; use one.")
         flat.extend([SPACED_BLANK if begins else BLANK] if part is None else part)
-    if any(token in (0, EOS_ID) for token in flat):
+    if any(token in (PAD_ID, EOS_ID) for token in flat):
         raise ValueError("Fixed text may hold neither padding (0) nor EOS (1).")
     return Infilling(jnp.array([*flat, EOS_ID], jnp.int32), spaced)
 
@@ -183,12 +174,9 @@ class PromptIntersection(Program):
 
     ``P(s) ~ prod_j p(s | prompt_j)``: text that continues all of them. The proposal is
     the normalised product: a step multiplies the weight by ``sum_v prod_j p_j(v)``.
-
-    Attributes:
-      num_contexts: prompts ``M``.
     """
 
-    num_contexts: int = flax.struct.field(pytree_node=False)
+    num_contexts: int = flax.struct.field(pytree_node=False)  # prompts ``M``
 
     def proposal(self, state: State, context: Context) -> jax.Array:
         return only_eos_at_last(jnp.sum(context.logps, axis=0), context)
@@ -228,36 +216,31 @@ class Potential(Program):
 def text_function(
     function: Callable[[list[str], list[int]], Sequence[float]],
     vocabulary: Any,
-    *,
-    every_token: bool = False,
 ) -> Callable[..., jax.Array]:
     """A :class:`Potential` function out of Python code that scores texts.
 
     Args:
-      function: takes a list of texts and the prompt ids that they answer, returns a
-        log-potential for each; never called with empty lists.
-      vocabulary: decodes token ids (``jaxalign.vocabularies``).
-      every_token: score unfinished texts too; as in the ``Potential``.
+      function: takes a list of texts and the prompt ids that they answer, never empty;
+        returns a log-potential for each.
+      vocabulary: decodes token ids.
     """
 
     def on_host(*arrays):
         tokens, length, done, prompt_ids = map(np.asarray, arrays)
-        wanted = np.ones_like(done) if every_token else done
         values = np.zeros(done.shape, np.float32)
-        rows = np.argwhere(wanted)
-        if len(rows):
+        if done.any():
             texts = [
-                vocabulary.decode(tokens[tuple(r)][: length[tuple(r)]].tolist())
-                for r in rows
+                vocabulary.decode(row[:n].tolist())
+                for row, n in zip(tokens[done], length[done], strict=True)
             ]
-            ids = [int(prompt_ids[tuple(r)]) for r in rows]
-            scores = np.asarray(function(texts, ids), np.float32)
+            scores = function(texts, prompt_ids[done].tolist())
+            scores = np.asarray(scores, np.float32)
             if scores.shape != (len(texts),):
                 raise ValueError(
                     f"The potential must return one number for each of {len(texts)} "
                     f"texts, got shape {scores.shape}."
                 )
-            values[tuple(rows.T)] = scores
+            values[done] = scores
         return values
 
     def potential(tokens, length, done, prompt_id):

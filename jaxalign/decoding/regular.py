@@ -17,15 +17,10 @@ DEAD = -1
 
 
 class ByteAutomaton(NamedTuple):
-    """A deterministic automaton over UTF-8 bytes; state 0 is the start.
+    """A deterministic automaton over UTF-8 bytes; state 0 is the start."""
 
-    Attributes:
-      table: int32 ``[S, 256]``, the next state, or -1.
-      accepting: bool ``[S]``.
-    """
-
-    table: np.ndarray
-    accepting: np.ndarray
+    table: np.ndarray  # int32 ``[S, 256]``, the next state, or -1
+    accepting: np.ndarray  # bool ``[S]``
 
     def accepts(self, text: str) -> bool:
         """Whether the whole text is in the language."""
@@ -190,11 +185,8 @@ def through_escapes(
 ) -> ByteAutomaton:
     """The escaped spellings of the texts of a language.
 
-    Args:
-      automaton: over plain text.
-      opener: the character that opens an escape.
-      letters: what each one-letter escape stands for; that of a newline takes one
-        space behind it along. Escapes by number (``x..;``) are left out.
+    ``letters`` says what each one-letter escape behind ``opener`` stands for; that of a
+    newline takes one space along. Escapes by number (``x..;``) are left out.
     """
     table, accepting = automaton
     size = len(accepting)

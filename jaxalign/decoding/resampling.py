@@ -18,15 +18,10 @@ import jax.numpy as jnp
 
 
 class Resampled(NamedTuple):
-    """Survivors.
+    """Survivors."""
 
-    Attributes:
-      indices: int32 ``[n]`` into the particles resampled.
-      log_weights: float32 ``[n]``; ``-inf`` for slots that nobody deserved.
-    """
-
-    indices: jax.Array
-    log_weights: jax.Array
+    indices: jax.Array  # int32 ``[n]`` into the particles resampled
+    log_weights: jax.Array  # float32 ``[n]``; ``-inf`` for slots that nobody deserved
 
 
 def effective_sample_size(log_weights: jax.Array) -> jax.Array:
@@ -35,12 +30,12 @@ def effective_sample_size(log_weights: jax.Array) -> jax.Array:
     >>> effective_sample_size(jnp.log(jnp.array([0.5, 0.5, 0.0, 0.0])))
     Array(2., dtype=float32)
     """
-    weights = _normalised(log_weights)
+    weights = normalised(log_weights)
     squares = jnp.sum(jnp.square(weights), axis=-1)
     return jnp.where(squares > 0.0, 1.0 / jnp.where(squares > 0.0, squares, 1.0), 0.0)
 
 
-def _normalised(log_weights: jax.Array) -> jax.Array:
+def normalised(log_weights: jax.Array) -> jax.Array:
     """Weights that sum to 1 over the last axis; all 0 where every one is ``-inf``."""
     top = jnp.max(log_weights, axis=-1, keepdims=True)
     weights = jnp.exp(log_weights - jnp.where(top == -jnp.inf, 0.0, top))
@@ -48,44 +43,38 @@ def _normalised(log_weights: jax.Array) -> jax.Array:
     return weights / jnp.where(total > 0.0, total, 1.0)
 
 
-def _invert(weights: jax.Array, points: jax.Array) -> jax.Array:
+def _invert(weights: jax.Array, ends: jax.Array, points: jax.Array) -> jax.Array:
     """The particle whose stretch of the cumulative weights holds each point."""
-    ends = jnp.cumsum(weights)
-    found = jnp.searchsorted(ends, points * ends[-1], side="right")
+    found = jnp.searchsorted(ends, points, side="right")
     # Rounding may put a point behind the last particle that has weight.
     last = weights.size - 1 - jnp.argmax(jnp.flip(weights > 0.0))
     return jnp.minimum(found, last).astype(jnp.int32)
 
 
-def _with_replacement(
-    log_weights: jax.Array, n: int, points: jax.Array, weights: jax.Array
-) -> Resampled:
+def _with_replacement(log_weights: jax.Array, n: int, points: jax.Array) -> Resampled:
+    """The particles at points in [0, 1), each with an n-th of the total weight."""
+    weights = normalised(log_weights)
+    ends = jnp.cumsum(weights)
     mean = jax.nn.logsumexp(log_weights) - jnp.log(n)
-    return Resampled(_invert(weights, points), jnp.full(n, mean))
+    indices = _invert(weights, ends, points * ends[-1])
+    return Resampled(indices, jnp.full(n, mean))
 
 
 def multinomial(key: jax.Array, log_weights: jax.Array, n: int) -> Resampled:
-    """``n`` independent draws, each with an ``n``-th of the total weight.
-
-    Args:
-      key: a typed PRNG key.
-      log_weights: float32 ``[P]``.
-      n: how many to keep.
-    """
-    points = jax.random.uniform(key, (n,))
-    return _with_replacement(log_weights, n, points, _normalised(log_weights))
+    """``n`` independent draws from ``log_weights [P]``, float32."""
+    return _with_replacement(log_weights, n, jax.random.uniform(key, (n,)))
 
 
 def stratified(key: jax.Array, log_weights: jax.Array, n: int) -> Resampled:
     """One draw from each ``n``-th of the cumulative weights."""
     points = (jnp.arange(n) + jax.random.uniform(key, (n,))) / n
-    return _with_replacement(log_weights, n, points, _normalised(log_weights))
+    return _with_replacement(log_weights, n, points)
 
 
 def systematic(key: jax.Array, log_weights: jax.Array, n: int) -> Resampled:
-    """A comb of ``n`` teeth with one random offset; see :func:`multinomial`."""
+    """A comb of ``n`` teeth with one random offset."""
     points = (jnp.arange(n) + jax.random.uniform(key)) / n
-    return _with_replacement(log_weights, n, points, _normalised(log_weights))
+    return _with_replacement(log_weights, n, points)
 
 
 def threshold(weights: jax.Array, n: int) -> tuple[jax.Array, jax.Array]:
@@ -144,7 +133,7 @@ def fearnhead_clifford(key: jax.Array, log_weights: jax.Array, n: int) -> Resamp
         kept = jnp.arange(n, dtype=jnp.int32) % count
         alive = jnp.where(jnp.arange(n) < count, log_weights[kept], -jnp.inf)
         return Resampled(kept, alive)
-    weights = _normalised(log_weights)
+    weights = normalised(log_weights)
     order = jnp.argsort(-weights)
     # Few enough: everybody stays. Also the branch of an empty population.
     few = weights[order[n]] <= 0.0
@@ -155,10 +144,8 @@ def fearnhead_clifford(key: jax.Array, log_weights: jax.Array, n: int) -> Resamp
     tail = jnp.where(kept, 0.0, weights)
     ends = jnp.cumsum(tail)
     teeth = (jax.random.uniform(key) + jnp.arange(n)) * ends[-1] / (n - m)
-    drawn = jnp.searchsorted(ends, teeth, side="right")
-    last = count - 1 - jnp.argmax(jnp.flip(tail > 0.0))
     hits = (~few & (jnp.arange(n) < n - m)).astype(jnp.int32)
-    copies = kept.astype(jnp.int32).at[jnp.minimum(drawn, last)].add(hits)
+    copies = kept.astype(jnp.int32).at[_invert(tail, ends, teeth)].add(hits)
     indices = jnp.repeat(
         jnp.arange(count, dtype=jnp.int32), copies, total_repeat_length=n
     )

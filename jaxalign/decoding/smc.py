@@ -22,11 +22,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxalign.decoding import network
 from jaxalign.decoding import resampling as schemes
-from jaxalign.decoding.programs import EOS_ID, Context, Program, State
+from jaxalign.decoding.checks import check_sizes
+from jaxalign.decoding.generate import prompt_keys
+from jaxalign.decoding.programs import Context, Program, State
+from jaxalign.decoding.rules import EOS_ID, PAD_ID
 
-PAD_ID = 0
 _UNLIMITED = 2**30
+
+
+class _Settings(NamedTuple):
+    """Arguments of `smc` that are compiled in."""
+
+    num_particles: int
+    max_new_tokens: int
+    expansion: int
+    resampling: str
+    vocab_size: int | None
+    must_end: bool
+    merge: bool
 
 
 class Particles(NamedTuple):
@@ -60,7 +75,7 @@ class Particles(NamedTuple):
     @property
     def weights(self) -> jax.Array:
         """``[B, N]`` weights that sum to 1, or are all 0 where every particle died."""
-        return schemes._normalised(self.log_weights)
+        return schemes.normalised(self.log_weights)
 
 
 def smc(
@@ -131,14 +146,9 @@ def smc(
             f"{type(program).__name__} reads {program.num_contexts} prompts, got "
             f"{contexts}: encoder_input_tokens must be [B, M, Le] with that M."
         )
-    sizes = {
-        "num_particles": num_particles,
-        "max_new_tokens": max_new_tokens,
-        "expansion": expansion,
-    }
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name} must be at least 1, got {size}.")
+    check_sizes(
+        num_particles=num_particles, max_new_tokens=max_new_tokens, expansion=expansion
+    )
     if resampling not in schemes.SCHEMES:
         raise ValueError(
             f"resampling must be one of {sorted(schemes.SCHEMES)}, got {resampling!r}."
@@ -161,13 +171,10 @@ def smc(
         jnp.asarray(prompt_ids, jnp.uint32),
         jnp.float32(temperature),
         jnp.float32(ess_threshold),
-        num_particles=int(num_particles),
-        max_new_tokens=int(max_new_tokens),
-        expansion=int(expansion),
-        resampling=resampling,
-        vocab_size=vocab_size,
-        must_end=must_end,
-        merge=merge,
+        _Settings(
+            *(num_particles, max_new_tokens, expansion),
+            *(resampling, vocab_size, must_end, merge),
+        ),
     )
 
 
@@ -217,8 +224,8 @@ def _expand(
     )
     logps = context.logps[0][tokens]
     log_g = jnp.where(possible, log_g + logps - log_q[tokens], -jnp.inf)
-    invalid = ~done & (jnp.isnan(log_g) | (log_g == jnp.inf))
-    log_g = jnp.where(jnp.isnan(log_g) | (log_g == jnp.inf), -jnp.inf, log_g)
+    invalid = jnp.isnan(log_g) | (log_g == jnp.inf)
+    log_g = jnp.where(invalid, -jnp.inf, log_g)
     weights = log_weight + log_g - jnp.log(expansion)
     ended = ends | (tokens == EOS_ID)
     if merge and expansion > 1:
@@ -235,7 +242,7 @@ def _expand(
         logps=jnp.where(done, 0.0, logps),
         done=done | ended,
         state=jax.tree.map(if_done, state, states),
-        invalid=jnp.sum(invalid),
+        invalid=jnp.sum(invalid & ~done),
     )
 
 
@@ -251,11 +258,7 @@ def _merge(tokens: jax.Array, states: State, weights: jax.Array) -> jax.Array:
 
 
 def _resample(
-    key: jax.Array,
-    log_weights: jax.Array,
-    *,
-    scheme: str,
-    threshold: jax.Array,
+    scheme: str, threshold: jax.Array, key: jax.Array, log_weights: jax.Array
 ) -> schemes.Resampled:
     """``N`` of the children ``[N, K]``, as indices into the flat ``[N * K]``."""
     n, expansion = log_weights.shape
@@ -271,64 +274,37 @@ def _resample(
     )
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=(
-        "model",
-        "num_particles",
-        "max_new_tokens",
-        "expansion",
-        "resampling",
-        "vocab_size",
-        "must_end",
-        "merge",
-    ),
-)
+@functools.partial(jax.jit, static_argnames=("model", "settings"))
 def _smc(
-    model,
-    params,
-    encoder_input_tokens,
-    program,
-    key,
-    prompt_ids,
-    temperature,
-    ess_threshold,
-    *,
-    num_particles,
-    max_new_tokens,
-    expansion,
-    resampling,
-    vocab_size,
-    must_end,
-    merge,
+    model: Any,
+    params: Any,
+    encoder_input_tokens: jax.Array,
+    program: Program,
+    key: jax.Array,
+    prompt_ids: jax.Array,
+    temperature: jax.Array,
+    ess_threshold: jax.Array,
+    settings: _Settings,
 ) -> Particles:
     b, m, length = encoder_input_tokens.shape
-    n, t = num_particles, max_new_tokens
+    n, t, expansion, resampling, vocab_size, must_end, merge = settings
     flat = encoder_input_tokens.reshape(b * m, length)
-    encoder_mask = (flat != PAD_ID).astype(jnp.int32)
-
-    def apply(method: str, *args):
-        return model.apply({"params": params}, *args, method=method)
-
-    cross_kv = apply("cross_key_values", apply("encode", flat, encoder_mask))
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, prompt_ids)
+    encoder_mask, cross_kv = network.encode(model, params, flat)
+    keys = prompt_keys(key, prompt_ids)
     expand = functools.partial(_expand, program, expansion, merge)
     axes = Context(0, 0, None, None, None)
     over_particles = jax.vmap(expand, (axes, 0, 0, 0, 0))
     axes = axes._replace(prompt_id=0)
     over_prompts = jax.vmap(over_particles, (axes, 0, 0, 0, 0))
-    resample = jax.vmap(
-        functools.partial(_resample, scheme=resampling, threshold=ess_threshold)
-    )
+    resample = jax.vmap(functools.partial(_resample, resampling, ess_threshold))
 
     def unfinished(carry: _Carry) -> jax.Array:
         return (carry.position < t) & ~jnp.all(carry.done)
 
     def step(carry: _Carry) -> _Carry:
         inputs = jnp.repeat(carry.inputs, m, axis=0)  # the same token in each context
-        logits, cache = apply(
-            "decode_step", inputs, carry.position, carry.cache, cross_kv, encoder_mask
-        )
+        args = inputs, carry.position, carry.cache, cross_kv, encoder_mask
+        logits, cache = network.apply(model, params, "decode_step", *args)
         logits = logits / temperature
         if vocab_size is not None:
             real = jnp.arange(logits.shape[-1]) < vocab_size
@@ -354,17 +330,16 @@ def _smc(
         )
         parents = survivors.indices // expansion
 
-        def of_child(leaf):  # [B, N, K, ...] -> [B, N, ...]
-            leaf = leaf.reshape(b, n * expansion, *leaf.shape[3:])
-            return jax.vmap(lambda x, i: x[i])(leaf, survivors.indices)
+        def of_child(tree):  # [B, N, K, ...] -> [B, N, ...]
+            flat = jax.tree.map(
+                lambda x: x.reshape(b, n * expansion, *x.shape[3:]), tree
+            )
+            return network.take_rows(flat, survivors.indices)
 
-        def of_parent(leaf):  # [B, N, ...]
-            return jax.vmap(lambda x, i: x[i])(leaf, parents)
+        def of_parent(tree):  # [B, N, ...]
+            return network.take_rows(tree, parents)
 
-        ancestors = jnp.repeat(parents, m, axis=0)
-        cache = jax.tree.map(
-            lambda leaf: jax.vmap(lambda x, i: x[i])(leaf, ancestors), cache
-        )
+        cache = network.take_rows(cache, jnp.repeat(parents, m, axis=0))
         was_done = of_parent(carry.done)
         tokens = of_child(children.tokens)
         dead = survivors.log_weights == -jnp.inf
@@ -388,7 +363,7 @@ def _smc(
             inputs=tokens,
             done=particles.ended | dead,
             particles=particles,
-            state=jax.tree.map(of_child, children.state),
+            state=of_child(children.state),
             cache=cache,
         )
 
@@ -404,16 +379,12 @@ def _smc(
         ancestors=jnp.full((b, t, n), -1, jnp.int32),
         num_invalid=jnp.zeros(b, jnp.int32),
     )
-    state = jax.tree.map(
-        lambda x: jnp.broadcast_to(jnp.asarray(x), (*rows, *jnp.shape(x))),
-        program.init(),
-    )
     carry = _Carry(
         position=jnp.int32(0),
         inputs=jnp.full(rows, PAD_ID, jnp.int32),
         done=jnp.zeros(rows, bool),
         particles=start,
-        state=state,
+        state=network.repeat(program.init(), rows),
         cache=model.init_self_cache(b * m, n, t),
     )
     found = jax.lax.while_loop(unfinished, step, carry).particles

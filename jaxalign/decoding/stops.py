@@ -12,6 +12,7 @@ nothing, and they are not returned.
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -19,17 +20,11 @@ LOOK = 8  # tokens decoded between two looks
 
 
 class Cut(NamedTuple):
-    """Where a stop ends a response.
+    """Where a stop ends a response."""
 
-    Attributes:
-      text: up to and including the stop.
-      start: where the stop begins in it.
-      tokens: how many tokens there are up to the one that completes the stop.
-    """
-
-    text: str
-    start: int
-    tokens: int
+    text: str  # up to and including the stop
+    start: int  # where the stop begins in it
+    tokens: int  # how many tokens there are up to the one that completes the stop
 
 
 class Stops:
@@ -77,6 +72,11 @@ class Stops:
         end, start = min(found)
         return start, end
 
+    def before(self, text: str) -> str:
+        """What comes before the first stop, or the whole text."""
+        found = self.find(text)
+        return text[: found[0]] if found else text
+
     def held(self, text: str) -> int:
         """How many characters at the end of a text may begin a stop."""
         sizes = {
@@ -111,11 +111,9 @@ class Stops:
             found = self.find(text, after)
             return found and Cut(text[: found[1]], found[0], len(tokens))
         # Each token only adds to the text: the fewest of them that reach the end.
-        low, high = forced, len(tokens)
-        while low < high:
-            middle = (low + high) // 2
-            if len(decode(tokens[:middle], final=False)) >= found[1]:
-                high = middle
-            else:
-                low = middle + 1
-        return Cut(text[: found[1]], found[0], low)
+        fewest = forced + bisect.bisect_left(
+            range(forced, len(tokens)),
+            found[1],
+            key=lambda n: len(decode(tokens[:n], final=False)),
+        )
+        return Cut(text[: found[1]], found[0], fewest)

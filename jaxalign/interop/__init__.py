@@ -1,1 +1,5 @@
-"""Reading and writing the checkpoints of other libraries."""
+"""Other projects' checkpoints."""
+
+from jaxalign.interop.huggingface import load_huggingface, save_huggingface
+
+__all__ = ["load_huggingface", "save_huggingface"]

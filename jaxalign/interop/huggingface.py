@@ -4,7 +4,7 @@ Covers T5, T5 1.1, Flan-T5, ByT5 and mT5, whose layers share one relative bias p
 stack; not umT5, whose layers have their own. PyTorch keeps a linear layer's weight as
 ``[out, in]``, this library as ``[in, out]``; the embedding is the same in both.
 
-Importing this module needs neither PyTorch, transformers nor safetensors.
+Importing this module needs neither PyTorch nor transformers.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import safetensors.numpy
 from flax import traverse_util
 
 from jaxalign.models.config import T5Config
@@ -65,11 +66,7 @@ _UNREAD = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weigh
 _ENCODER_BLOCK = (("SelfAttention", "attention", "pre_attention_layer_norm"),)
 _DECODER_BLOCK = (
     ("SelfAttention", "self_attention", "pre_self_attention_layer_norm"),
-    (
-        "EncDecAttention",
-        "encoder_decoder_attention",
-        "pre_cross_attention_layer_norm",
-    ),
+    ("EncDecAttention", "encoder_decoder_attention", "pre_cross_attention_layer_norm"),
 )
 
 
@@ -150,19 +147,16 @@ def config_to_huggingface(config: T5Config) -> dict[str, Any]:
             f"mlp_activations {config.mlp_activations} has no Hugging Face name; "
             f"these have: {sorted(names)}."
         )
-    out = {key: getattr(config, field) for field, key in _FIELDS.items()}
     return {
         "architectures": ["T5ForConditionalGeneration"],
         "model_type": "t5",
-        **out,
+        **{key: getattr(config, field) for field, key in _FIELDS.items()},
+        **_FIXED,
         "feed_forward_proj": names[config.mlp_activations],
-        "is_encoder_decoder": True,
         "tie_word_embeddings": config.logits_via_embedding,
         "dropout_rate": config.dropout_rate,
-        "layer_norm_epsilon": 1e-6,
         "pad_token_id": 0,
         "eos_token_id": 1,
-        "decoder_start_token_id": 0,
     }
 
 
@@ -179,36 +173,20 @@ def parameter_names(config: T5Config) -> Iterator[tuple[str, str, bool]]:
         ("encoder", config.num_encoder_layers, _ENCODER_BLOCK),
         ("decoder", config.num_decoder_layers, _DECODER_BLOCK),
     ):
-        yield (
-            f"{stack}/relpos_bias/rel_embedding",
-            f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
-            True,
-        )
+        bias = f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+        yield f"{stack}/relpos_bias/rel_embedding", bias, True
         yield f"{stack}/{stack}_norm/scale", f"{stack}.final_layer_norm.weight", False
         for i in range(depth):
             ours, theirs = f"{stack}/layers_{i}", f"{stack}.block.{i}.layer"
-            for j, (their_attention, our_attention, norm) in enumerate(block):
+            names = [("query", "q"), ("key", "k"), ("value", "v"), ("out", "o")]
+            parts = [(*part, names) for part in block]
+            dense = [(name, name) for name in (*wi, "wo")]
+            parts.append(("DenseReluDense", "mlp", "pre_mlp_layer_norm", dense))
+            for j, (their_part, our_part, norm, names) in enumerate(parts):
                 yield f"{ours}/{norm}/scale", f"{theirs}.{j}.layer_norm.weight", False
-                for our, their in zip(
-                    ("query", "key", "value", "out"), "qkvo", strict=True
-                ):
-                    yield (
-                        f"{ours}/{our_attention}/{our}/kernel",
-                        f"{theirs}.{j}.{their_attention}.{their}.weight",
-                        True,
-                    )
-            j = len(block)
-            yield (
-                f"{ours}/pre_mlp_layer_norm/scale",
-                f"{theirs}.{j}.layer_norm.weight",
-                False,
-            )
-            for name in (*wi, "wo"):
-                yield (
-                    f"{ours}/mlp/{name}/kernel",
-                    f"{theirs}.{j}.DenseReluDense.{name}.weight",
-                    True,
-                )
+                for our, their in names:
+                    kernel = f"{ours}/{our_part}/{our}/kernel"
+                    yield kernel, f"{theirs}.{j}.{their_part}.{their}.weight", True
 
 
 def params_from_huggingface(
@@ -241,9 +219,8 @@ def params_from_huggingface(
     )
     if embedding is not None:
         state.setdefault("shared.weight", embedding)
-    if not config.logits_via_embedding and embedding is not None:
-        # A tied but unscaled head is stored once.
-        state.setdefault("lm_head.weight", state["shared.weight"])
+        if not config.logits_via_embedding:  # a tied but unscaled head is stored once
+            state.setdefault("lm_head.weight", embedding)
     for name in aliases:
         if name in state and not np.array_equal(
             np.asarray(state[name]), np.asarray(state["shared.weight"])
@@ -309,7 +286,7 @@ def load_huggingface(
 
     Raises:
       FileNotFoundError: no such folder, or no weights in it.
-      ImportError: naming the package that reads the files found.
+      ImportError: without PyTorch, which reads ``.bin`` files.
     """
     folder = pathlib.Path(folder)
     path = folder / "config.json"
@@ -319,13 +296,12 @@ def load_huggingface(
             "download it first (huggingface-cli download NAME --local-dir FOLDER)."
         )
     config = config_from_huggingface(json.loads(path.read_text("utf-8")), **overrides)
-    safetensors = sorted(folder.glob("*.safetensors"))
-    binaries = sorted(folder.glob("pytorch_model*.bin"))
-    if safetensors:
-        state = _read_safetensors(safetensors)
-    elif binaries:
-        state = _read_torch(binaries)
-    else:
+    state: dict[str, np.ndarray] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        state |= safetensors.numpy.load_file(file)
+    if not state:
+        state = _read_torch(sorted(folder.glob("pytorch_model*.bin")))
+    if not state:
         raise FileNotFoundError(
             f"{folder} has no *.safetensors and no pytorch_model*.bin file."
         )
@@ -339,35 +315,20 @@ def save_huggingface(
 
     ``T5ForConditionalGeneration.from_pretrained(folder)`` reads the result.
     """
-    try:
-        from safetensors.numpy import save_file
-    except ImportError as error:
-        raise ImportError("Writing needs safetensors: pip install safetensors") from (
-            error
-        )
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(config_to_huggingface(config), indent=2) + "\n"
     (folder / "config.json").write_text(text, "utf-8")
-    state = params_to_huggingface(params, config)
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def _read_safetensors(paths: list[pathlib.Path]) -> dict[str, np.ndarray]:
-    try:
-        from safetensors import safe_open
-    except ImportError as error:
-        raise ImportError(
-            f"Reading {paths[0].name} needs safetensors: pip install safetensors"
-        ) from error
-    state = {}
-    for path in paths:
-        with safe_open(path, framework="numpy") as file:
-            state.update({name: file.get_tensor(name) for name in file.keys()})
-    return state
+    safetensors.numpy.save_file(
+        params_to_huggingface(params, config),
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
 
 
 def _read_torch(paths: list[pathlib.Path]) -> dict[str, np.ndarray]:
+    if not paths:
+        return {}
     try:
         import torch
     except ImportError as error:

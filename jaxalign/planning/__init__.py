@@ -99,15 +99,10 @@ def _cost(found: dict[str, Any]) -> float:
 def largest_batch(
     run: runs.Run, topology: hardware.Topology, fitting: dict[str, Any]
 ) -> int:
-    """The largest ``BATCH_SIZE`` whose training step fits, by compiling.
+    """The largest ``BATCH_SIZE`` whose training step fits, from a candidate that does.
 
     Memory is nearly a straight line in the batch: two compilations give it, and the
     size that it predicts is compiled too, and lowered until it fits.
-
-    Args:
-      run: the run.
-      topology: what to compile for.
-      fitting: a candidate of it that fits.
     """
     ways = fitting["mesh"]["data"] * fitting["mesh"]["fsdp"]
     unit = ways * run.num_microbatches
@@ -129,8 +124,7 @@ def largest_batch(
             break
         (a, (_, at_a)), (b, (_, at_b)) = sorted(known.items())[-2:]
         slope = max((at_b - at_a) / (b - a), 1.0)
-        guess = int(b + (limit - at_b) / slope)
-        guess = max(guess, fits + 1)
+        guess = max(int(b + (limit - at_b) / slope), fits + 1)
         if too_many is not None:
             guess = min(guess, too_many - 1)
         known[guess] = measure(guess)

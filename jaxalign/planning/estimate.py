@@ -88,19 +88,11 @@ def bytes_per_device(tree: Any) -> int:
 def candidate(
     run: runs.Run, topology: Topology, sizes: dict[str, int], steps: tuple[str, ...]
 ) -> dict[str, Any]:
-    """Compiles a run's programs for one mesh and says what came out.
+    """Compiles a run's programs for one mesh: a candidate of `jaxalign.planning.plan`.
 
-    Args:
-      run: the run.
-      topology: what to compile for.
-      sizes: ``{"data", "fsdp", "tensor"}``; one may be -1.
-      steps: of `programs.STEPS`; the first is what the top-level keys describe.
-
-    Returns:
-      The keys of a candidate, see `jaxalign.planning.plan`.
-
-    Raises:
-      ValueError: where batch or network do not divide over the mesh.
+    ``sizes`` are of ``data``, ``fsdp`` and ``tensor``, one of them -1 at most; the
+    first of ``steps`` is what the top-level keys describe. Raises a ValueError where
+    batch or network do not divide over the mesh.
     """
     mesh = meshes.make_mesh(**sizes, devices=topology.devices)
     ready = programs.abstract_setup(run, mesh)
@@ -139,33 +131,36 @@ def candidate(
 def _program(
     ready: runs.Setup, topology: Topology, step: str, held: dict[str, int]
 ) -> dict[str, Any]:
-    limit = topology.chip.memory
+    limit, known = topology.chip.memory, sum(held.values())
     program = programs.program(ready, step)
     count = flops.matmul_flops(
         program.function, *program.arguments, loop_trips=program.loop_trips
     )
-    found: dict[str, Any] = {"fits": False, "flops_per_step": count}
-    unknown = {
-        "hbm_bytes": {**held, "activations_and_temporaries": None, "limit": limit},
-        "collective_bytes": None,
-        "predicted_step_seconds": None,
-    }
-    shortfall: Shortfall | None = None
-    if sum(held.values()) > limit:
-        # Not worth compiling.
-        shortfall = Shortfall(sum(held.values()), limit, at_least=True)
-    else:
-        try:
-            compiled = program.compile()
-        except jax.errors.JaxRuntimeError as error:
-            shortfall = _out_of_memory(str(error), limit)
-            if shortfall is None:
-                raise
-    if shortfall is not None:
-        if not shortfall.at_least:
-            others = shortfall.needed - sum(held.values())
-            unknown["hbm_bytes"]["activations_and_temporaries"] = others
-        return {**found, **unknown, "shortfall": shortfall.as_json()}
+
+    def too_large(shortfall: Shortfall) -> dict[str, Any]:
+        others = None if shortfall.at_least else shortfall.needed - known
+        return {
+            "fits": False,
+            "flops_per_step": count,
+            "hbm_bytes": {
+                **held,
+                "activations_and_temporaries": others,
+                "limit": limit,
+            },
+            "collective_bytes": None,
+            "predicted_step_seconds": None,
+            "shortfall": shortfall.as_json(),
+        }
+
+    if known > limit:  # not worth compiling
+        return too_large(Shortfall(known, limit, at_least=True))
+    try:
+        compiled = program.compile()
+    except jax.errors.JaxRuntimeError as error:
+        shortfall = _out_of_memory(str(error))
+        if shortfall is None:
+            raise
+        return too_large(shortfall)
     memory = compiled.memory_analysis()
     total = (
         memory.argument_size_in_bytes
@@ -176,11 +171,12 @@ def _program(
     )
     moved = hlo.traffic(compiled.as_text(), topology.slice_of)
     times = _times(ready, topology, count, moved)
-    found |= {
+    found = {
         "fits": total <= limit,
+        "flops_per_step": count,
         "hbm_bytes": {
             **held,
-            "activations_and_temporaries": total - sum(held.values()),
+            "activations_and_temporaries": total - known,
             "limit": limit,
         },
         "collective_bytes": {
@@ -214,10 +210,10 @@ def _times(
     }
 
 
-def _out_of_memory(message: str, limit: int) -> Shortfall | None:
+def _out_of_memory(message: str) -> Shortfall | None:
     """The figures of libtpu's refusal; None for any other error.
 
-    >>> print(_out_of_memory("RESOURCE_EXHAUSTED: Used 20.00G of 15.75G hbm.", 0))
+    >>> print(_out_of_memory("RESOURCE_EXHAUSTED: Used 20.00G of 15.75G hbm."))
     does not fit: needs 20.00 GiB per device, 15.75 GiB are there, 4.25 GiB too many
     """
     if "RESOURCE_EXHAUSTED" not in message and "out of memory" not in message:

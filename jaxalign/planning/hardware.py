@@ -9,6 +9,7 @@ those of https://jax-ml.github.io/scaling-book/tpus/.
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import importlib.metadata
 import importlib.util
 import math
@@ -25,22 +26,15 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Peak figures of one device.
+    """Peak figures of one device."""
 
-    Attributes:
-      flops: bfloat16 matrix operations per second, dense.
-      memory: bytes of main memory (HBM) that a program may use.
-      memory_bandwidth: bytes per second.
-      link_bandwidth: bytes per second that one device sends in a ring over its fast
-        links: both directions of one torus axis, or NVLink.
-      network_bandwidth: bytes per second and device between slices or hosts.
-    """
-
-    flops: float
-    memory: int
-    memory_bandwidth: float
+    flops: float  # bfloat16 matrix operations per second, dense
+    memory: int  # bytes of main memory (HBM) that a program may use
+    memory_bandwidth: float  # bytes per second
+    # bytes per second that one device sends in a ring over its fast links: both
+    # directions of one torus axis, or NVLink
     link_bandwidth: float
-    network_bandwidth: float
+    network_bandwidth: float  # bytes per second and device between slices or hosts
 
 
 CHIPS = {
@@ -60,19 +54,13 @@ _LARGEST = {"v4": 4096, "v5e": 256, "v5p": 8960, "v6e": 256}  # chips in a slice
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """Devices to compile for.
+    """Devices to compile for."""
 
-    Attributes:
-      name: as the user wrote it.
-      kind: a key of `CHIPS`.
-      devices: compile-only TPU devices, or this machine's CPU devices.
-      exact: whether the compiler is the target's own. Where it is not, memory is an
-        estimate from the CPU compiler.
-    """
-
-    name: str
-    kind: str
-    devices: list[Any]
+    name: str  # as the user wrote it
+    kind: str  # a key of `CHIPS`
+    devices: list[Any]  # compile-only TPU devices, or this machine's CPU devices
+    # whether the compiler is the target's own. Where it is not, memory is an estimate
+    # from the CPU compiler.
     exact: bool
 
     @property
@@ -171,35 +159,28 @@ def _tpu_devices(name: str, kind: str, shape: str) -> list[Any]:
 
 
 def check_libtpu(jax_version: str | None, wants: list[str], found: str | None) -> None:
-    """Refuses a libtpu of another release than the installed jax names.
+    """Refuses a libtpu of another release than ``wants``, jax's requirements, names.
 
     A jaxlib reads what the compiler of its own release makes; of a newer one it may
     not, and then fails where a program is printed.
-
-    Args:
-      jax_version: that is installed.
-      wants: jax's requirements, with its extras'.
-      found: the version of libtpu; None where it is not known.
 
     Raises:
       ImportError: saying what to install.
 
     >>> check_libtpu("0.10.2", ["libtpu==0.0.42.*; extra == 'tpu'"], "0.0.42.1")
     """
-    pattern = r"libtpu ?==([\d.]+?)(\.\*)? ?(?:;|$)"
     for requirement in wants:
-        match = re.match(pattern, requirement)
+        match = re.match(r"libtpu ?==([\d.]+(?:\.\*)?) ?(?:;|$)", requirement)
         if match is None or found is None:
             continue
-        parts, own = match[1].split("."), found.split(".")
-        if own == parts or (match[2] and own[: len(parts)] == parts):
-            continue
-        release = match[1] + (match[2] or "")
-        raise ImportError(
-            f"jaxalign plan compiles with libtpu, and libtpu {found} does not go with "
-            f"jax {jax_version}: pip install 'libtpu=={release}'. (pip install "
-            "'jaxalign[plan]' brings the one that goes with it.)"
-        )
+        release = match[1]  # 0.0.42.* holds 0.0.42 itself, too
+        wanted = release if release.endswith("*") else f"{release}."
+        if not fnmatch.fnmatch(f"{found}.", wanted):
+            raise ImportError(
+                f"jaxalign plan compiles with libtpu, and libtpu {found} does not go "
+                f"with jax {jax_version}: pip install 'libtpu=={release}'. (pip "
+                "install 'jaxalign[plan]' brings the one that goes with it.)"
+            )
 
 
 def _version(package: str) -> str | None:
@@ -241,10 +222,8 @@ def parse_mesh(text: str) -> dict[str, int]:
 def candidate_meshes(count: int, slices: int, limit: int) -> list[dict[str, int]]:
     """Meshes to compare: fsdp over a slice, then ever more tensor, then more data.
 
-    Args:
-      count: devices.
-      slices: slices; data goes over them.
-      limit: the largest tensor axis that divides heads, hidden layer and vocabulary.
+    Of ``count`` devices in slices, over which data goes; a tensor axis divides
+    ``limit``, as it must heads, hidden layer and vocabulary.
 
     >>> candidate_meshes(16, 1, 4)[:2]
     [{'data': 1, 'fsdp': 16, 'tensor': 1}, {'data': 1, 'fsdp': 8, 'tensor': 2}]

@@ -17,32 +17,15 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 COLLECTIVES = (
-    "all-gather",
-    "all-reduce",
-    "reduce-scatter",
-    "all-to-all",
-    "collective-permute",
-    "collective-broadcast",
-    "ragged-all-to-all",
+    *("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all"),
+    *("collective-permute", "collective-broadcast"),
 )
 # Instructions that name, forward or reinterpret values without touching memory.
 _FREE = {
-    "parameter",
-    "constant",
-    "tuple",
-    "get-tuple-element",
-    "bitcast",
-    "while",
-    "call",
-    "conditional",
-    "after-all",
-    "partition-id",
-    "replica-id",
-    "opt-barrier",
-    "optimization-barrier",
-    "domain",
+    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while"),
+    *("call", "conditional", "after-all", "partition-id", "replica-id", "domain"),
+    *("opt-barrier", "optimization-barrier"),
 }
-_BITS = {"pred": 8, "token": 0, "opaque": 0}
 _ARRAY = re.compile(r"([a-z]+\d*[a-z0-9]*)\[([\d,<= ]*)\](\{[^}]*\})?")
 _LINE = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = (.*)$")
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
@@ -50,40 +33,25 @@ _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line of HLO.
+    """One line of HLO."""
 
-    Attributes:
-      name: unique in its computation.
-      opcode: such as ``fusion``.
-      shape: the text of its result's shape.
-      operands: names.
-      arguments: what stands between its parentheses; a constant's value.
-      rest: attributes, as text.
-      root: whether the computation returns it.
-    """
-
-    name: str
-    opcode: str
-    shape: str
-    operands: tuple[str, ...]
-    arguments: str
-    rest: str
-    root: bool
+    name: str  # unique in its computation
+    opcode: str  # such as ``fusion``
+    shape: str  # of its result, as text
+    operands: tuple[str, ...]  # names
+    arguments: str  # what stands between its parentheses; a constant's value
+    rest: str  # attributes, as text
+    root: bool  # whether the computation returns it
 
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """Bytes of one run of a program, per device.
+    """Bytes of one run of a program, per device."""
 
-    Attributes:
-      collectives: bytes sent by kind, over links inside a slice.
-      across_slices: bytes sent by kind, by collectives whose groups span slices.
-      memory: bytes read from and written to main memory.
-    """
-
-    collectives: dict[str, int]
+    collectives: dict[str, int]  # bytes sent by kind, over links inside a slice
+    # bytes sent by kind, by collectives whose groups span slices
     across_slices: dict[str, int]
-    memory: int
+    memory: int  # bytes read from and written to main memory
 
 
 def shape_bytes(shape: str, *, main_memory: bool = False) -> int:
@@ -108,10 +76,8 @@ def shape_bytes(shape: str, *, main_memory: bool = False) -> int:
 
 
 def _bits(kind: str) -> int:
-    if kind in _BITS:
-        return _BITS[kind]
     digits = re.search(r"\d+", kind)
-    return int(digits.group()) if digits else 0
+    return 8 if kind == "pred" else int(digits.group()) if digits else 0
 
 
 def parse(text: str) -> tuple[str, dict[str, list[Instruction]]]:
@@ -137,16 +103,9 @@ def _instruction(root: str | None, name: str, text: str) -> Instruction:
     start = text.index("(")
     end = _closing(text, start)
     arguments = text[start + 1 : end]
-    operands = re.findall(r"%([\w.\-]+)", arguments)
-    return Instruction(
-        name,
-        text[:start],
-        shape,
-        tuple(operands),
-        arguments,
-        text[end + 1 :],
-        bool(root),
-    )
+    operands = tuple(re.findall(r"%([\w.\-]+)", arguments))
+    opcode, rest = text[:start], text[end + 1 :]
+    return Instruction(name, opcode, shape, operands, arguments, rest, bool(root))
 
 
 def _closing(text: str, start: int) -> int:
@@ -272,6 +231,10 @@ def _sent(
     return share * operands * (n - 1) // n
 
 
+def _numbers(text: str) -> list[int]:
+    return [int(n) for n in re.findall(r"\d+", text)]
+
+
 def device_groups(attributes: str) -> list[list[int]]:
     """The groups of devices a collective runs in, from its attributes.
 
@@ -282,30 +245,28 @@ def device_groups(attributes: str) -> list[list[int]]:
     >>> device_groups("replica_groups=mesh['a'=2,'b'=2] {'b'}, to_apply=%add")
     [[0, 1], [2, 3]]
     """
-    numbers = lambda text: [int(n) for n in re.findall(r"\d+", text)]  # noqa: E731
     found = re.search(r"replica_groups=mesh\[(.*?)\](.*?\{(.*?)\})", attributes)
     if found:
-        sizes = dict(re.findall(r"'(\w+)'=(\d+)", found.group(1)))
-        own = re.findall(r"'(\w+)'", found.group(3))
-        order = [a for a in sizes if a not in own] + [a for a in sizes if a in own]
-        devices = np.arange(math.prod(int(n) for n in sizes.values()))
-        devices = devices.reshape([int(n) for n in sizes.values()])
-        devices = devices.transpose([list(sizes).index(a) for a in order])
-        width = math.prod(int(sizes[a]) for a in own)
+        axes = re.findall(r"'(\w+)'", found[1])
+        sizes = list(map(int, re.findall(r"=(\d+)", found[1])))
+        own = [a in re.findall(r"'(\w+)'", found[3]) for a in axes]
+        devices = np.arange(math.prod(sizes)).reshape(sizes)
+        devices = devices.transpose(np.argsort(own, kind="stable"))
+        width = math.prod(n for n, inside in zip(sizes, own, strict=True) if inside)
         return devices.reshape(-1, width).tolist()
     found = re.search(
         r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes
     )
     if found:
-        groups, sizes = numbers(found.group(1)), numbers(found.group(2))
+        sizes = _numbers(found[2])
         devices = np.arange(math.prod(sizes)).reshape(sizes)
-        if found.group(3):
-            devices = devices.transpose(numbers(found.group(3)))
-        return devices.reshape(groups).tolist()
+        if found[3]:
+            devices = devices.transpose(_numbers(found[3]))
+        return devices.reshape(_numbers(found[1])).tolist()
     found = re.search(
         r"(?:replica_groups|source_target_pairs)=\{(\{.*?\})\}", attributes
     )
-    return [numbers(g) for g in re.findall(r"\{(.*?)\}", found[1])] if found else []
+    return [_numbers(g) for g in re.findall(r"\{(.*?)\}", found[1])] if found else []
 
 
 def _accesses(

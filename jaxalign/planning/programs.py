@@ -27,17 +27,11 @@ STEPS = ("train", "score", "decode")
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A jitted function with abstract arguments.
+    """A jitted function with abstract arguments."""
 
-    Attributes:
-      function: what the run would call.
-      arguments: ``ShapeDtypeStruct``s with shardings.
-      loop_trips: how often its data-dependent loop runs at most.
-    """
-
-    function: Callable[..., Any]
-    arguments: tuple[Any, ...]
-    loop_trips: int = 1
+    function: Callable[..., Any]  # what the run would call
+    arguments: tuple[Any, ...]  # ``ShapeDtypeStruct``s with shardings
+    loop_trips: int = 1  # how often its data-dependent loop runs at most
 
     def compile(self) -> jax.stages.Compiled:
         return self.function.lower(*self.arguments).compile()
@@ -130,10 +124,7 @@ def _decode(ready: runs.Setup, policy: Any) -> Program:
         )
 
     return Program(
-        jax.jit(
-            meshes.with_activation_rules(ready.mesh, decode),
-            out_shardings=rows,
-        ),
+        jax.jit(meshes.with_activation_rules(ready.mesh, decode), out_shardings=rows),
         (
             policy,
             jax.ShapeDtypeStruct((size, lengths["inputs"]), jnp.int32, sharding=rows),

@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import html as escaping
+from collections.abc import Iterable
+from html import escape
 from typing import Any
 
 from jaxalign.planning.hardware import GIB
 from jaxalign.report import style
 
 _COLUMNS = (
-    "topology",
-    "mesh d,f,t",
-    "step",
-    "fits",
-    "params GiB",
-    "optimizer GiB",
-    "act+temp GiB",
-    "limit GiB",
-    "PFLOP",
-    "sent GiB",
-    "predicted s",
+    *("topology", "mesh d,f,t", "step", "fits", "params GiB", "optimizer GiB"),
+    *("act+temp GiB", "limit GiB", "PFLOP", "sent GiB", "predicted s"),
 )
 
 
@@ -28,15 +20,13 @@ def rows(plan: dict[str, Any]) -> list[tuple[str, ...]]:
     lines = []
     for number, found in enumerate(plan["candidates"]):
         star = " *" if number == plan["cheapest"] else ""
-        mesh = ",".join(str(n) for n in found["mesh"].values())
         for step, program in found["programs"].items():
-            memory = program["hbm_bytes"]
-            sent = program["collective_bytes"]
+            memory, sent = program["hbm_bytes"], program["collective_bytes"]
             seconds = program["predicted_step_seconds"]
             lines.append(
                 (
                     found["topology"],
-                    mesh + star,
+                    _mesh(found) + star,
                     step,
                     "yes" if program["fits"] else _short(program["shortfall"]),
                     _gib(memory["parameters"]),
@@ -49,6 +39,10 @@ def rows(plan: dict[str, Any]) -> list[tuple[str, ...]]:
                 )
             )
     return lines
+
+
+def _mesh(found: dict[str, Any]) -> str:
+    return ",".join(str(n) for n in found["mesh"].values())
 
 
 def _gib(size: int | None) -> str:
@@ -65,9 +59,8 @@ def _notes(plan: dict[str, Any]) -> list[str]:
     for found in plan["candidates"]:
         for step, program in found["programs"].items():
             if not program["fits"]:
-                mesh = ",".join(str(n) for n in found["mesh"].values())
-                message = program["shortfall"]["message"]
-                notes.append(f"{found['topology']} mesh {mesh}, {step}: {message}.")
+                where = f"{found['topology']} mesh {_mesh(found)}, {step}"
+                notes.append(f"{where}: {program['shortfall']['message']}.")
     notes += [f"Left out: {reason}" for reason in plan["left_out"]]
     if plan["cheapest"] is None:
         notes.append(
@@ -95,31 +88,22 @@ def table(plan: dict[str, Any]) -> str:
         "  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip()
         for line in lines
     ]
-    assumptions = plan["candidates"][0]["assumptions"]
-    return "\n".join([*text, "", *_notes(plan), "", "Assumed:", *_listed(assumptions)])
-
-
-def _listed(lines: list[str]) -> list[str]:
-    return [f"  - {line}" for line in lines]
+    assumed = [f"  - {line}" for line in plan["candidates"][0]["assumptions"]]
+    return "\n".join([*text, "", *_notes(plan), "", "Assumed:", *assumed])
 
 
 def html(plan: dict[str, Any], title: str = "Plan") -> str:
     """The plan as one self-contained page."""
-    head = "".join(f"<th>{escaping.escape(c)}</th>" for c in _COLUMNS)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{escaping.escape(c)}</td>" for c in line) + "</tr>"
-        for line in rows(plan)
-    )
-    notes = "".join(f"<p>{escaping.escape(note)}</p>" for note in _notes(plan))
-    assumed = "".join(
-        f"<li>{escaping.escape(line)}</li>"
-        for line in plan["candidates"][0]["assumptions"]
-    )
+
+    def all_in(tag: str, texts: Iterable[str]) -> str:
+        return "".join(f"<{tag}>{escape(text)}</{tag}>" for text in texts)
+
+    lines = [f"<tr>{all_in('td', line)}</tr>" for line in rows(plan)]
+    assumed = all_in("li", plan["candidates"][0]["assumptions"])
     return style.page(
         title,
-        f"<h1>{escaping.escape(title)}</h1><p class='sub'>Memory and bytes sent are "
+        f"<h1>{escape(title)}</h1><p class='sub'>Memory and bytes sent are "
         "per device; a star marks the cheapest mesh that fits.</p>"
-        f"<div class='scroll'><table><thead><tr>{head}</tr></thead>"
-        f"<tbody>{body}</tbody></table></div>{notes}"
+        f"{style.table(all_in('th', _COLUMNS), lines)}{all_in('p', _notes(plan))}"
         f"<h2>Assumed</h2><ul>{assumed}</ul>",
     )

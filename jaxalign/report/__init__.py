@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jaxalign import remote
-from jaxalign.report import curves, profile, sections, style
+from jaxalign.report import curves, profile, results, samples, sections, style
 from jaxalign.report import runs as run_files
 from jaxalign.training.run_directory import write_atomically
 
@@ -54,7 +54,7 @@ def write_report(run_dirs: Sequence[str | Path], output: str | Path | None = Non
                 "--output=FILE.html."
             )
         output = f"{os.fspath(run_dirs[0]).rstrip('/')}/report.html"
-    given = [run_files.here(path) for path in run_dirs]
+    given = [run_files.local(path) for path in run_dirs]
     paths = run_files.find(given)
     if output is None:
         common = os.path.commonpath([path.resolve() for path in given])
@@ -78,7 +78,7 @@ def _page(title: str, runs: list[run_files.Run], tables: list) -> str:
     ]
     if tables:
         parts.append("<h2>Results</h2>")
-        parts += [sections.results_table(path, rows, runs) for path, rows in tables]
+        parts += [results.results_table(path, rows, runs) for path, rows in tables]
     parts.append(
         f'<h2>Curves</h2><div class="legend">{legend}<span class="how">solid: training '
         "· dashed: evaluation · faint: unsmoothed</span></div>"
@@ -90,7 +90,7 @@ def _page(title: str, runs: list[run_files.Run], tables: list) -> str:
     where = profile.section(runs)
     if where:
         parts += ["<h2>Where a step's time goes</h2>", where]
-    parts += ["<h2>Samples</h2>", sections.samples(runs)]
+    parts += ["<h2>Samples</h2>", samples.samples(runs)]
     parts += ["<h2>Settings</h2>", sections.runs_table(runs), sections.configs(runs)]
     return style.page(title, "".join(parts), script=True)
 

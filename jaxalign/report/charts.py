@@ -10,11 +10,13 @@ from __future__ import annotations
 import dataclasses
 import html
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
 WIDTH, HEIGHT = 400, 220
+_RANGE_WIDTH = 240
 _LEFT, _RIGHT, _TOP, _BOTTOM = 50, 12, 10, 26
 _CHARACTER = 6.2  # of the axes' text, at most on average: 11 pixels high
 
@@ -26,24 +28,16 @@ _SMOOTH_FROM = 60
 
 @dataclasses.dataclass(frozen=True)
 class Series:
-    """One curve.
+    """One curve."""
 
-    Attributes:
-      label: for the readout, plain text.
-      colour: 0-9.
-      steps: x, ascending.
-      values: y; non-finite ones are gaps, marked on the axis.
-      dashed: drawn dashed with its points, as evaluation is.
-    """
-
-    label: str
-    colour: int
-    steps: np.ndarray
-    values: np.ndarray
-    dashed: bool = False
+    label: str  # for the readout, plain text
+    colour: int  # 0-9
+    steps: np.ndarray  # x, ascending
+    values: np.ndarray  # y; non-finite ones are gaps, marked on the axis
+    dashed: bool = False  # drawn dashed with its points, as evaluation is
 
 
-def number(value: float, digits: int = 4) -> str:
+def number(value: float) -> str:
     """Formats for reading: ``12.3k``, ``0.001``, ``2e-05``.
 
     >>> [number(x) for x in (0.0, 12345.0, 0.001, 0.00002, -1.5, float("nan"))]
@@ -55,8 +49,8 @@ def number(value: float, digits: int = 4) -> str:
         return "∞" if value > 0 else "-∞"
     for limit, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
         if abs(value) >= limit:
-            return f"{value / (limit if unit != 'k' else 1e3):.{digits}g}{unit}"
-    return f"{value:.{digits}g}"
+            return f"{value / (limit if unit != 'k' else 1e3):.4g}{unit}"
+    return f"{value:.4g}"
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
@@ -73,14 +67,11 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     return [round(i * step, 12) for i in range(first, last + 1)]
 
 
-def thin(steps: np.ndarray, values: np.ndarray, buckets: int = _BUCKETS):
-    """Keeps the extremes of each of `buckets` stretches, and their order.
-
-    Returns at most ``2 * buckets`` points; short series come back unchanged.
-    """
-    if len(steps) <= 2 * buckets:
+def thin(steps: np.ndarray, values: np.ndarray):
+    """Keeps the extremes of each of `_BUCKETS` stretches, and their order."""
+    if len(steps) <= 2 * _BUCKETS:
         return steps, values
-    edges = np.linspace(0, len(steps), buckets + 1).astype(int)
+    edges = np.linspace(0, len(steps), _BUCKETS + 1).astype(int)
     keep: list[int] = []
     for start, stop in zip(edges, edges[1:], strict=False):
         part = values[start:stop]
@@ -137,50 +128,54 @@ def _median_of_five(values: np.ndarray) -> np.ndarray:
     return np.median(np.lib.stride_tricks.sliding_window_view(values, 5), axis=1)
 
 
+def _tag(name: str, kind: str, content: str = "", /, **attributes: Any) -> str:
+    """An SVG element of a class; numbers to a tenth of a pixel."""
+    written = ""
+    for key, value in attributes.items():
+        text = f"{value:.1f}" if isinstance(value, float) else value
+        written += f' {key.replace("_", "-")}="{text}"'
+    return f'<{name} class="{kind}"{written}>{content}</{name}>'
+
+
+def _svg(body: Iterable[str], height: int, width: int, **attributes: Any) -> str:
+    kind = attributes.pop("kind", "")
+    size = f"0 0 {width} {height}"
+    return _tag("svg", kind, "".join(body), viewBox=size, **attributes)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Frame:
     x0: float
     x1: float
     y0: float
     y1: float
-    width: int = WIDTH
-    height: int = HEIGHT
 
     def x(self, value: np.ndarray | float):
-        inner = self.width - _LEFT - _RIGHT
+        inner = WIDTH - _LEFT - _RIGHT
         return _LEFT + (value - self.x0) / (self.x1 - self.x0) * inner
 
     def y(self, value: np.ndarray | float):
-        inner = self.height - _TOP - _BOTTOM
+        inner = HEIGHT - _TOP - _BOTTOM
         share = (np.clip(value, self.y0, self.y1) - self.y0) / (self.y1 - self.y0)
-        return self.height - _BOTTOM - share * inner
+        return HEIGHT - _BOTTOM - share * inner
 
     def grid(self, x_label: str) -> list[str]:
-        right, bottom = self.width - _RIGHT, self.height - _BOTTOM
+        right, bottom = WIDTH - _RIGHT, HEIGHT - _BOTTOM
         out = []
         for tick in ticks(self.y0, self.y1):
             y = self.y(tick)
             kind = "zero" if tick == 0 and self.y0 < 0 else "grid"
-            out.append(
-                f'<line class="{kind}" x1="{_LEFT}" x2="{right}" y1="{y:.1f}" '
-                f'y2="{y:.1f}"/><text class="y" x="{_LEFT - 6}" y="{y + 3.5:.1f}">'
-                f"{number(tick)}</text>"
-            )
+            out.append(_tag("line", kind, x1=_LEFT, x2=right, y1=y, y2=y))
+            out.append(_tag("text", "y", number(tick), x=_LEFT - 6, y=y + 3.5))
         for tick in ticks(self.x0, self.x1):
             x = self.x(tick)
             reach = 0.5 * _CHARACTER * len(number(tick))
             if x + reach > right - _CHARACTER * (len(x_label) + 1):
                 continue  # the axis' name stands there
-            out.append(
-                f'<line class="tick" x1="{x:.1f}" x2="{x:.1f}" y1="{bottom}" '
-                f'y2="{bottom + 4}"/><text class="x" x="{x:.1f}" y="{bottom + 16}">'
-                f"{number(tick)}</text>"
-            )
-        out.append(
-            f'<line class="axis" x1="{_LEFT}" x2="{right}" y1="{bottom}" '
-            f'y2="{bottom}"/><text class="name" x="{right}" y="{bottom + 16}">'
-            f"{html.escape(x_label)}</text>"
-        )
+            out.append(_tag("line", "tick", x1=x, x2=x, y1=bottom, y2=bottom + 4))
+            out.append(_tag("text", "x", number(tick), x=x, y=bottom + 16))
+        out.append(_tag("line", "axis", x1=_LEFT, x2=right, y1=bottom, y2=bottom))
+        out.append(_tag("text", "name", html.escape(x_label), x=right, y=bottom + 16))
         return out
 
 
@@ -205,16 +200,13 @@ def line_chart(
     unit_interval: bool = False,
     smoothing: bool = True,
 ) -> tuple[str, list[str]]:
-    """Curves over steps.
+    """Curves over steps, at least one with a finite value; notes for their caption.
 
     Args:
-      series: at least one with a finite value.
+      series: the curves.
       title: for screen readers.
       unit_interval: fix the axis to 0..1.
       smoothing: draw long noisy curves as a moving mean over faint points.
-
-    Returns:
-      The SVG, and notes for its caption (clipped outliers, non-finite values).
     """
     drawn = [s for s in series if np.isfinite(s.values).any()]
     y0, y1, clipped = _limits(drawn, unit_interval)
@@ -234,20 +226,15 @@ def line_chart(
         steps, values = thin(s.steps, s.values)
         main = steps, values
         if smoothing and not s.dashed and len(s.steps) >= _SMOOTH_FROM:
-            raw.append(
-                f'<path class="raw c{s.colour}" d="{_path(frame, steps, values)}"/>'
-            )
+            raw.append(_tag("path", f"raw c{s.colour}", d=_path(frame, steps, values)))
             finite = np.isfinite(s.values)
             main = smooth(s.steps[finite], s.values[finite])
         kind = "eval" if s.dashed else "line"
-        body.append(
-            f'<path class="{kind} c{s.colour}" data-label="{html.escape(s.label)}" '
-            f'd="{_path(frame, *main)}"/>'
-        )
+        label, path = html.escape(s.label), _path(frame, *main)
+        body.append(_tag("path", f"{kind} c{s.colour}", data_label=label, d=path))
         if len(main[0]) == 1 or s.dashed and len(main[0]) <= 60:
             body += [
-                f'<circle class="dot c{s.colour}" cx="{frame.x(x):.1f}" '
-                f'cy="{frame.y(y):.1f}" r="2.4"/>'
+                _tag("circle", f"dot c{s.colour}", cx=frame.x(x), cy=frame.y(y), r=2.4)
                 for x, y in zip(*main, strict=True)
                 if np.isfinite(y)
             ]
@@ -256,16 +243,17 @@ def line_chart(
         if len(bad):
             notes.append(f"{s.label}: not finite from step {int(bad[0])}")
             x, y = frame.x(float(bad[0])), HEIGHT - _BOTTOM
-            body.append(f'<text class="bad c{s.colour}" x="{x:.1f}" y="{y}">✕</text>')
-    scale = f"{frame.x0:.8g},{frame.x1:.8g},{frame.y0:.8g},{frame.y1:.8g}"
-    plot = f"{_LEFT},{WIDTH - _RIGHT},{_TOP},{HEIGHT - _BOTTOM}"
-    svg = (
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
-        f'class="curves{" many" * (len(raw) > 4)}" '
-        f'aria-label="{html.escape(title)}" data-scale="{scale}" data-plot="{plot}">'
+            body.append(_tag("text", f"bad c{s.colour}", "✕", x=x, y=y))
+    svg = _svg(
         # Faint points below every line, whoever's they are.
-        + "".join([*frame.grid("step"), *raw, *body])
-        + "</svg>"
+        [*frame.grid("step"), *raw, *body],
+        HEIGHT,
+        WIDTH,
+        role="img",
+        kind=f"curves{' many' * (len(raw) > 4)}",
+        aria_label=html.escape(title),
+        data_scale=f"{frame.x0:.8g},{frame.x1:.8g},{frame.y0:.8g},{frame.y1:.8g}",
+        data_plot=f"{_LEFT},{WIDTH - _RIGHT},{_TOP},{HEIGHT - _BOTTOM}",
     )
     return svg, notes
 
@@ -285,25 +273,32 @@ def calibration_chart(
     top = max(count for _, _, bins in groups for *_, count in bins)
     ends = np.array([low - pad, high + pad])
     body = frame.grid("predicted value")
-    body.append(f'<path class="ideal" d="{_path(frame, ends, ends)}"/>')
+    body.append(_tag("path", "ideal", d=_path(frame, ends, ends)))
     for label, colour, bins in groups:
         order = sorted(bins)
         xs, ys = (np.array([b[i] for b in order]) for i in (0, 1))
-        body.append(f'<path class="line c{colour}" d="{_path(frame, xs, ys)}"/>')
+        body.append(_tag("path", f"line c{colour}", d=_path(frame, xs, ys)))
         for value, target, count in order:
             text = (
                 f"{label}: value {number(value)}, mean target {number(target)}, "
                 f"{int(count)} responses"
             )
             body.append(
-                f'<circle class="dot c{colour}" cx="{frame.x(value):.1f}" '
-                f'cy="{frame.y(target):.1f}" r="{2 + 5 * math.sqrt(count / top):.1f}">'
-                f"<title>{html.escape(text)}</title></circle>"
+                _tag(
+                    "circle",
+                    f"dot c{colour}",
+                    f"<title>{html.escape(text)}</title>",
+                    cx=frame.x(value),
+                    cy=frame.y(target),
+                    r=2 + 5 * math.sqrt(count / top),
+                )
             )
-    return (
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
-        f'aria-label="value calibration">{"".join(body)}</svg>'
-    )
+    return _svg(body, HEIGHT, WIDTH, role="img", aria_label="value calibration")
+
+
+def _on_axis(value: float, limits: tuple[float, float]) -> float:
+    """Where a number stands on the common axis of `point_range` and `range_axis`."""
+    return 8 + (value - limits[0]) / (limits[1] - limits[0]) * (_RANGE_WIDTH - 16)
 
 
 def point_range(
@@ -313,45 +308,28 @@ def point_range(
     *,
     colour: int,
     baseline: float | None = None,
-    width: int = 240,
 ) -> str:
     """A mean with its interval as a bar, on the common axis `limits`."""
-
-    def x(value: float) -> float:
-        return 8 + (value - limits[0]) / (limits[1] - limits[0]) * (width - 16)
-
-    body = [f'<line class="grid" x1="8" x2="{width - 8}" y1="12" y2="12"/>']
+    body = [_tag("line", "grid", x1=8, x2=_RANGE_WIDTH - 8, y1=12, y2=12)]
+    label = number(mean)
     if baseline is not None:
-        at = x(baseline)
-        body.append(f'<line class="ideal" x1="{at:.1f}" x2="{at:.1f}" y1="0" y2="24"/>')
+        at = _on_axis(baseline, limits)
+        body.append(_tag("line", "ideal", x1=at, x2=at, y1=0, y2=24))
     if interval is not None:
-        low, high = map(x, interval)
-        body.append(
-            f'<rect class="bar c{colour}" x="{low:.1f}" y="8" rx="2" '
-            f'width="{max(high - low, 1.5):.1f}" height="8"/>'
-        )
-    body.append(f'<circle class="dot c{colour}" cx="{x(mean):.1f}" cy="12" r="4"/>')
-    label = f"{number(mean)}"
-    if interval is not None:
+        low, high = (_on_axis(end, limits) for end in interval)
+        size = {"width": max(high - low, 1.5), "height": 8}
+        body.append(_tag("rect", f"bar c{colour}", x=low, y=8, rx=2, **size))
         label += f", 95% interval {number(interval[0])} to {number(interval[1])}"
-    return (
-        f'<svg viewBox="0 0 {width} 24" class="range" role="img" '
-        f'aria-label="{label}">{"".join(body)}</svg>'
-    )
+    at = _on_axis(mean, limits)
+    body.append(_tag("circle", f"dot c{colour}", cx=at, cy=12, r=4))
+    return _svg(body, 24, _RANGE_WIDTH, kind="range", role="img", aria_label=label)
 
 
-def range_axis(limits: tuple[float, float], width: int = 240) -> str:
+def range_axis(limits: tuple[float, float]) -> str:
     """The axis below a column of `point_range`."""
-    body = []
+    body = [_tag("line", "axis", x1=8, x2=_RANGE_WIDTH - 8, y1=0.5, y2=0.5)]
     for tick in ticks(*limits, count=4):
-        x = 8 + (tick - limits[0]) / (limits[1] - limits[0]) * (width - 16)
-        body.append(
-            f'<line class="tick" x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="4"/>'
-            f'<text class="x" x="{x:.1f}" y="15">{number(tick)}</text>'
-        )
-    return (
-        f'<svg viewBox="0 0 {width} 18" class="range" aria-hidden="true">'
-        f'<line class="axis" x1="8" x2="{width - 8}" y1="0.5" y2="0.5"/>'
-        + "".join(body)
-        + "</svg>"
-    )
+        x = _on_axis(tick, limits)
+        body.append(_tag("line", "tick", x1=x, x2=x, y1=0, y2=4))
+        body.append(_tag("text", "x", number(tick), x=x, y=15))
+    return _svg(body, 18, _RANGE_WIDTH, kind="range", aria_hidden="true")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import html
 import re
 
 import numpy as np
 
-from jaxalign.report import charts
+from jaxalign.report import charts, style
 from jaxalign.report.charts import number
 from jaxalign.report.runs import Run
 from jaxalign.report.sections import key
@@ -16,65 +15,38 @@ from jaxalign.report.sections import key
 esc = html.escape
 
 
-@dataclasses.dataclass(frozen=True)
-class _Group:
-    title: str
-    note: str
-    patterns: tuple[str, ...]  # full matches of names without train/ or eval/
-
-
-# A metric goes to the first group that matches it; the order within one is the
-# patterns'.
-_GROUPS = (
-    _Group(
-        "Loss",
+_REWARDS = ("accuracies", "chosen", "rejected", "mean")
+# Titles with their notes, and full matches of names without train/ or eval/. A metric
+# goes to the first group that matches it; the order within one is the patterns'.
+_GROUPS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "Loss": (
         "What was minimised.",
         ("loss", "objective", "loss/.*", "nll.*", ".*perplexity", "accuracy.*"),
     ),
-    _Group(
-        "Rewards",
+    "Rewards": (
         "Implied rewards β·log(π/π_ref), as in TRL; margins are chosen minus rejected.",
-        (
-            "rewards/margins.*",
-            "rewards/accuracies",
-            "rewards/chosen",
-            "rewards/rejected",
-            "rewards/mean",
-        ),
+        ("rewards/margins.*", *(f"rewards/{x}" for x in _REWARDS)),
     ),
-    _Group(
-        "Distance from the reference policy",
+    "Distance from the reference policy": (
         "Log-ratios log(π/π_ref) of the data's responses, in nats: negative where the "
         "policy finds them less likely. Chosen ones may fall while margins grow.",
         ("log_ratios/mean", "log_ratios.*", "reference_point.*", "logps.*"),
     ),
-    _Group(
-        "Value network",
+    "Value network": (
         "In units of the (standardised) reward.",
         ("value/correlation", "value/mean", "value/std", "value/.*"),
     ),
-    _Group(
-        "Optimisation and speed",
+    "Optimisation and speed": (
         "Gradient norms are taken before clipping.",
-        (
-            "learning_rate.*",
-            "grad_norm.*",
-            "tokens_per_second",
-            "steps_per_second",
-        ),
+        ("learning_rate.*", "grad_norm.*", "tokens_per_second", "steps_per_second"),
     ),
-)
+}
 
-_UNITS = {
-    "log_ratios/mean": "nats",
-    "log_ratios/chosen": "nats",
-    "log_ratios/rejected": "nats",
+_NATS = ("log_ratios/mean", "log_ratios/chosen", "log_ratios/rejected")
+_NATS += ("reference_point", "reference_point/unclamped")
+_NATS += ("logps", "logps/chosen", "logps/rejected")
+_UNITS = dict.fromkeys(_NATS, "nats") | {
     "log_ratios/token": "nats per token",
-    "reference_point": "nats",
-    "reference_point/unclamped": "nats",
-    "logps": "nats",
-    "logps/chosen": "nats",
-    "logps/rejected": "nats",
     "tokens_per_second": "tokens/s",
     "steps_per_second": "steps/s",
     "rewards/accuracies": "share of pairs",
@@ -91,24 +63,22 @@ def split_name(name: str) -> tuple[str, str]:
 def curves(runs: list[Run]) -> str:
     """Every metric of every run, one chart a metric, in groups."""
     names = sorted({split_name(n)[1] for run in runs for n in run.metrics} - {"time"})
-    placed: dict[str, list[str]] = {group.title: [] for group in _GROUPS}
-    rest = []
-    for name in names:
-        group = next((g for g in _GROUPS if _rank(g, name) is not None), None)
-        (placed[group.title] if group else rest).append(name)
     out = []
-    for group in _GROUPS:
-        members = sorted(placed[group.title], key=lambda n: (_rank(group, n), n))
+    for title, (note, patterns) in _GROUPS.items():
+        members = []
+        for pattern in patterns:
+            members += [name for name in names if re.fullmatch(pattern, name)]
+            names = [name for name in names if name not in members]
         panels = [_panel(runs, name) for name in members]
-        if group.title == "Value network":
+        if title == "Value network":
             panels.append(_calibration(runs))
         panels = [p for p in panels if p]
         if panels:
             out.append(
-                f"<h3>{group.title}</h3><p class='note'>{group.note}</p>"
+                f"<h3>{title}</h3><p class='note'>{note}</p>"
                 f'<div class="grid">{"".join(panels)}</div>'
             )
-    panels = [p for p in (_panel(runs, name) for name in rest) if p]
+    panels = [p for p in (_panel(runs, name) for name in names) if p]
     if panels:
         out.append(
             f"<details class='more'><summary>{len(panels)} more metrics</summary>"
@@ -117,26 +87,17 @@ def curves(runs: list[Run]) -> str:
     return "".join(out) or "<p>No run has recorded a metric yet.</p>"
 
 
-def _rank(group: _Group, name: str) -> int | None:
-    for i, pattern in enumerate(group.patterns):
-        if re.fullmatch(pattern, name):
-            return i
-    return None
-
-
 def _panel(runs: list[Run], name: str) -> str:
-    series, having = [], []
+    series: list[charts.Series] = []
+    having = []
     for run in runs:
-        found = False
-        for full, (steps, values) in run.metrics.items():
-            split, base = split_name(full)
-            if base == name and len(steps):
-                found = True
-                label = run.name + (" (eval)" if split == "eval" else "")
-                dashed = split == "eval"
-                series.append(charts.Series(label, run.colour, steps, values, dashed))
-        if found:
-            having.append(run)
+        own = [(split_name(full), points) for full, points in run.metrics.items()]
+        own = [(split, x) for (split, base), x in own if base == name and len(x[0])]
+        for split, points in own:
+            dashed = split == "eval"
+            label = run.name + " (eval)" * dashed
+            series.append(charts.Series(label, run.colour, *points, dashed))
+        having += [run.name] * bool(own)
     unit = f" <small>{esc(_UNITS[name])}</small>" if name in _UNITS else ""
     title = f"<figcaption><b>{esc(name)}</b>{unit}"
     if not any(np.isfinite(s.values).any() for s in series):
@@ -150,7 +111,7 @@ def _panel(runs: list[Run], name: str) -> str:
         smoothing=not name.startswith("learning_rate"),
     )
     if len(having) < len(runs):
-        notes.insert(0, "only " + ", ".join(run.name for run in having))
+        notes.insert(0, "only " + ", ".join(having))
     note = f'<p class="caption">{esc("; ".join(notes))}</p>' if notes else ""
     return f"<figure>{title}</figcaption>{svg}{note}</figure>"
 
@@ -174,17 +135,9 @@ def _calibration(runs: list[Run]) -> str:
 
 
 _LAST = (
-    "loss",
-    "rewards/chosen",
-    "rewards/rejected",
-    "rewards/margins",
-    "rewards/accuracies",
-    "log_ratios/mean",
-    "value/mean",
-    "value/std",
-    "value/correlation",
-    "grad_norm",
-    "tokens_per_second",
+    *("loss", "rewards/chosen", "rewards/rejected", "rewards/margins"),
+    *("rewards/accuracies", "log_ratios/mean", "value/mean", "value/std"),
+    *("value/correlation", "grad_norm", "tokens_per_second"),
 )
 
 
@@ -206,8 +159,7 @@ def last_values(runs: list[Run]) -> str:
     head = "".join(f'<th scope="col" class="num">{key(run)}</th>' for run in runs)
     return (
         '<p class="note">Training values are the last tenth\'s mean, evaluation values '
-        'the last evaluation\'s.</p><div class="scroll"><table><thead><tr><th></th>'
-        f"{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+        "the last evaluation's.</p>" + style.table(f"<th></th>{head}", rows)
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 from collections.abc import Sequence
 
+from jaxalign.report import style
 from jaxalign.report.runs import Run
 
 # A part has one colour, whatever its place.
@@ -46,6 +47,5 @@ def _run(run: Run) -> str:
         f'<h3>{html.escape(run.name)}</h3><p class="note">Steps {first} to {last}: '
         f"{1e3 * seconds:.1f} ms each, as traced. Shares are of the busy time; "
         f"waiting for the next batch took {1e3 * waiting:.1f} ms of the loop's.</p>"
-        f'<div class="parts">{"".join(bar)}</div>'
-        f'<div class="scroll"><table><tbody>{"".join(rows)}</tbody></table></div>'
+        f'<div class="parts">{"".join(bar)}</div>' + style.table("", rows)
     )

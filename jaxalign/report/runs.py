@@ -22,45 +22,26 @@ _READ = re.compile(
     r"(^|/)(metrics\.jsonl|config\.gin|samples/\d+\.jsonl"
     rf"|(manifest|results)\.json|{CALIBRATION_FILE}|{BREAKDOWN})$"
 )
-_MARKS = ("metrics.jsonl", "config.gin", "manifest.json")
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
 class Run:
-    """What one run directory holds.
-
-    Attributes:
-      path: the directory.
-      name: its shortest name that no other run of the report has.
-      colour: 0-9.
-      metrics: ``{name: (steps, values)}``, see `read_metrics`.
-      manifest: ``manifest.json``.
-      config: ``config.gin``, verbatim.
-      samples: of the last step that has any.
-      samples_step: that step.
-      calibration: bins ``(value, target, count)`` of the value network.
-      profile: where the time of a step went, if steps were traced.
-      missing: sentences for the reader.
-    """
+    """What one run directory holds."""
 
     path: Path
-    name: str = ""
-    colour: int = 0
-    metrics: dict[str, tuple[np.ndarray, np.ndarray]] = dataclasses.field(
-        default_factory=dict
-    )
-    manifest: dict[str, Any] = dataclasses.field(default_factory=dict)
-    config: str = ""
-    samples: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    samples_step: int | None = None
-    calibration: list[tuple[float, float, float]] = dataclasses.field(
-        default_factory=list
-    )
-    profile: dict[str, Any] = dataclasses.field(default_factory=dict)
-    missing: list[str] = dataclasses.field(default_factory=list)
+    name: str  # the shortest that no other run of the report has
+    colour: int  # 0-9
+    metrics: dict[str, tuple[np.ndarray, np.ndarray]]  # steps and values by name
+    manifest: dict[str, Any]
+    config: str  # ``config.gin``, verbatim
+    samples: list[dict[str, Any]]  # of the last step that has any
+    samples_step: int | None
+    calibration: list[tuple[float, float, float]]  # value, target, count of each bin
+    profile: dict[str, Any]  # where the time of a step went, if steps were traced
+    missing: list[str]  # sentences for the reader
 
 
-def here(run_dir: str | Path) -> Path:
+def local(run_dir: str | Path) -> Path:
     """The run directory, or a copy of what the report reads of a remote one.
 
     Raises:
@@ -100,21 +81,35 @@ def find(run_dirs: Iterable[str | Path]) -> list[Path]:
 def load(paths: Sequence[Path]) -> list[Run]:
     """Reads every run, named and coloured."""
     names = _names([path.resolve() for path in paths])
-    runs = []
-    for i, (path, name) in enumerate(zip(paths, names, strict=True)):
-        run = Run(path, name, i % 10)
-        _load_metrics(run)
-        run.manifest = _load_json(run, "manifest.json") or {}
-        config = path / "config.gin"
-        if config.exists():
-            run.config = config.read_text(encoding="utf-8", errors="replace")
-        else:
-            run.missing.append("no config.gin")
-        _load_samples(run)
-        _load_calibration(run)
-        run.profile = _load_json(run, BREAKDOWN, required=False) or {}
-        runs.append(run)
-    return runs
+    return [
+        _run(path, name, i % 10)
+        for i, (path, name) in enumerate(zip(paths, names, strict=True))
+    ]
+
+
+def _run(path: Path, name: str, colour: int) -> Run:
+    missing: list[str] = []
+    metrics = _metrics(path, missing)
+    manifest = _json(path / "manifest.json", missing)
+    config = ""
+    if (path / "config.gin").exists():
+        config = (path / "config.gin").read_text(encoding="utf-8", errors="replace")
+    else:
+        missing.append("no config.gin")
+    samples, step = _samples(path, missing)
+    return Run(
+        path,
+        name,
+        colour,
+        metrics,
+        manifest or {},
+        config,
+        samples,
+        step,
+        _calibration(path, missing),
+        _json(path / BREAKDOWN, missing, required=False) or {},
+        missing,
+    )
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
@@ -126,64 +121,61 @@ def _names(paths: Sequence[Path]) -> list[str]:
         parts += 1
 
 
-def _load_metrics(run: Run) -> None:
+def _metrics(path: Path, missing: list[str]) -> dict[str, Any]:
     try:
-        run.metrics = read_metrics(run.path)
+        metrics = read_metrics(path)
     except (OSError, ValueError) as error:
-        run.missing.append(f"metrics.jsonl unreadable: {error}")
-        return
-    if not run.metrics:
-        run.missing.append("no metrics.jsonl, or nothing in it yet")
+        missing.append(f"metrics.jsonl unreadable: {error}")
+        return {}
+    if not metrics:
+        missing.append("no metrics.jsonl, or nothing in it yet")
+    return metrics
 
 
-def _load_json(run: Run, name: str, required: bool = True) -> Any:
-    path = run.path / name
+def _json(path: Path, missing: list[str], required: bool = True) -> Any:
     if not path.exists():
-        if required:
-            run.missing.append(f"no {name}")
+        missing += [f"no {path.name}"] * required
         return None
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        run.missing.append(f"{name} unreadable: {error}")
+        missing.append(f"{path.name} unreadable: {error}")
         return None
 
 
-def _load_samples(run: Run) -> None:
-    by_step = {
-        int(path.stem): path
-        for path in (run.path / "samples").glob("*.jsonl")
-        if path.stem.isdecimal()
-    }
+def _samples(path: Path, missing: list[str]) -> tuple[list[dict[str, Any]], int | None]:
+    """Rows of the last step that has samples, and that step."""
+    files = (path / "samples").glob("*.jsonl")
+    by_step = {int(file.stem): file for file in files if file.stem.isdecimal()}
     if not by_step:
-        run.missing.append("no samples")
-        return
-    run.samples_step = max(by_step)
-    for raw in by_step[run.samples_step].read_bytes().splitlines():
+        missing.append("no samples")
+        return [], None
+    rows, step = [], max(by_step)
+    for raw in by_step[step].read_bytes().splitlines():
         try:
             row = json.loads(raw)
             str(row["prompt"]), str(row["response"])
+            rows.append(row)
         except (ValueError, KeyError, TypeError):
-            run.missing.append(f"a malformed line in samples/{run.samples_step}.jsonl")
-            continue
-        run.samples.append(row)
+            missing.append(f"a malformed line in samples/{step}.jsonl")
+    return rows, step
 
 
-def _load_calibration(run: Run) -> None:
-    found = _load_json(run, CALIBRATION_FILE, required=False)
+def _calibration(path: Path, missing: list[str]) -> list[tuple[float, float, float]]:
+    found = _json(path / CALIBRATION_FILE, missing, required=False)
     if found is None:
-        return
+        return []
     try:
         bins = [
             (float(b["value"]), float(b["target"]), float(b["count"]))
             for b in found["bins"]
         ]
     except (KeyError, TypeError, ValueError) as error:
-        run.missing.append(
+        missing.append(
             f"{CALIBRATION_FILE} has no bins of value, target, count: {error!r}"
         )
-        return
-    run.calibration = [b for b in bins if np.isfinite(b).all() and b[2] > 0]
+        return []
+    return [b for b in bins if np.isfinite(b).all() and b[2] > 0]
 
 
 def results(folders: Iterable[Path]) -> list[tuple[Path, dict[str, dict[str, Any]]]]:

@@ -1,6 +1,7 @@
 """The shell of every page: its style sheet and its one script, written into it."""
 
 import html
+from collections.abc import Iterable
 
 _LIGHT = (
     "#2563eb", "#e06c0a", "#15803d", "#be27a0", "#d32f3f",
@@ -161,6 +162,15 @@ for (const svg of document.querySelectorAll("svg.curves")) {
   });
 }
 """
+
+
+def table(head: str, rows: Iterable[str], kind: str = "") -> str:
+    """A table that scrolls sideways, of cells ``<th>..`` and rows ``<tr>..``."""
+    top = f"<thead><tr>{head}</tr></thead>" if head else ""
+    return (
+        f'<div class="scroll"><table class="{kind}">{top}'
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
+    )
 
 
 def page(title: str, body: str, css: str = "", script: bool = False) -> str:

@@ -1,1 +1,5 @@
-"""A checkpoint behind the OpenAI-compatible HTTP API."""
+"""The HTTP API of a checkpoint, compatible with OpenAI's."""
+
+from jaxalign.serving.api import application, serve
+
+__all__ = ["application", "serve"]

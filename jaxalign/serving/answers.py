@@ -6,22 +6,18 @@ import time
 import uuid
 from typing import Any
 
-from jaxalign.serving.batching import EOS_ID, Samples
-from jaxalign.serving.requests import Asked
+from jaxalign.decoding.rules import EOS_ID
+from jaxalign.serving.batching import Samples
+from jaxalign.serving.requests import ParsedRequest
 
 
 class Answer:
-    """The answer to one request.
+    """The answer to one request, which is a chat completion or a plain one."""
 
-    Args:
-      asked: the request.
-      vocabulary: decodes tokens.
-      chat: whether it is a chat completion.
-      model: its name.
-    """
-
-    def __init__(self, asked: Asked, vocabulary: Any, *, chat: bool, model: str):
-        self.asked = asked
+    def __init__(
+        self, request: ParsedRequest, vocabulary: Any, *, chat: bool, model: str
+    ):
+        self.request = request
         self._vocabulary = vocabulary
         self._chat = chat
         self._id = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
@@ -41,12 +37,12 @@ class Answer:
         }
 
     def text(self, tokens: list[int], complete: bool) -> tuple[str, str | None]:
-        """The text that may be told of a sample, and why it ended, if it did.
+        """The text that may be sent of a sample, and why it ended, if it did.
 
         Of a sample that goes on, what may still change is held back: half a character,
         an open escape, and what may be the beginning of a stop sequence.
         """
-        work = self.asked.work
+        work = self.request.work
         complete |= work.ended(tokens)
         cut = work.stops.cut(tokens, complete) if work.stops else None
         if cut:
@@ -71,7 +67,7 @@ class Answer:
 
     def usage(self, found: list[Samples]) -> dict[str, int]:
         """Tokens read and written."""
-        read = sum(map(len, self.asked.work.prompts))
+        read = sum(map(len, self.request.work.prompts))
         written = sum(len(tokens) for samples in found for tokens in samples)
         return {
             "prompt_tokens": read,
@@ -84,14 +80,9 @@ class Answer:
         choices = []
         for tokens in (tokens for samples in found for tokens in samples):
             text, reason = self.text(tokens, complete=True)
-            choice = {
-                "index": len(choices),
-                "finish_reason": reason,
-                "logprobs": None,
-            }
+            own = {"text": text}
             if self._chat:
-                message = {"role": "assistant", "content": text}
-                choices.append({**choice, "message": message})
-            else:
-                choices.append({**choice, "text": text})
+                own = {"message": {"role": "assistant", "content": text}}
+            choice = {"index": len(choices), "finish_reason": reason, "logprobs": None}
+            choices.append({**choice, **own})
         return {**self.head(), "choices": choices, "usage": self.usage(found)}

@@ -75,24 +75,25 @@ def application(
         finally:
             await asyncio.to_thread(batcher.close)
 
-    async def answer(request: Request, chat: bool) -> Response:
+    async def answer(request: Request) -> Response:
+        chat = request.url.path == "/v1/chat/completions"
         guard.require_json(request.headers.getlist("content-type"))
         body = await _body(request, limits)
-        asked = requests.parse(
+        parsed = requests.parse(
             body, chat=chat, model=model, vocabulary=vocabulary, limits=limits
         )
         batcher: Batcher = request.app.state.batcher
         try:
-            batcher.enqueue(asked.work)
+            batcher.enqueue(parsed.work)
         except QueueFull:
             raise Refusal(
-                429,
                 "Too many requests are waiting; try again later.",
                 code="queue_full",
+                status=429,
             ) from None
-        answer = Answer(asked, vocabulary, chat=chat, model=model)
-        updates = batcher.updates(asked.work)
-        if asked.work.stream:
+        answer = Answer(parsed, vocabulary, chat=chat, model=model)
+        updates = batcher.updates(parsed.work)
+        if parsed.work.stream:
             events = _events(updates, answer, metrics)
             return StreamingResponse(events, media_type="text/event-stream")
         found = await _while_connected(request, updates)
@@ -101,12 +102,6 @@ def application(
         whole = answer.whole(found)
         metrics.used(whole["usage"])
         return JSONResponse(whole)
-
-    async def completions(request: Request) -> Response:
-        return await answer(request, chat=False)
-
-    async def chat_completions(request: Request) -> Response:
-        return await answer(request, chat=True)
 
     async def models(request: Request) -> Response:
         entry = {"id": model, "object": "model", "created": 0, "owned_by": "jaxalign"}
@@ -137,18 +132,13 @@ def application(
             )
         ],
         routes=[
-            Route("/v1/completions", completions, methods=["POST"]),
-            Route("/v1/chat/completions", chat_completions, methods=["POST"]),
+            Route("/v1/completions", answer, methods=["POST"]),
+            Route("/v1/chat/completions", answer, methods=["POST"]),
             Route("/v1/models", models),
             Route("/health", health),
             Route("/metrics", prometheus),
         ],
-        exception_handlers={
-            Refusal: _refused,
-            404: _unknown_path,
-            405: _wrong_method,
-            Exception: _failed,
-        },
+        exception_handlers=dict.fromkeys((Refusal, 404, 405, Exception), _refused),
         lifespan=lifespan,
     )
 
@@ -164,18 +154,18 @@ async def _body(request: Request, limits: Limits) -> Any:
                 size += len(chunk)
                 if size > limits.body_bytes:
                     raise Refusal(
-                        413,
                         f"The body is larger than {limits.body_bytes} bytes; send "
                         "fewer or shorter prompts.",
                         code="body_too_large",
+                        status=413,
                     )
                 chunks.append(chunk)
     except TimeoutError:
         raise Refusal(
-            408, f"The body did not arrive in {limits.body_seconds} seconds."
+            f"The body did not arrive in {limits.body_seconds} seconds.", status=408
         ) from None
     except ClientDisconnect:
-        raise Refusal(400, "The client left before its request had arrived.") from None
+        raise Refusal("The client left before its request had arrived.") from None
     return refusals.from_json(b"".join(chunks))
 
 
@@ -191,7 +181,7 @@ async def _while_connected(
                 return None
         return task.result()[1]
     except EngineFailed as error:
-        raise Refusal(500, str(error)) from None
+        raise Refusal(str(error), status=500) from None
     finally:
         if not task.done():
             task.cancel()
@@ -201,9 +191,7 @@ async def _while_connected(
 
 
 async def _events(
-    updates: AsyncIterator[tuple[bool, list[Samples]]],
-    answer: Answer,
-    metrics: Metrics,
+    updates: AsyncIterator[tuple[bool, list[Samples]]], answer: Answer, metrics: Metrics
 ) -> AsyncIterator[str]:
     """Server-sent events: pieces of text as they come, an end for each choice."""
 
@@ -228,10 +216,10 @@ async def _events(
                     ended.add(i)
             if complete:
                 metrics.used(answer.usage(found))
-                if answer.asked.include_usage:
+                if answer.request.include_usage:
                     yield event([], usage=answer.usage(found))
     except EngineFailed as error:
-        yield f"data: {json.dumps(Refusal(500, str(error)).body())}\n\n"
+        yield f"data: {json.dumps(Refusal(str(error), status=500).body())}\n\n"
     finally:
         await updates.aclose()
     yield "data: [DONE]\n\n"
@@ -246,28 +234,20 @@ def _refusal_response(refusal: Refusal) -> Response:
     return JSONResponse(refusal.body(), refusal.status, _HEADERS.get(refusal.status))
 
 
-async def _refused(request: Request, refusal: Refusal) -> Response:
+async def _refused(request: Request, error: Exception) -> Response:
+    """Whatever goes wrong, in the API's format."""
+    path, method = shown(request.url.path), shown(request.method)
+    status = getattr(error, "status_code", 500)
+    if isinstance(error, Refusal):
+        refusal = error
+    elif status == 404:
+        paths = ", ".join(guard.PATHS)
+        refusal = Refusal(f"No {path} here; there are {paths}.", status=404)
+    elif status == 405:
+        refusal = Refusal(f"{path} does not take {method}.", status=405)
+    else:
+        refusal = Refusal("The server failed; see its log.", status=500)
     return _refusal_response(refusal)
-
-
-async def _unknown_path(request: Request, error: Exception) -> Response:
-    return await _refused(
-        request,
-        Refusal(
-            404,
-            f"No {shown(request.url.path)} here; there are {', '.join(guard.PATHS)}.",
-        ),
-    )
-
-
-async def _wrong_method(request: Request, error: Exception) -> Response:
-    where, method = shown(request.url.path), shown(request.method)
-    refusal = Refusal(405, f"{where} does not take {method}.")
-    return await _refused(request, refusal)
-
-
-async def _failed(request: Request, error: Exception) -> Response:
-    return await _refused(request, Refusal(500, "The server failed; see its log."))
 
 
 def serve(

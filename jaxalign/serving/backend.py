@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import collections
+import functools
 import itertools
 from typing import Any, NamedTuple
-
-import numpy as np
 
 from jaxalign.decoding.engine import Engine
 from jaxalign.decoding.generator import prompt_bucket
@@ -16,13 +15,15 @@ _TOKENS_PER_STEP = 8  # between two looks at who came and who left
 _SLOTS = 8  # samples of a prompt decoded at a time, where several are asked for
 
 
+_Kind = tuple[int, int]  # the longest prompt, the most samples
+
+
 class _Waiting(NamedTuple):
     """A prompt that has no engine yet."""
 
     ticket: int
-    kind: tuple[int, int]
-    tokens: np.ndarray
-    settings: dict[str, Any]
+    kind: _Kind
+    request: dict[str, Any]  # of `Engine.submit`
 
 
 class EngineBackend:
@@ -36,7 +37,7 @@ class EngineBackend:
     stays. Where none is idle, prompts wait in the order in which they came.
 
     Args:
-      policy: a loaded checkpoint: ``model``, ``params``, ``vocabulary``.
+      policy: a loaded checkpoint: ``model`` and ``params``.
       max_prompt_tokens: of a prompt, EOS included.
       max_new_tokens: of a response.
       max_samples: of a prompt.
@@ -44,10 +45,6 @@ class EngineBackend:
       max_engines: at a time.
       max_engine_bytes: of device memory that engines hold together; no bound if None.
         One engine is kept whatever it holds.
-
-    Attributes:
-      engines: how many there are.
-      engine_bytes: of device memory that they hold.
     """
 
     def __init__(
@@ -63,33 +60,41 @@ class EngineBackend:
     ):
         if max_engines < 1:
             raise ValueError(f"max_engines must be at least 1, got {max_engines}.")
-        self._policy = policy
+        self._new_engine = functools.partial(
+            Engine,
+            policy.model,
+            policy.params,
+            max_new_tokens=max_new_tokens,
+            groups=batch_size,
+            admit=1,
+            per_prompt=True,
+        )
         self._max_prompt_tokens = max_prompt_tokens
-        self._max_new_tokens = max_new_tokens
         self._max_samples = max_samples
-        self._batch_size = batch_size
         self._max_engines = max_engines
         self._max_bytes = max_engine_bytes
-        self._bytes: dict[tuple[int, int], int] = {}  # of each kind seen so far
+        self._bytes: dict[_Kind, int] = {}  # of each kind seen so far
         self.reset()
 
     @property
     def engines(self) -> int:
+        """How many there are."""
         return len(self._engines)
 
     @property
     def engine_bytes(self) -> int:
+        """Of device memory that engines hold."""
         return sum(self._bytes[kind] for kind in list(self._engines))
 
     def reset(self) -> None:
         # The one that was used last is the last.
-        self._engines: dict[tuple[int, int], Engine] = {}
+        self._engines: dict[_Kind, Engine] = {}
         self._queue: collections.deque[_Waiting] = collections.deque()
         self._tickets = itertools.count()
-        self._inner: dict[int, tuple[tuple[int, int], int]] = {}
-        self._outer: dict[tuple[tuple[int, int], int], int] = {}
+        self._inner: dict[int, tuple[_Kind, int]] = {}
+        self._outer: dict[tuple[_Kind, int], int] = {}
 
-    def _engine(self, kind: tuple[int, int]) -> Engine | None:
+    def _engine(self, kind: _Kind) -> Engine | None:
         """The engine of a kind; None while there is no room for it."""
         engine = self._engines.pop(kind, None)
         while engine is None and self._engines and self._full(kind):
@@ -97,16 +102,8 @@ class EngineBackend:
                 return None
         if engine is None:
             length, samples = kind
-            engine = Engine(
-                self._policy.model,
-                self._policy.params,
-                prompt_length=length,
-                max_new_tokens=self._max_new_tokens,
-                num_samples=samples,
-                groups=self._batch_size,
-                slots=min(samples, _SLOTS),
-                admit=1,
-                per_prompt=True,
+            engine = self._new_engine(
+                prompt_length=length, num_samples=samples, slots=min(samples, _SLOTS)
             )
             self._bytes[kind] = engine.nbytes
         self._engines[kind] = engine
@@ -116,7 +113,7 @@ class EngineBackend:
                 break
         return engine
 
-    def _full(self, kind: tuple[int, int]) -> bool:
+    def _full(self, kind: _Kind) -> bool:
         one_more = len(self._engines) + 1 > self._max_engines
         return one_more or self._too_many_bytes(self._bytes.get(kind, 0))
 
@@ -124,7 +121,7 @@ class EngineBackend:
         limit = self._max_bytes
         return limit is not None and self.engine_bytes + more > limit
 
-    def _evict(self, but: tuple[int, int] | None = None) -> bool:
+    def _evict(self, but: _Kind | None = None) -> bool:
         """Drops the engine that has been idle longest; False if none is idle."""
         for kind, engine in self._engines.items():
             if kind != but and not engine.pending:
@@ -144,29 +141,28 @@ class EngineBackend:
         length = prompt_bucket(len(prompt), self._max_prompt_tokens)
         # Slots for several samples would idle where one is asked for.
         kind = (length, 1 if num_samples == 1 else self._max_samples)
-        settings_of_it = {
+        ticket = next(self._tickets)
+        request = {
+            "tokens": prompt,
             "prompt_id": 0,
             "seed": seed,
             "num_samples": num_samples,
             "max_new_tokens": max_new_tokens,
-            "temperature": settings.temperature,
-            "top_p": settings.top_p,
+            **settings._asdict(),
         }
-        ticket = next(self._tickets)
-        tokens = np.asarray(prompt, np.int32)
-        self._queue.append(_Waiting(ticket, kind, tokens, settings_of_it))
+        self._queue.append(_Waiting(ticket, kind, request))
         self._seat()
         return ticket
 
     def _seat(self) -> None:
         """Hands prompts to their engines, none before one that came earlier."""
         while self._queue:
-            ticket, kind, tokens, settings = self._queue[0]
+            ticket, kind, request = self._queue[0]
             engine = self._engine(kind)
             if engine is None:
                 return
             self._queue.popleft()
-            inner = engine.submit(tokens, **settings)
+            inner = engine.submit(**request)
             self._inner[ticket] = (kind, inner)
             self._outer[kind, inner] = ticket
 

@@ -16,25 +16,19 @@ import threading
 from collections.abc import AsyncIterator
 from typing import Any, NamedTuple, Protocol
 
+from jaxalign.decoding.rules import EOS_ID
 from jaxalign.decoding.stops import Cut, Stops
 
 _log = logging.getLogger(__name__)
-
-EOS_ID = 1
 
 Samples = list[list[int]]  # token ids, EOS included where one came
 
 
 class Settings(NamedTuple):
-    """How tokens are drawn.
+    """How tokens are drawn."""
 
-    Attributes:
-      temperature: 0 takes the most probable tokens.
-      top_p: keep so much probability.
-    """
-
-    temperature: float
-    top_p: float
+    temperature: float  # 0 takes the most probable tokens
+    top_p: float  # keep so much probability
 
 
 class Backend(Protocol):
@@ -81,29 +75,20 @@ class EngineFailed(Exception):
 
 @dataclasses.dataclass(eq=False)
 class Work:
-    """One request: prompts that are answered together.
+    """One request: prompts that are answered together."""
 
-    Attributes:
-      prompts: token ids, EOS included.
-      seeds: one for each prompt.
-      settings: see ``Settings``.
-      max_new_tokens: of a response.
-      num_samples: per prompt.
-      stream: whether to tell the tokens as they come.
-      stops: texts that end a response; its tokens are those up to the stop's last.
-    """
-
-    prompts: list[list[int]]
-    seeds: list[int]
-    settings: Settings
-    max_new_tokens: int
-    num_samples: int
-    stream: bool = False
+    prompts: list[list[int]]  # token ids, EOS included
+    seeds: list[int]  # one for each prompt
+    settings: Settings  # see ``Settings``
+    max_new_tokens: int  # of a response
+    num_samples: int  # per prompt
+    stream: bool = False  # whether to tell the tokens as they come
+    # texts that end a response; its tokens are those up to the stop's last
     stops: Stops | None = None
     tickets: list[int] = dataclasses.field(init=False, default_factory=list)
     answers: dict[int, Samples] = dataclasses.field(init=False, default_factory=dict)
-    # What the worker tells: samples so far, at last (True, samples) or an exception.
-    told: asyncio.Queue = dataclasses.field(init=False)
+    # From the worker: samples so far, at last (True, samples) or an exception.
+    updates: asyncio.Queue = dataclasses.field(init=False)
     loop: asyncio.AbstractEventLoop = dataclasses.field(init=False)
     cancelled: bool = dataclasses.field(init=False, default=False)
 
@@ -115,11 +100,8 @@ class Work:
 class Batcher:
     """Feeds requests to a backend in the order in which they came.
 
-    Args:
-      backend: what generates.
-      batch_size: prompts decoded at a time; a larger request runs when there is any
-        room, and fills the backend's own queue.
-      max_waiting: requests in the queue; more are refused.
+    A request larger than `batch_size` prompts runs when there is any room, and fills
+    the backend's own queue.
     """
 
     def __init__(self, backend: Backend, *, batch_size: int, max_waiting: int):
@@ -150,7 +132,7 @@ class Batcher:
           QueueFull: when too many wait already.
         """
         work.loop = asyncio.get_running_loop()
-        work.told = asyncio.Queue()
+        work.updates = asyncio.Queue()
         with self._changed:
             if self._closed or len(self._waiting) >= self._max_waiting:
                 raise QueueFull
@@ -168,11 +150,11 @@ class Batcher:
         """
         try:
             while True:
-                told = await work.told.get()
-                if isinstance(told, Exception):
-                    raise told
-                yield told
-                if told[0]:
+                update = await work.updates.get()
+                if isinstance(update, Exception):
+                    raise update
+                yield update
+                if update[0]:
                     return
         finally:
             self.forget(work)
@@ -226,9 +208,8 @@ class Batcher:
                 _log.exception("Decoding %d requests failed.", len(self._running))
                 self._end(EngineFailed("The server failed; see its log."))
                 self._backend.reset()
-        self._end(EngineFailed("The server is shutting down."))
         with self._changed:
-            self._running = list(self._waiting)
+            self._running = [*self._running, *self._waiting]
             self._waiting.clear()
         self._end(EngineFailed("The server is shutting down."))
 
@@ -257,7 +238,7 @@ class Batcher:
             if done or work.stream:
                 found = {**so_far, **work.answers}
                 nothing = [[] for _ in range(work.num_samples)]
-                _tell(work, (done, [found.get(t, nothing) for t in work.tickets]))
+                _publish(work, (done, [found.get(t, nothing) for t in work.tickets]))
             if not done:
                 going_on.append(work)
         self._running = going_on
@@ -286,7 +267,7 @@ class Batcher:
 
     def _end(self, error: Exception) -> None:
         for work in self._running:
-            _tell(work, error)
+            _publish(work, error)
         self._running = []
 
 
@@ -295,10 +276,10 @@ def _kept(samples: Samples, cuts: list[Cut | None]) -> Samples:
     return [t[: c.tokens] if c else t for t, c in zip(samples, cuts, strict=True)]
 
 
-def _tell(work: Work, what: Any) -> None:
+def _publish(work: Work, what: Any) -> None:
     if work.cancelled:
         return
     try:
-        work.loop.call_soon_threadsafe(work.told.put_nowait, what)
+        work.loop.call_soon_threadsafe(work.updates.put_nowait, what)
     except RuntimeError:  # the server's loop has ended
         _log.warning("A response came after the server had stopped.")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from jaxalign.serving.refusals import Refusal, name_of, shown
+from jaxalign.serving.refusals import Refusal, name_of, shown, wrong
+from jaxalign.user_code import hint
 
 # Accepted and without effect on the responses, with their types.
 _IGNORED: dict[str, type] = {
@@ -48,13 +48,7 @@ _NEUTRAL_IN_CHAT: dict[str, tuple[Any, ...]] = {
 }
 _COMMON = ("model", "n", "temperature", "top_p", "seed", "stop", "stream")
 _COMPLETION = (*_COMMON, "stream_options", "prompt", "max_tokens")
-_CHAT = (
-    *_COMMON,
-    "stream_options",
-    "messages",
-    "max_tokens",
-    "max_completion_tokens",
-)
+_CHAT = (*_COMPLETION[:-2], "messages", "max_tokens", "max_completion_tokens")
 
 
 def check_fields(body: Mapping[str, Any], chat: bool) -> None:
@@ -71,20 +65,14 @@ def check_fields(body: Mapping[str, Any], chat: bool) -> None:
         if name in known:
             continue
         if name in _IGNORED:
-            if typed(body, name, _IGNORED[name], None) and name == "metadata":
+            typed(body, name, _IGNORED[name], None)
+            if name == "metadata" and value:
                 _check_metadata(value)
-            continue
-        if name in neutral:
-            if value is None or any(_same(value, other) for other in neutral[name]):
-                continue
-            raise Refusal(
-                400,
-                f"{name} is not supported; leave it out. Got {shown(value)}.",
-                param=name,
-            )
-        near = difflib.get_close_matches(name[:100], known, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise Refusal(400, f"Unknown field {shown(name)}.{hint}", param=name[:100])
+        elif name not in neutral:
+            near = hint(name[:100], known)
+            raise Refusal(f"Unknown field {shown(name)}.{near}", param=name[:100])
+        elif value is not None and not any(_same(value, x) for x in neutral[name]):
+            raise wrong(name, f"is not supported; leave it out. Got {shown(value)}.")
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -95,11 +83,8 @@ def _same(a: Any, b: Any) -> bool:
 def _check_metadata(value: Mapping[str, Any]) -> None:
     for name, text in value.items():
         if not isinstance(text, str):
-            raise Refusal(
-                400,
-                f"metadata must hold strings, got {name_of(text)} in {shown(name)}.",
-                param="metadata",
-            )
+            came = f"{name_of(text)} in {shown(name)}"
+            raise wrong("metadata", f"must hold strings, got {came}.")
 
 
 def typed(body: Mapping[str, Any], name: str, kind: type, *default: Any) -> Any:
@@ -113,5 +98,5 @@ def typed(body: Mapping[str, Any], name: str, kind: type, *default: Any) -> Any:
         return default[0]
     if not isinstance(value, kind):
         came = "nothing" if name not in body else name_of(value)
-        raise Refusal(400, f"{name} must be a {kind.__name__}, got {came}.", param=name)
+        raise wrong(name, f"must be a {kind.__name__}, got {came}.")
     return value

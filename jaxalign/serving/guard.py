@@ -63,12 +63,11 @@ class Guard:
                 status = message["status"]
             await send(message)
 
+        app = self._app
         try:
             self._check(scope)
         except Refusal as refusal:
             app = self._refuse(refusal)
-        else:
-            app = self._app
         try:
             await app(scope, receive, counted)
         finally:
@@ -81,20 +80,20 @@ class Guard:
             name = _name(host)
             if not (self._named(name) or _is_address(name) or name == address):
                 raise Refusal(
-                    403,
                     f"This server is not called {shown(host)}; if it should be, start "
                     "it with --allowed_hosts=NAME.",
                     code="host_not_allowed",
+                    status=403,
                 )
         for origin in _values(scope, b"origin"):
             scheme, _, netloc = origin.partition("://")
             known = scheme in ("http", "https") and self._may_send(_name(netloc))
             if not known and "*" not in self._hosts:
                 raise Refusal(
-                    403,
                     f"Pages of {shown(origin)} may not ask this server; to allow "
                     "those of a host, start it with --allowed_hosts=NAME.",
                     code="origin_not_allowed",
+                    status=403,
                 )
         if self._key is None or scope["path"] in _OPEN:
             return
@@ -108,22 +107,19 @@ class Guard:
             given[0].encode("latin-1"), self._key
         ):
             raise Refusal(
-                401,
                 "This server wants its API key: Authorization: Bearer KEY.",
                 code="invalid_api_key",
+                status=401,
             )
 
     def _named(self, name: str | None) -> bool:
-        """Whether a host is one that the server was told of, or this machine."""
+        """Whether a host is one of those given, or this machine."""
         if "*" in self._hosts:
             return True
         return name is not None and (name in self._hosts or name.endswith(".localhost"))
 
     def _may_send(self, name: str | None) -> bool:
-        """Whether pages of a host may ask: those of a known one or of this machine.
-
-        Anybody may put a page at an address of his own.
-        """
+        """Whether pages of a host may ask: anybody may put one at his own address."""
         return self._named(name) or (
             _is_address(name) and ipaddress.ip_address(name).is_loopback
         )
@@ -156,9 +152,9 @@ def require_json(content_types: Iterable[str]) -> None:
     if kind.strip().lower() != "application/json" or not fits:
         came = ", ".join(map(shown, given)) or "none"
         raise Refusal(
-            415,
             f"Content-Type must be application/json, got {came}.",
             code="unsupported_media_type",
+            status=415,
         )
 
 

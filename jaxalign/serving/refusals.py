@@ -17,7 +17,7 @@ class Refusal(Exception):
       code: a word for programs.
     """
 
-    def __init__(self, status, message, *, param=None, code=None):
+    def __init__(self, message, *, param=None, code=None, status=400):
         # What came may hold half a character, which no answer can.
         super().__init__(_sayable(message))
         self.status, self.code = status, code
@@ -30,6 +30,11 @@ class Refusal(Exception):
         return {"error": {**error, "param": self.param, "code": self.code}}
 
 
+def wrong(param: str, what: str, **more: Any) -> Refusal:
+    """The refusal of a field: its name, then what is wrong with it."""
+    return Refusal(f"{param} {what}", param=param, **more)
+
+
 def from_json(body: bytes) -> Any:
     """Reads a body; what JSON leaves open is refused, not guessed.
 
@@ -39,7 +44,7 @@ def from_json(body: bytes) -> Any:
     try:
         value = json.loads(body, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
-        raise Refusal(400, f"The body is no JSON: {error}.") from None
+        raise Refusal(f"The body is no JSON: {error}.") from None
     _check_characters(value)
     return value
 
@@ -49,7 +54,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         names = collections.Counter(name for name, _ in pairs)
         name = names.most_common(1)[0][0]
-        raise Refusal(400, f"{shown(name)} is given twice.", param=name[:100])
+        raise Refusal(f"{shown(name)} is given twice.", param=name[:100])
     return found
 
 
@@ -68,7 +73,6 @@ def _check_characters(body: Any) -> None:
         elif isinstance(value, str) and (found := _SURROGATE.search(value)):
             where = _sayable(where[:100]) or "The body"
             raise Refusal(
-                400,
                 f"{where} holds half a character, {found[0]!r} at character "
                 f"{found.start()}; expected whole ones.",
                 param=where,

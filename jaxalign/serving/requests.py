@@ -7,33 +7,26 @@ import secrets
 from collections.abc import Mapping
 from typing import Any
 
+from jaxalign.decoding.rules import EOS_ID
 from jaxalign.decoding.stops import Stops
-from jaxalign.serving.batching import EOS_ID, Settings, Work
+from jaxalign.serving.batching import Settings, Work
 from jaxalign.serving.fields import check_fields, typed
-from jaxalign.serving.refusals import Refusal, name_of, shown
+from jaxalign.serving.refusals import Refusal, name_of, shown, wrong
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What a request may cost.
+    """What a request may cost."""
 
-    Attributes:
-      body_bytes: of a request.
-      prompt_tokens: of a prompt, EOS included.
-      new_tokens: of a response; also what requests that name none get.
-      samples: responses to a request, prompts times ``n``.
-      body_seconds: for a body to arrive.
-    """
-
-    body_bytes: int = 1 << 20
-    prompt_tokens: int = 1024
-    new_tokens: int = 256
-    samples: int = 64
-    body_seconds: float = 30.0
+    body_bytes: int = 1 << 20  # of a request
+    prompt_tokens: int = 1024  # of a prompt, EOS included
+    new_tokens: int = 256  # of a response; also what requests that name none get
+    samples: int = 64  # responses to a request, prompts times ``n``
+    body_seconds: float = 30.0  # for a body to arrive
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
+class ParsedRequest:
     """A checked request: the work, and how to answer it."""
 
     work: Work
@@ -42,27 +35,26 @@ class Asked:
 
 def parse(
     body: Any, *, chat: bool, model: str, vocabulary: Any, limits: Limits
-) -> Asked:
+) -> ParsedRequest:
     """Checks the body of a request.
 
     Raises:
       Refusal: naming the field, what it must be and what came.
     """
     if not isinstance(body, dict):
-        raise Refusal(400, f"The body must be a JSON object, got {name_of(body)}.")
+        raise Refusal(f"The body must be a JSON object, got {name_of(body)}.")
     check_fields(body, chat)
     if typed(body, "model", str) != model:
         raise Refusal(
-            404,
             f"No model {shown(body['model'])} here; expected {model!r}.",
             param="model",
             code="model_not_found",
+            status=404,
         )
     texts = [_chat_prompt(body)] if chat else _prompts(body)
     field = "messages" if chat else "prompt"
     if len(texts) > limits.samples:
         raise Refusal(
-            400,
             f"{len(texts)} prompts are more than {limits.samples} responses; send "
             "fewer at once.",
             param=field,
@@ -70,80 +62,69 @@ def parse(
     prompts = [
         _tokens(i, text, field, vocabulary, limits) for i, text in enumerate(texts)
     ]
-    n = _number(body, "n", 1, 1, limits.samples, int)
+    n = _integer(body, "n", 1, 1, limits.samples)
     if n * len(prompts) > limits.samples:
         raise Refusal(
-            400,
             f"{len(prompts)} prompts times n = {n} are more than {limits.samples} "
             "responses; ask for fewer at once.",
             param="n",
         )
-    seed = _number(body, "seed", None, -(2**63), 2**63 - 1, int)
+    seed = _integer(body, "seed", None, -(2**63), 2**63 - 1)
     seed = secrets.randbits(32) if seed is None else seed
-    temperature = _number(body, "temperature", 1.0, 0.0, 2.0, float)
-    top_p = _number(body, "top_p", 1.0, 0.0, 1.0, float)
+    temperature = _number(body, "temperature", 1.0, 0.0, 2.0)
+    top_p = _number(body, "top_p", 1.0, 0.0, 1.0)
     # Below these, float32 logits overflow: the most probable token is what is meant.
     temperature = 0.0 if temperature < 1e-4 else float(temperature)
-    top_p = max(float(top_p), 1e-4)
-    stream = typed(body, "stream", bool, False)
-    return Asked(
-        Work(
-            prompts,
-            # An odd constant: no two prompts of a request share a seed.
-            [(seed + 0x9E3779B1 * i) % 2**32 for i in range(len(prompts))],
-            Settings(temperature, top_p),
-            _new_tokens(body, limits),
-            n,
-            stream=stream,
-            stops=Stops(_stops(body), vocabulary),
-        ),
-        include_usage=_include_usage(body),
+    work = Work(
+        prompts,
+        # An odd constant: no two prompts of a request share a seed.
+        [(seed + 0x9E3779B1 * i) % 2**32 for i in range(len(prompts))],
+        Settings(temperature, max(float(top_p), 1e-4)),
+        _new_tokens(body, limits),
+        n,
+        stream=typed(body, "stream", bool, False),
+        stops=Stops(_stops(body), vocabulary),
     )
+    return ParsedRequest(work, _include_usage(body))
 
 
-def _number(body, name, default, low, high, kind):
+def _number(body, name, default, low, high, kind=(int, float), what="a number"):
     value = body.get(name)
     if value is None:
         return default
-    fits = isinstance(value, (int, float) if kind is float else int)
     # NaN fails both comparisons.
-    if not fits or isinstance(value, bool) or not low <= value <= high:
-        what = "an integer" if kind is int else "a number"
-        raise Refusal(
-            400,
-            f"{name} must be {what} in [{low}, {high}], got {shown(value)}.",
-            param=name,
-        )
+    if type(value) not in kind or not low <= value <= high:
+        raise wrong(name, f"must be {what} in [{low}, {high}], got {shown(value)}.")
     return value
+
+
+def _integer(body, name, default, low, high):
+    return _number(body, name, default, low, high, (int,), "an integer")
 
 
 def _new_tokens(body: Mapping[str, Any], limits: Limits) -> int:
     """``max_completion_tokens`` took the place of ``max_tokens`` and goes before it."""
     found = limits.new_tokens
     for name in ("max_tokens", "max_completion_tokens"):
-        found = _number(body, name, found, 1, limits.new_tokens, int)
+        found = _integer(body, name, found, 1, limits.new_tokens)
     return found
 
 
 def _include_usage(body: Mapping[str, Any]) -> bool:
     """Whether a stream ends with its usage; an answer in one piece always has it."""
-    options = typed(body, "stream_options", dict, None)
-    if options is None:
-        return False
+    options = typed(body, "stream_options", dict, {})
     # Padding against observers of the line, which this server does not send.
     neutral = {"include_obfuscation": False}
     for name, value in options.items():
         if name == "include_usage" or value is None or neutral.get(name) is value:
             continue
         raise Refusal(
-            400,
             f"stream_options.{shown(name)[1:-1]} is not supported; leave it out.",
             param="stream_options",
         )
     usage = options.get("include_usage")
     if usage is not None and not isinstance(usage, bool):
         raise Refusal(
-            400,
             f"stream_options.include_usage must be a bool, got {name_of(usage)}.",
             param="stream_options",
         )
@@ -156,11 +137,10 @@ def _stops(body: Mapping[str, Any]) -> tuple[str, ...]:
     value = [value] if isinstance(value, str) else value
     fits = isinstance(value, list) and len(value) <= 4
     if not fits or not all(isinstance(s, str) and s for s in value):
-        raise Refusal(
-            400,
-            "stop must be a string or up to 4 of them, none empty; got "
+        raise wrong(
+            "stop",
+            "must be a string or up to 4 of them, none empty; got "
             f"{shown(body['stop'])}.",
-            param="stop",
         )
     return tuple(value)
 
@@ -177,11 +157,10 @@ def _prompts(body: Mapping[str, Any]) -> list[str | list[int]]:
     if isinstance(value, list) and value:
         if all(isinstance(x, str) for x in value) or all(ids(x) for x in value):
             return value
-    raise Refusal(
-        400,
-        "prompt must be a string, a list of strings, token ids, or a list of lists of "
-        f"those, not empty; got {name_of(value) if value else repr(value)}.",
-        param="prompt",
+    raise wrong(
+        "prompt",
+        "must be a string, a list of strings, token ids, or a list of lists of those, "
+        f"not empty; got {name_of(value) if value else repr(value)}.",
     )
 
 
@@ -189,37 +168,8 @@ def _chat_prompt(body: Mapping[str, Any]) -> str:
     """One message is the prompt as it stands; more are told apart by their roles."""
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages:
-        raise Refusal(
-            400, "messages must be a list of at least one message.", param="messages"
-        )
-    turns = []
-    for i, message in enumerate(messages):
-        where = f"messages[{i}]"
-        if not isinstance(message, dict):
-            raise Refusal(
-                400, f"{where} must be an object, got {name_of(message)}.", param=where
-            )
-        role = message.get("role")
-        if role not in _ROLES or not isinstance(role, str):
-            raise Refusal(
-                400,
-                f"{where}.role must be {', '.join(_ROLES[:-1])} or {_ROLES[-1]}, got "
-                f"{shown(role)}.",
-                param=f"{where}.role",
-            )
-        for name, value in message.items():
-            # A name tells participants of one role apart; no prompt of ours does.
-            if name in ("role", "content") or value is None and name in _MESSAGE:
-                continue
-            if name == "name" and isinstance(value, str):
-                continue
-            raise Refusal(
-                400,
-                f"{where}.{shown(name)[1:-1]} is not supported; leave it out.",
-                param=where,
-            )
-        content = message.get("content")
-        turns.append((role, _content(content, f"{where}.content")))
+        raise wrong("messages", "must be a list of at least one message.")
+    turns = [_turn(message, f"messages[{i}]") for i, message in enumerate(messages)]
     if len(turns) == 1:
         return turns[0][1]
     return "\n".join([f"{role}: {content}" for role, content in turns] + ["assistant:"])
@@ -230,25 +180,42 @@ _ROLES = ("system", "developer", "user", "assistant")
 _MESSAGE = ("name", "refusal", "audio", "annotations", "tool_calls", "function_call")
 
 
+def _turn(message: Any, where: str) -> tuple[str, str]:
+    """The role and the text of a message."""
+    if not isinstance(message, dict):
+        raise wrong(where, f"must be an object, got {name_of(message)}.")
+    role = message.get("role")
+    if not isinstance(role, str) or role not in _ROLES:
+        expected = f"{', '.join(_ROLES[:-1])} or {_ROLES[-1]}"
+        raise wrong(f"{where}.role", f"must be {expected}, got {shown(role)}.")
+    for name, value in message.items():
+        if name in ("role", "content") or value is None and name in _MESSAGE:
+            continue
+        # A name tells participants of one role apart; no prompt of ours does.
+        if name == "name" and isinstance(value, str):
+            continue
+        raise Refusal(
+            f"{where}.{shown(name)[1:-1]} is not supported; leave it out.", param=where
+        )
+    return role, _content(message.get("content"), f"{where}.content")
+
+
 def _content(content: Any, where: str) -> str:
     """A text, or the texts of a list of parts."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list) or not content:
-        raise Refusal(
-            400,
-            f"{where} must be text; images and tools are not supported. Got "
-            f"{'an empty list' if content == [] else name_of(content)}.",
-            param=where,
+        came = "an empty list" if content == [] else name_of(content)
+        raise wrong(
+            where, f"must be text; images and tools are not supported. Got {came}."
         )
     for i, part in enumerate(content):
         fits = isinstance(part, dict) and part.get("type") == "text"
         if not fits or set(part) != {"type", "text"} or type(part["text"]) is not str:
-            raise Refusal(
-                400,
-                f'{where}[{i}] must be {{"type": "text", "text": TEXT}}: content must '
-                "be text; images and tools are not supported.",
-                param=f"{where}[{i}]",
+            raise wrong(
+                f"{where}[{i}]",
+                'must be {"type": "text", "text": TEXT}: content must be text; images '
+                "and tools are not supported.",
             )
     return "".join(part["text"] for part in content)
 
@@ -262,18 +229,15 @@ def _tokens(
     elif isinstance(prompt, str):
         tokens = [EOS_ID] * len(prompt)
     else:
-        bad = [t for t in prompt if not 0 < t < vocabulary.vocab_size]
+        size = vocabulary.vocab_size
+        bad = [t for t in prompt if not 0 < t < size]
         if bad:
-            raise Refusal(
-                400,
-                f"prompt holds the id {shown(bad[0])}; expected ids in [1, "
-                f"{vocabulary.vocab_size}).",
-                param="prompt",
+            raise wrong(
+                "prompt", f"holds the id {shown(bad[0])}; expected ids in [1, {size})."
             )
         tokens = prompt if prompt[-1] == EOS_ID else [*prompt, EOS_ID]
     if len(tokens) > limits.prompt_tokens:
         raise Refusal(
-            400,
             f"Prompt {i} is longer than the {limits.prompt_tokens} tokens that this "
             "server takes; shorten it.",
             param=field,

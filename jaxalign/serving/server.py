@@ -9,27 +9,20 @@ import socket
 import time
 from typing import Any
 
-_NEEDED = ("starlette", "uvicorn")
 # File descriptors that are not for connections: libraries, logs, devices.
 _RESERVED = 64
 
 
 def require() -> None:
-    """Says what to install where the server's packages are missing.
-
-    Raises:
-      ImportError: naming the extra.
-    """
-    import importlib
-
-    for name in _NEEDED:
-        try:
-            importlib.import_module(name)
-        except ImportError as error:
-            raise ImportError(
-                f"Serving needs {' and '.join(_NEEDED)}: "
-                f"pip install 'jaxalign[serve]'. ({error})"
-            ) from error
+    """Says what to install where the server's packages are missing."""
+    try:
+        import starlette  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            "Serving needs starlette and uvicorn: pip install 'jaxalign[serve]'. "
+            f"({error})"
+        ) from error
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -100,19 +93,19 @@ def configuration(
 
         def data_received(self, data: bytes) -> None:
             super().data_received(data)
-            if self._asked():
+            if self._has_request():
                 self._stop_waiting()
 
         def on_response_complete(self) -> None:
             super().on_response_complete()
-            if not self._asked() and not self.transport.is_closing():
+            if not self._has_request() and not self.transport.is_closing():
                 self._await_request()
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._stop_waiting()
             super().connection_lost(exc)
 
-        def _asked(self) -> bool:
+        def _has_request(self) -> bool:
             return self.cycle is not None and not self.cycle.response_complete
 
         def _await_request(self) -> None:

@@ -18,13 +18,7 @@ from jaxalign.teachers.checkpoint import CheckpointTeacher
 from jaxalign.teachers.http import HTTPTeacher
 from jaxalign.teachers.recorded import RecordedTeacher
 
-__all__ = [
-    "CheckpointTeacher",
-    "HTTPTeacher",
-    "RecordedTeacher",
-    "Teacher",
-    "resolve",
-]
+__all__ = ["CheckpointTeacher", "HTTPTeacher", "RecordedTeacher", "Teacher", "resolve"]
 
 
 @runtime_checkable

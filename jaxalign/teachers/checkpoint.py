@@ -52,12 +52,7 @@ class CheckpointTeacher:
             stop=stop,
         )
         stops = Stops(stop, vocabulary)
-
-        def without_stop(text: str) -> str:
-            found = stops.find(text)
-            return text[: found[0]] if found else text
-
         return [
-            [without_stop(text) for text in generation.texts]
+            [stops.before(text) for text in generation.texts]
             for generation in generator(self._policy.params, tokens)
         ]

@@ -14,7 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from jaxalign.teachers.recorded import Recording
+from jaxalign.teachers.recorded import Recording, padded
 
 _log = logging.getLogger(__name__)
 
@@ -100,40 +100,28 @@ class HTTPTeacher:
             "stop": list(stop),
             "seed": seed,
         }
-        found: dict[str, list[str]] = {}
-        missing: list[str] = []
-        for prompt in dict.fromkeys(prompts):
-            found[prompt] = self.answers.get(prompt, settings)[:n]
-            if len(found[prompt]) < n:
-                missing.append(prompt)
+        found = {p: self.answers.get(p, settings)[:n] for p in dict.fromkeys(prompts)}
+        missing = {prompt: texts for prompt, texts in found.items() if len(texts) < n}
         if missing:
-            self._ask(missing, settings, n, found)
-        return [
-            [*found[prompt], *[None] * (n - len(found[prompt]))] for prompt in prompts
-        ]
+            self._complete(missing, settings, n)
+        return [padded(found[prompt], n) for prompt in prompts]
 
-    def _ask(
-        self,
-        prompts: list[str],
-        settings: Mapping[str, Any],
-        n: int,
-        found: dict[str, list[str]],
+    def _complete(
+        self, found: Mapping[str, list[str]], settings: Mapping[str, Any], n: int
     ) -> None:
-        """Sends requests and puts answers into `found`."""
+        """Sends requests for what is missing of ``n`` texts; adds the answers."""
         refused: dict[str, str] = {}
-        answered = 0
         pool = concurrent.futures.ThreadPoolExecutor(self.concurrency)
         try:
             jobs = {
-                pool.submit(self._one, prompt, settings, n, len(found[prompt])): prompt
-                for prompt in prompts
+                pool.submit(self._request, prompt, settings, n, len(texts)): prompt
+                for prompt, texts in found.items()
             }
             done = concurrent.futures.as_completed(jobs)
             for job in tqdm(done, self.model, len(jobs), disable=None, leave=False):
                 prompt = jobs[job]
                 try:
-                    found[prompt] += job.result()
-                    answered += 1
+                    found[prompt].extend(job.result())
                 except _Refused as error:
                     refused[prompt] = str(error)
         finally:
@@ -141,14 +129,14 @@ class HTTPTeacher:
         if refused:
             prompt, why = next(iter(refused.items()))
             text = (
-                f"{self.url} did not answer {len(refused)} of {len(prompts)} requests; "
+                f"{self.url} did not answer {len(refused)} of {len(found)} requests; "
                 f"the first, {prompt[:60]!r}: {why}"
             )
-            if not answered:
+            if len(refused) == len(found):
                 raise ConnectionError(f"{text}. What was answered before is kept.")
             _log.warning("%s", text)
 
-    def _one(
+    def _request(
         self, prompt: str, settings: Mapping[str, Any], n: int, have: int
     ) -> list[str]:
         import openai
@@ -156,19 +144,17 @@ class HTTPTeacher:
         messages = [{"role": "user", "content": prompt}]
         if self.system:
             messages.insert(0, {"role": "system", "content": self.system})
-        asked = dict(settings)
         # The first samples are there: more of the same seed would repeat them.
-        asked["seed"] = settings["seed"] + have
-        asked["stop"] = settings["stop"] or None
+        changed = {"seed": settings["seed"] + have, "stop": settings["stop"] or None}
+        hopeless = openai.AuthenticationError, openai.PermissionDeniedError
         try:
             reply = self._client.chat.completions.create(
-                model=self.model, messages=messages, n=n - have, **asked
+                model=self.model,
+                messages=messages,
+                n=n - have,
+                **{**settings, **changed},
             )
-        except (
-            openai.AuthenticationError,
-            openai.PermissionDeniedError,
-            openai.NotFoundError,
-        ) as error:
+        except (*hopeless, openai.NotFoundError) as error:
             raise ConnectionError(
                 f"{self.url} refuses the model {self.model!r} or the key: "
                 f"{_first_line(error)}"

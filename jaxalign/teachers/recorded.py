@@ -18,6 +18,11 @@ _log = logging.getLogger(__name__)
 _LONGEST_LINE = 1 << 24  # bytes
 
 
+def padded(texts: Sequence[str], n: int) -> list[str | None]:
+    """``n`` texts, None for those that are not there."""
+    return [*texts, *[None] * (n - len(texts))]
+
+
 class Recording:
     """A JSON Lines file of answers by request, which only grows.
 
@@ -53,18 +58,8 @@ class Recording:
     ) -> None:
         """Keeps answers, on disk when this returns."""
         key = self.key(prompt, settings)
-        lines = "".join(
-            json.dumps(
-                {
-                    "key": key,
-                    "prompt": prompt,
-                    "settings": dict(settings),
-                    "response": response,
-                }
-            )
-            + "\n"
-            for response in responses
-        )
+        row = {"key": key, "prompt": prompt, "settings": dict(settings)}
+        lines = "".join(json.dumps({**row, "response": r}) + "\n" for r in responses)
         with self._lock:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "a+b") as file:
@@ -120,10 +115,7 @@ class RecordedTeacher:
     ) -> list[list[str | None]]:
         """The first ``n`` recorded texts of each prompt; None where there are fewer."""
         del settings
-        found = []
-        for prompt in prompts:
-            texts: list[str | None] = list(self._texts.get(prompt, [])[:n])
-            found.append(texts + [None] * (n - len(texts)))
+        found = [padded(self._texts.get(prompt, [])[:n], n) for prompt in prompts]
         missing = sum(texts.count(None) for texts in found)
         if missing:
             _log.warning(

@@ -12,7 +12,7 @@ import pytest
 import sentencepiece
 
 from jaxalign.decoding import constraints, regular
-from jaxalign.decoding.generate import check_constraint
+from jaxalign.decoding.checks import check_constraint
 from jaxalign.vocabularies import ByteVocabulary, SentencePieceVocabulary
 
 LONGEST = 4  # tokens of a sequence, EOS included
@@ -131,13 +131,13 @@ def test_masks_equal_brute_force(all_spellings, patterns):
             assert not fits and "No sequence of tokens" in str(error)
             continue
         if not fits:  # too long for the tokens there are
-            assert not automaton.mask(0, LONGEST).any()
+            assert not automaton.allowed(0, LONGEST).any()
             continue
         for prefix, tokens in wanted.items():
             state = 0
             for token in prefix:
                 state = int(automaton.advance(state, token))
-            mask = automaton.mask(state, LONGEST - len(prefix))
+            mask = automaton.allowed(state, LONGEST - len(prefix))
             assert set(np.flatnonzero(mask).tolist()) == tokens, (pattern, prefix)
             compared += 1
     assert compared > 300
@@ -194,7 +194,7 @@ def walk(automaton, rng, limit):
     """A random text: any allowed token, in at most ``limit`` tokens."""
     ids, state = [], 0
     while not ids or ids[-1] != 1:
-        allowed = np.flatnonzero(automaton.mask(state, limit - len(ids)))
+        allowed = np.flatnonzero(automaton.allowed(state, limit - len(ids)))
         assert allowed.size, "a dead end"
         ids.append(int(rng.choice(allowed)))
         state = int(automaton.advance(state, ids[-1]))
@@ -230,7 +230,7 @@ def test_every_walk_matches(vocabulary, pattern):
             ids = walk(automaton, rng, limit)
             text = vocabulary.decode(ids)
             assert re.fullmatch(pattern, text), (ids, text)
-    assert not automaton.mask(0, fewest - 1).any()
+    assert not automaton.allowed(0, fewest - 1).any()
 
 
 def test_phrases_are_included(vocabulary):
@@ -276,7 +276,7 @@ def test_a_broken_constraint_stays_broken():
     rule = jax.device_get(constraints.regex("ab", vocabulary))
     state = rule.advance(0, vocabulary.encode("x")[0])
     for token in [*vocabulary.encode("ab"), 1]:
-        assert not rule.mask(state, 100).any()
+        assert not rule.allowed(state, 100).any()
         state = rule.advance(state, token)
     for text, ends, fits in [
         ("ab", [1], True),

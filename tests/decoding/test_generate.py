@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxalign import batch as batch_lib
 from jaxalign.decoding import Sampling, generate
 from jaxalign.decoding.generate import _generate
+from jaxalign.decoding.groups import Plan
 from jaxalign.models import T5, init_params, response_logps, token_logps
 
 GREEDY = Sampling(temperature=0.0)
@@ -231,15 +232,11 @@ def test_cross_attention_memory_does_not_grow_with_samples(tiny):
 
     def temporary_bytes(n):
         lowered = _generate.lower(
-            model,
+            Plan(model, GREEDY, n, n, 2, False),
             params,
             jnp.ones((1, length), jnp.int32),
             jax.random.key(0),
             jnp.zeros(1, jnp.uint32),
-            num_samples=n,
-            max_new_tokens=2,
-            slots=n,
-            sampling=GREEDY,
         )
         return lowered.compile().memory_analysis().temp_size_in_bytes
 

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxalign.decoding import Generator, Sampling, generate
-from jaxalign.decoding import engine as engines
+from jaxalign.decoding import Generator, Sampling, generate, seats
 from jaxalign.decoding.generator import prompt_bucket
 
 
@@ -44,7 +43,7 @@ def test_results_come_in_order_and_equal_single_calls(tiny, capsys):
     model, params = tiny
     prompts = _prompts(LENGTHS)
     generator = _generator(model, seed=5)
-    compiled = (engines._empty, engines._admit, engines._run)
+    compiled = (seats.empty, seats.admit, seats.run)
     before = [function._cache_size() for function in compiled]
     found = list(generator(params, prompts))
     # Two lengths (16 and 32) and one batch size, whatever the prompts.

@@ -9,6 +9,7 @@ import torch
 from transformers.generation import logits_process as hf
 
 from jaxalign.decoding import Sampling, history
+from jaxalign.models import T5, T5Config
 
 RULES = Sampling(
     repetition_penalty=1.7,
@@ -18,6 +19,7 @@ RULES = Sampling(
     stop_sequences=[[9, 9], [8]],
 )
 VOCAB = 14
+MODEL = T5(T5Config(VOCAB, 8, 2, 4, 16, 1, 1))
 
 
 def _tokens(rows=6, length=9):
@@ -40,7 +42,7 @@ def test_rules_equal_hugging_face():
         ]
     )
     rng = np.random.default_rng(1)
-    state = history.empty((len(tokens),), VOCAB, RULES)
+    state = history.empty((len(tokens),), RULES, MODEL)
     apply = jax.jit(
         lambda logits, state, position: history.apply_rules(
             logits, RULES, state, position
@@ -61,7 +63,7 @@ def test_rules_equal_hugging_face():
 
 def test_stop_sequences_and_restart():
     tokens = _tokens()
-    state = history.empty((len(tokens),), VOCAB, RULES)
+    state = history.empty((len(tokens),), RULES, MODEL)
     for position in range(tokens.shape[1]):
         state = history.extend(state, jnp.asarray(tokens[:, position]))
         tail = tokens[:, max(position - 1, 0) : position + 1]
@@ -70,7 +72,7 @@ def test_stop_sequences_and_restart():
         )
         np.testing.assert_array_equal(history.stopped(state, RULES), expected)
     again = history.restart(state, jnp.arange(len(tokens)) < 2)
-    fresh = history.empty((len(tokens),), VOCAB, RULES)
+    fresh = history.empty((len(tokens),), RULES, MODEL)
     for new, start, old in zip(again, fresh, state, strict=True):
         np.testing.assert_array_equal(new[:2], start[:2])
         np.testing.assert_array_equal(new[2:], old[2:])

@@ -11,6 +11,7 @@ import torch
 from transformers.generation import logits_process as hf
 
 from jaxalign.decoding import sampling as sampling_lib
+from jaxalign.decoding import truncation
 from jaxalign.decoding.sampling import Sampling
 
 SETTINGS = [
@@ -178,12 +179,12 @@ def test_tokens_without_mass_are_never_drawn():
 def test_ties_at_the_border_are_kept_together():
     logits = jnp.array([0.0, 1.0, 0.0, 1.0])
     for found in (
-        sampling_lib.apply_top_k(logits, 3),
-        sampling_lib.apply_top_p(logits, 0.9),
+        truncation.apply_top_k(logits, 3),
+        truncation.apply_top_p(logits, 0.9),
     ):
         np.testing.assert_array_equal(found, logits)
     np.testing.assert_array_equal(
-        sampling_lib.apply_top_k(logits, 1), [-np.inf, 1.0, -np.inf, 1.0]
+        truncation.apply_top_k(logits, 1), [-np.inf, 1.0, -np.inf, 1.0]
     )
 
 

@@ -158,12 +158,12 @@ def test_libtpus_refusals_are_read():
             95.74,
         ),
     ):
-        found = estimate._out_of_memory(message, 0)
+        found = estimate._out_of_memory(message)
         assert (found.needed, found.limit) == (
             int(needed * hardware.GIB),
             int(limit * hardware.GIB),
         )
-    assert estimate._out_of_memory("INTERNAL: something else", 0) is None
+    assert estimate._out_of_memory("INTERNAL: something else") is None
 
 
 @pytest.mark.parametrize(
@@ -258,7 +258,7 @@ def test_the_memory_of_each_chip_is_what_libtpu_says():
         x = jax.ShapeDtypeStruct((2**40,), np.float32, sharding=one)
         with pytest.raises(jax.errors.JaxRuntimeError) as refused:
             jax.jit(lambda x: x + 1).lower(x).compile()
-        found = estimate._out_of_memory(str(refused.value), 0)
+        found = estimate._out_of_memory(str(refused.value))
         assert found.limit == topology.chip.memory
 
 

@@ -223,7 +223,7 @@ def test_a_stream_comes_in_pieces_that_make_the_whole(tiny):
 
 
 def test_settings_are_data_that_nothing_is_compiled_for(tiny):
-    from jaxalign.decoding import engine
+    from jaxalign.decoding import seats
 
     with client(tiny) as api_client:
 
@@ -234,11 +234,11 @@ def test_settings_are_data_that_nothing_is_compiled_for(tiny):
             return answer.choices[0].text
 
         greedy = ask(temperature=0)
-        compiled = engine._run._cache_size()
+        compiled = seats.run._cache_size()
         texts = {ask(temperature=0.1 * k, top_p=0.99) for k in range(1, 8)}
         assert ask(temperature=2, top_p=1e-6) == greedy  # a nucleus of one token
         assert greedy.startswith(ask(temperature=0, max_tokens=3))
-        assert len(texts) > 1 and engine._run._cache_size() == compiled
+        assert len(texts) > 1 and seats.run._cache_size() == compiled
 
 
 @pytest.mark.parametrize(

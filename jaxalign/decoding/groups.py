@@ -1,0 +1,189 @@
+"""The state of decoding: groups of slots, one prompt a group, one sample a slot.
+
+A group's prompt has cross-attention keys and values that its slots share without
+copies. A slot whose sample has ended takes the prompt's next one; a group whose samples
+have all ended is given another prompt by `seat`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from jaxalign.decoding import history as histories
+from jaxalign.decoding import network
+from jaxalign.decoding.rules import PAD_ID, START_ID, Constraint, Sampling
+from jaxalign.decoding.sampling import RowSettings
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a decode loop is compiled for."""
+
+    model: Any  # the network
+    rules: Sampling  # of sampling
+    slots: int  # ``S``, samples of a prompt decoded at a time
+    num_samples: int  # ``N``, the most that a request may ask for
+    length: int  # ``T``, of the longest response
+    entropy: bool  # whether to record entropies
+
+
+class Samples(NamedTuple):
+    """Sampled responses; masks follow from ``lengths``, never from token values.
+
+    Attributes:
+      tokens: int32 ``[B, N, T]``: the response up to its EOS, then 0.
+      logps: float32 ``[B, N, T]``, the model's full, untempered log-probability of each
+        token, EOS included; 0 after it.
+      sampler_logps: float32 ``[B, N, T]``, under the distribution that tokens were
+        drawn from; 0 after EOS and for the tokens of a forced prefix.
+      lengths: int32 ``[B, N]`` tokens, EOS included; ``T`` where none came.
+      entropies: float32 ``[B, N, T]`` of the full distribution, in nats, or None.
+    """
+
+    tokens: jax.Array
+    logps: jax.Array
+    sampler_logps: jax.Array
+    lengths: jax.Array
+    entropies: jax.Array | None = None
+
+
+class Requests(NamedTuple):
+    """Prompts and what is asked of each; arrays over ``R`` prompts."""
+
+    # int32 ``[R, Le]``, right-padded with 0. A row of zeros is no prompt.
+    tokens: jax.Array
+    # typed PRNG keys ``[R]``: sample ``n`` draws from ``fold_in(key, n)``
+    keys: jax.Array
+    num_samples: jax.Array  # int32 ``[R]``, at most ``N``
+    max_new_tokens: jax.Array  # int32 ``[R]``, at most ``T``
+    # int32 ``[R, N, T]``: tokens that responses begin with, then 0; None where there
+    # are none
+    prefixes: jax.Array | None = None
+    prefix_lengths: jax.Array | None = None  # int32 ``[R, N]`` or None
+    # temperature and top-p of each, ``[R]``; None takes the rules'
+    settings: RowSettings | None = None
+
+
+class Groups(NamedTuple):
+    """All that belongs to a prompt; every leaf has the axis ``[G]`` first."""
+
+    encoder_mask: jax.Array  # [G, Le]
+    cross_kv: Any
+    keys: jax.Array  # [G]
+    num_samples: jax.Array  # [G]; 0: no prompt
+    max_new_tokens: jax.Array  # [G]
+    prefix_lengths: jax.Array | None  # [G, N]
+    settings: RowSettings | None  # [G]
+    next_sample: jax.Array  # [G] samples given to a slot so far
+    sample: jax.Array  # [G, S] the sample a slot works on
+    position: jax.Array  # [G, S] tokens it has
+    inputs: jax.Array  # [G, S] the last of them
+    ended: jax.Array  # [G, S] nothing to do
+    history: histories.History  # [G, S, ...]
+    constraint: Any  # [G, S, ...] states
+    samples: Samples  # [G, N, T]; begins with the forced prefixes
+
+
+def new_groups(
+    plan: Plan, params: Any, requests: Requests, constraint: Constraint | None
+) -> Groups:
+    """Encodes ``R`` prompts and seats their first samples: ``Groups``, ``G = R``."""
+    count = requests.tokens.shape[0]
+    chex.assert_shape([requests.num_samples, requests.max_new_tokens], (count,))
+    rows, shape = (count, plan.slots), (count, plan.num_samples, plan.length)
+    mask, cross_kv = network.encode(plan.model, params, requests.tokens)
+    wanted = jnp.where(jnp.any(mask, axis=1), requests.num_samples, 0)
+    sample_index = jnp.broadcast_to(jnp.arange(plan.slots, dtype=jnp.int32), rows)
+    tokens = requests.prefixes
+    if tokens is None:
+        tokens = jnp.full(shape, PAD_ID, jnp.int32)
+    chex.assert_shape(tokens, shape)
+
+    def zeros():  # anew for each: donated buffers must be distinct
+        return jnp.zeros(shape, jnp.float32)
+
+    return Groups(
+        encoder_mask=mask,
+        cross_kv=cross_kv,
+        keys=requests.keys,
+        num_samples=wanted,
+        max_new_tokens=requests.max_new_tokens,
+        prefix_lengths=requests.prefix_lengths,
+        settings=requests.settings,
+        next_sample=jnp.minimum(wanted, plan.slots),
+        sample=sample_index,
+        position=jnp.zeros(rows, jnp.int32),
+        inputs=jnp.full(rows, START_ID, jnp.int32),
+        ended=sample_index >= wanted[:, None],
+        history=histories.empty(rows, plan.rules, plan.model),
+        constraint=constraint and network.repeat(constraint.start(), rows),
+        samples=Samples(
+            tokens=tokens,
+            logps=zeros(),
+            sampler_logps=zeros(),
+            lengths=jnp.zeros(shape[:2], jnp.int32),
+            entropies=zeros() if plan.entropy else None,
+        ),
+    )
+
+
+def seat(groups: Groups, new: Groups, index: jax.Array) -> Groups:
+    """Puts the ``R`` groups of ``new`` at ``index [R]``; outside ``[0, G)``: nowhere.
+
+    The cache needs no clearing: what is older than a row's first token is masked.
+    """
+    return jax.tree.map(lambda old, x: old.at[index].set(x, mode="drop"), groups, new)
+
+
+def free(groups: Groups) -> jax.Array:
+    """Bool ``[G]``: no slot is at work, and no sample waits."""
+    return jnp.all(groups.ended, axis=1) & (groups.next_sample >= groups.num_samples)
+
+
+def drop(groups: Groups, dropped: jax.Array) -> Groups:
+    """Ends all samples of the groups ``dropped`` bool ``[G]``."""
+    return groups._replace(
+        ended=groups.ended | dropped[:, None],
+        next_sample=jnp.where(dropped, groups.num_samples, groups.next_sample),
+    )
+
+
+def end(groups: Groups, ended: jax.Array, constraint: Constraint | None) -> Groups:
+    """Ends samples where they stand; their slots take the prompts' next ones.
+
+    ``ended`` is bool ``[G, N]``; samples without a slot are left alone.
+    """
+    slots = jnp.take_along_axis(ended, groups.sample, axis=1)
+    return refill(groups._replace(ended=groups.ended | slots), constraint)
+
+
+def refill(groups: Groups, constraint: Constraint | None) -> Groups:
+    """Gives slots that ended their prompt's next samples."""
+    slots, num_samples = groups.ended.shape[1], groups.samples.tokens.shape[1]
+    position = jnp.where(groups.ended, 0, groups.position)
+    if slots >= num_samples:  # every sample has had its slot from the start
+        return groups._replace(position=position)
+    nth = jnp.cumsum(groups.ended, axis=1) - 1
+    following = groups.next_sample[:, None] + nth
+    takes = groups.ended & (following < groups.num_samples[:, None])
+    states = groups.constraint
+    if constraint is not None:
+
+        def restart(state, start):
+            return jnp.where(jnp.expand_dims(takes, range(2, state.ndim)), start, state)
+
+        states = jax.tree.map(restart, states, constraint.start())
+    return groups._replace(
+        position=position,
+        sample=jnp.where(takes, following, groups.sample),
+        inputs=jnp.where(takes, START_ID, groups.inputs),
+        ended=groups.ended & ~takes,
+        next_sample=groups.next_sample + jnp.sum(takes, axis=1),
+        history=histories.restart(groups.history, takes),
+        constraint=states,
+    )

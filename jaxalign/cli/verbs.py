@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.resources
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -222,8 +224,26 @@ def _with(gin: configs.GinFlags, settings: Settings, needs: str) -> configs.GinF
             "lists all."
         )
     bindings = [*gin.gin_bindings, *settings.bindings()]
-    configs.check(gin.gin_files, bindings, gin.search_paths)
+    macros = configs.check(gin.gin_files, bindings, gin.search_paths)
+    data = macros.get("DATA")
+    # A module of the user's may register more names.
+    if isinstance(data, str) and macros.get("MIXTURE_OR_TASK_MODULE") is None:
+        _check_task(data)
     return gin._replace(gin_bindings=bindings)
+
+
+def _check_task(data: str) -> None:
+    """Refuses a word that is neither a file nor one of the packaged tasks."""
+    folder = Path(str(importlib.resources.files("jaxalign.tasks")))
+    sources = [path.read_text(encoding="utf-8") for path in folder.glob("*.py")]
+    known = re.findall(r'^add_task\(\s*"(\w+)"', "\n".join(sources), re.M)
+    if data.isidentifier() and data not in known and not os.path.exists(data):
+        near = configs.nearest(data, known, 1)
+        hint = f" (did you mean {near[0]!r}?)" if near else f"; tasks: {sorted(known)}"
+        raise configs.ConfigError(
+            f"No file, task or seqio task is called {data!r}{hint}. A seqio task of "
+            "your own needs its module or file in MIXTURE_OR_TASK_MODULE."
+        )
 
 
 def _two_steps(text: str) -> tuple[int, int]:

@@ -108,9 +108,15 @@ def check(
     bindings: Iterable[str] = (),
     search_paths: Iterable[str | Path] = (),
     defaults: str = "",
-) -> None:
-    """Raises what `parse` would for files, networks and flags; imports nothing."""
-    _settle(gin_files, bindings, search_paths, defaults)
+) -> dict[str, Any]:
+    """Raises what `parse` would for files, networks and flags; imports nothing.
+
+    Returns:
+      The macros' values, references in them unresolved.
+    """
+    files, flags, _ = _settle(gin_files, bindings, search_paths, defaults)
+    every = [*strength.in_order(files), *flags]
+    return {name: value for file in every for name, value in file.macros.items()}
 
 
 def _settle(

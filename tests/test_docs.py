@@ -52,21 +52,18 @@ def test_links_and_gin_files_in_documents_exist():
             assert path.exists(), (page.name, name)
 
 
-COMMAND = re.compile(
-    r"(?:^|`)\s*(jaxalign \w+ (?:[^`\n]|\\\n)*--(?:[^`\n]|\\\n)*)", re.M
-)
+COMMAND = re.compile(r"(?:^(?:# )?|`)\s*(jaxalign \w+ [^`\n]*--[^`\n]*)", re.M)
 PAGES = ("README.md", "CONTRIBUTING.md", "docs/**/*.md", "gin_configs/runs/*.gin")
 
 
 def commands():
     for page in (path for pattern in PAGES for path in ROOT.glob(pattern)):
-        for found in COMMAND.findall(
-            page.read_text().replace("# jaxalign", "jaxalign")
-        ):
+        text = re.sub(r"\\\n\s*", "", page.read_text())
+        for found in COMMAND.findall(text):
             yield pytest.param(found, id=f"{page.name}: {found[:50]}")
 
 
-@pytest.mark.parametrize("command", commands())
+@pytest.mark.parametrize("command", [*commands()])
 def test_command_lines_in_documents_are_understood(command):
     verb, *argv = shlex.split(re.sub(r"\[.*?\]", "", command), comments=True)[1:]
     gin = configs.parse_flags([word for word in argv if "..." not in word])

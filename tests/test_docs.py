@@ -52,7 +52,7 @@ def test_links_and_gin_files_in_documents_exist():
             assert path.exists(), (page.name, name)
 
 
-COMMAND = re.compile(r"(?:^(?:# )?|`)\s*(jaxalign \w+ [^`\n]*--[^`\n]*)", re.M)
+COMMAND = re.compile(r"(?:^(?:# )?|`)\s*(jaxalign \w+ [^`\n]*--\w+=[^`\n]*)", re.M)
 PAGES = ("README.md", "CONTRIBUTING.md", "docs/**/*.md", "gin_configs/runs/*.gin")
 
 

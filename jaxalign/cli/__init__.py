@@ -55,7 +55,6 @@ _PIPELINES = {
 }
 # Parameters that take gin's flags.
 _GIN = ("gin", "gin_files", "bindings", "search_paths")
-_GIN_FLAGS = ("--gin_file", "--gin_bindings", "--gin_search_paths")
 
 # What a user can mend: shown as one message, without a traceback.
 _MISTAKES = (ValueError, OSError, ImportError)
@@ -148,20 +147,20 @@ def parameters(verb: Verb) -> dict[str, dict[str, Parameter]]:
     """A verb's flags by group: its function's own have the title ``""``."""
     found = signatures.read(verb.function)
     own = {n: p for n, p in found.parameters.items() if n not in _GIN}
-    groups = {"": own}
-    if "settings" in found.groups:
-        settings = found.groups["settings"]
-        groups["settings of the run"] = {
-            n: p for n, p in settings.items() if n not in own
-        }
-    if verb.job or "job" in found.groups:
-        groups["many processes"] = signatures.read("cli/verbs.py:train").groups["job"]
-    return groups
+    groups = dict(found.groups)
+    if verb.job:
+        groups |= {"job": signatures.read("cli/verbs.py:train").groups["job"]}
+    others = {
+        title: {n: p for n, p in group.items() if n not in own}
+        for title, group in groups.items()
+    }
+    return {"": own, **others}
 
 
 def takes_gin(verb: Verb) -> bool:
-    names = signatures.read(verb.function).parameters
-    return verb.macros or any(name in names for name in _GIN)
+    return verb.macros or any(
+        n in signatures.read(verb.function).parameters for n in _GIN
+    )
 
 
 def _run(name: str, verb: Verb, argv: list[str]) -> int:
@@ -173,62 +172,38 @@ def _run(name: str, verb: Verb, argv: list[str]) -> int:
     if not takes_gin(verb) and len(gin.rest) < len(argv):
         raise configs.ConfigError(f"jaxalign {name} takes no --gin flags.")
     known = {n: p for group in groups.values() for n, p in group.items()}
-    more = _GIN_FLAGS if takes_gin(verb) else ()
-    given = flags.parse(gin.rest, known, more)
+    given = flags.parse(gin.rest, known)
+    parts = {t: {n: given[n] for n in g if n in given} for t, g in groups.items()}
+    own = parts.pop("")
 
     from jaxalign.cli.verbs import Job, Settings
 
-    job = Job(**{n: v for n, v in given.items() if n in vars(Job())})
-    own = {n: v for n, v in given.items() if n in groups[""]}
-    settings = {
-        n: v for n, v in given.items() if n not in own and n in vars(Settings())
-    }
-    _refuse_twice(verb, gin, own, settings, known)
-    if "settings" in signature.groups:
-        own["settings"] = Settings(**settings)
-    if "job" in signature.groups:
-        own["job"] = job
-    if "gin" in signature.parameters:
-        own["gin"] = gin
+    macros = {n: Settings.macros()[n] for n in parts.get("settings", ())}
+    if verb.macros:
+        macros |= {n: flags.macro(known[n]) for n in own}
+    bound = {binding.partition("=")[0].strip() for binding in gin.gin_bindings}
+    for parameter, macro in macros.items():
+        if macro in bound:
+            raise configs.ConfigError(
+                f"{flags.flag(known[parameter])} and --gin.{macro} both set {macro}: "
+                "leave one of them out."
+            )
+    made = {"settings": Settings(**parts.get("settings", {}))}
+    made["job"] = Job(**parts.get("job", {}))
     passed = (gin.gin_files, gin.gin_bindings, gin.search_paths)
-    for parameter, value in zip(_GIN[1:], passed, strict=True):
-        if parameter in signature.parameters and value:
-            own[parameter] = value
-
+    made |= {n: v for n, v in zip(_GIN, (gin, *passed), strict=True) if v}
+    own |= {n: made[n] for n in (*signature.groups, *signature.parameters) if n in made}
     if verb.macros:
         defaults = _defaults(verb, signature.parameters)
         configs.check(*passed, defaults)
         if verb.job:
-            job.join()
+            made["job"].join()
         configs.parse(*passed, defaults)
     function = _load(verb)
     result = configs.configured(function)(**own) if verb.macros else function(**own)
     if not verb.job or _is_first():
         _show(result, function, own.get("output"))
     return 0
-
-
-def _refuse_twice(
-    verb: Verb,
-    gin: configs.GinFlags,
-    own: dict[str, Any],
-    settings: dict[str, Any],
-    known: dict[str, Parameter],
-) -> None:
-    """Refuses a flag and a ``--gin.MACRO`` that mean the same setting."""
-    from jaxalign.cli.verbs import Settings
-
-    of_run = Settings.macros()
-    macros = {n: of_run[n] for n in settings}
-    if verb.macros:
-        macros |= {n: flags.macro(known[n]) for n in own}
-    bound = {binding.partition("=")[0].strip() for binding in gin.gin_bindings}
-    for name, macro in macros.items():
-        if macro in bound:
-            raise configs.ConfigError(
-                f"{flags.flag(known[name])} and --gin.{macro} both set {macro}: leave "
-                "one of them out."
-            )
 
 
 def _defaults(verb: Verb, parameters: dict[str, Parameter]) -> str:

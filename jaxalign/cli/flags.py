@@ -23,9 +23,7 @@ def macro(parameter: Parameter) -> str:
     return _MACROS.get(parameter.name, parameter.name.upper())
 
 
-def parse(
-    argv: Sequence[str], parameters: Mapping[str, Parameter], more: Sequence[str] = ()
-) -> dict[str, Any]:
+def parse(argv: Sequence[str], parameters: Mapping[str, Parameter]) -> dict[str, Any]:
     """The values that a command line gives to parameters.
 
     ``--name=value`` and ``--name value`` are the same; a flag of a list may be
@@ -34,7 +32,6 @@ def parse(
     Args:
       argv: the words after the verb, without gin's flags.
       parameters: by name.
-      more: other flags that a message may suggest.
 
     Raises:
       ConfigError: for an unknown flag, naming the nearest, a value of another type, or
@@ -53,7 +50,7 @@ def parse(
             if not parameter.many:
                 words.pop(0)
         elif name not in known:
-            near = configs.nearest(name, [*known, *more])
+            near = configs.nearest(name, known)
             hint = f"Nearest: {', '.join(near)}" if near else "--help lists all"
             raise configs.ConfigError(f"Unknown flag {name}. {hint}.")
         else:

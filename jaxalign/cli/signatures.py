@@ -1,17 +1,15 @@
 """A function's flags, read from its source: its parameters and its docstring.
 
-Nothing is imported to read them, so help, completion and a mistyped flag cost no JAX.
+Nothing of the package is imported to read them: help, completion and a mistyped flag
+cost no JAX.
 """
 
 from __future__ import annotations
 
 import ast
 import functools
-import importlib.util
 import inspect
-import os
 import re
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -114,21 +112,10 @@ def read(function: str) -> Signature:
 
 
 def _path(source: str) -> Path:
-    if (PACKAGE / source).is_file():
-        return PACKAGE / source
-    if not source.endswith(".py"):
-        sys.path.append(os.getcwd())
-        try:
-            found = importlib.util.find_spec(source)
-        except ModuleNotFoundError:
-            found = None
-        finally:
-            sys.path.pop()
-        if found and found.origin:
-            return Path(found.origin)
-    elif Path(source).expanduser().is_file():
-        return Path(source).expanduser()
-    return Path(user_code.load_module(source).__file__)  # says what is wrong
+    packaged = PACKAGE / source
+    if packaged.is_file():
+        return packaged
+    return Path(user_code.load_module(source).__file__)
 
 
 def _parameter(

@@ -39,8 +39,8 @@ def in_folder(work, monkeypatch):
 def flags(gin_file="runs/sft.gin", *more):
     return [
         f"--gin_file={gin_file}",
-        "--gin.DATA='data.jsonl'",
-        "--gin.CACHE_DIR='cache'",
+        "--data=data.jsonl",
+        "--gin.CACHE_DIR=cache",
         *TINY,
         *more,
     ]
@@ -67,7 +67,7 @@ def trained(work):
 def test_help_lists_every_verb(capsys):
     assert cli.main([]) == 0
     text = capsys.readouterr().out
-    for verb in cli._VERBS:
+    for verb in cli.known_verbs():
         assert f"\n  {verb} " in text
 
 
@@ -155,7 +155,7 @@ def test_score_and_generate_and_eval(trained, work, capsys):
         patch.setattr("jaxalign.inference.generation.load", None)  # nothing is loaded
         assert cli.main(score) == 0
         assert cli.main([*score, "--batch_size=2"]) == 0
-        assert "60 scores written" in capsys.readouterr().out
+        assert "60 lines written" in capsys.readouterr().out
         assert cli.main(["eval", *arguments, *compare]) == 0
         assert capsys.readouterr().out == printed
         for argv in (
@@ -230,8 +230,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(work, capsys, caplog):
     ("argument", "message"),
     [
         ("--gin.TRAIN_STEP=3", "TRAIN_STEPS"),
-        ("--gin.DATA='nothing.jsonl'", "nothing.jsonl"),
-        ("--gin.DATA=data.jsonl", "quotes"),
+        ("--gin.EVAL_DATA=nothing.jsonl", "nothing.jsonl"),
         ("--gin.models.T5Config.num_head=2", "num_heads"),
         ("--gin.ACTIVATION_DTYPE='float16'", "65504"),
         ("--gin.PACKING=None", None),

@@ -375,25 +375,44 @@ def test_parse_flags_takes_gin_flags_and_leaves_the_rest():
 @pytest.mark.parametrize(
     "flag, expected",
     [
-        ("--gin.DATA=my.jsonl", "--gin.DATA=\"'my.jsonl'\""),
-        ("--gin.DATA=/a/b c.jsonl", "--gin.DATA=\"'/a/b c.jsonl'\""),
-        ("--gin.DATA=gs://a/b", "--gin.DATA=\"'gs://a/b'\""),
-        ("--gin.PACK=true", "--gin.PACK=True"),
-        ("--gin.X=null", "--gin.X=None"),
-        ("--gin.X=[1, 2", "bracket and quote closed"),
-        ("--gin.X='a", "bracket and quote closed"),
-        ("--gin.X", "--gin.X=VALUE"),
-        ("--gin.X=", "--gin.X=VALUE"),
+        ("--gin.Model.name=small", "--gin.Model.name=\"'small'\""),
+        ("--gin.NONE=true", "--gin.NONE=True"),
+        ("--gin.NONE=null", "--gin.NONE=None"),
+        ("--gin.NONE=[1, 2", "bracket and quote closed"),
+        ("--gin.NONE='a", "bracket and quote closed"),
+        ("--gin.NONE=1.O", "gin cannot parse the value 1.O"),
+        ("--gin.STEPS=1o", "gin cannot parse the value 1o. Its default is 10."),
+        ("--gin.STEPS=many", "gin cannot parse the value many"),
+        ("--gin.NONE", "--gin.NONE=VALUE"),
+        ("--gin.NONE=", "--gin.NONE=VALUE"),
         ("--gin.=3", "is not a name"),
-        ("--gin.X=1\nY=2", "gin cannot parse the value"),
+        ("--gin.STEPS=1\nY=2", "gin cannot parse the value"),
         ("--gin_files=a.gin", "known: --gin_file"),
         ("--gin_file=", "--gin_file needs a value"),
     ],
 )
-def test_malformed_flags_say_what_to_write(flag, expected):
+def test_malformed_flags_say_what_to_write(folder, flag, expected):
+    (folder / "run.gin").write_text(RUN + "\nNONE = None\n")
     with pytest.raises(ConfigError) as caught:
-        configs.parse_flags([flag])
+        configs.check(["run.gin"], configs.parse_flags([flag]).gin_bindings)
     assert expected in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "value", ["my.jsonl", "/a/b c.jsonl", "gs://a/b", "it's", "2024_pairs.jsonl"]
+)
+def test_text_needs_no_quotes_where_a_string_belongs(folder, value):
+    text = "A = 'a'\nB = None\n"
+    (folder / "texts.gin").write_text(text)
+    configs.parse(["texts.gin"], [f"A={value}", f"B = {value}"])
+    assert configs.macro("A") == configs.macro("B") == value
+
+
+def test_defaults_are_weaker_than_every_file(folder):
+    (folder / "own.gin").write_text("A = 2\nC = %B\n")
+    read = configs.parse(["own.gin"], ["B=x"], defaults="A = 1\nB = None\n")
+    assert [configs.macro(name) for name in "ABC"] == [2, "x", "x"]
+    assert [path.name for path in read] == ["own.gin"]
 
 
 def test_importing_the_glue_imports_neither_tensorflow_nor_jax():

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pathlib
 import re
+import shlex
 
 import numpy as np
 import pytest
 
-from jaxalign import objectives
+from jaxalign import cli, configs, objectives
+from jaxalign.cli import flags
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -48,6 +50,29 @@ def test_links_and_gin_files_in_documents_exist():
         for name in re.findall(r"\bruns/(\w+)\.gin\b", text):
             path = ROOT / "gin_configs" / "runs" / f"{name}.gin"
             assert path.exists(), (page.name, name)
+
+
+COMMAND = re.compile(r"(?:^(?:# )?|`)\s*(jaxalign \w+ [^`\n]*--\w+=[^`\n]*)", re.M)
+PAGES = ("README.md", "CONTRIBUTING.md", "docs/**/*.md", "gin_configs/runs/*.gin")
+
+
+def commands():
+    for page in (path for pattern in PAGES for path in ROOT.glob(pattern)):
+        text = re.sub(r"\\\n\s*", "", page.read_text())
+        for found in COMMAND.findall(text):
+            yield pytest.param(found, id=f"{page.name}: {found[:50]}")
+
+
+@pytest.mark.parametrize("command", [*commands()])
+def test_command_lines_in_documents_are_understood(command):
+    verb, *argv = shlex.split(re.sub(r"\[.*?\]", "", command), comments=True)[1:]
+    gin = configs.parse_flags([word for word in argv if "..." not in word])
+    groups = cli.parameters(cli.known_verbs()[verb])
+    known = {n: p for group in groups.values() for n, p in group.items()}
+    # A sentence may name a flag or two of a command.
+    flags.parse(gin.rest, {n: p._replace(default=None) for n, p in known.items()})
+    if gin.gin_files and all(name.startswith(("runs/", "models/")) for name in gin[0]):
+        configs.check(gin.gin_files, gin.gin_bindings)
 
 
 @pytest.mark.parametrize("page", ["decoding", "steering"])

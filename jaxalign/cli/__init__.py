@@ -1,67 +1,103 @@
-"""The command line: ``jaxalign VERB --gin_file=... --gin.NAME=VALUE``.
+"""The command line: ``jaxalign VERB [flags]``, with flags read from signatures.
 
-Nothing but parsing; each verb calls one function.
+A verb is a function: of the library (``generate``, ``score`` ...), of
+`jaxalign.cli.verbs`, ``run`` of a file in ``jaxalign/pipelines/``, or a user's own,
+``my.module:function``. Its parameters are the flags, its docstring is the help.
 """
 
 from __future__ import annotations
 
-import argparse
+import importlib
 import logging
 import os
+import re
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
-from jaxalign import configs
-from jaxalign.cli import completion, inference, overview, training
+from jaxalign import configs, user_code
+from jaxalign.cli import flags, signatures
+from jaxalign.cli.signatures import PACKAGE, Parameter
 
-_USAGE = """\
-jaxalign VERB [--gin_file=FILE ...] [--gin.NAME=VALUE ...] [flags]
-
-  train        --gin_file=runs/sft.gin --gin.DATA="'my.jsonl'" --run_dir=DIR
-  generate     --checkpoint=DIR --prompts=FILE --output=FILE
-  steer        --checkpoint=DIR --prompts=FILE --output=FILE --regex=PATTERN
-  serve        --checkpoint=DIR, as an OpenAI-compatible server
-  score        --checkpoint=DIR --data=FILE --output=FILE
-  eval         --checkpoint=DIR --data=FILE --judge=MODULE:FUNCTION
-  data         check and prepare: --gin_file=runs/dpo.gin --gin.DATA="'my.jsonl'"
-  tasks        list the registered data sets and the gin files
-  plan         what a run needs of a pod, without the pod: --topology=v5e:4x4
-  report       one HTML page about runs: RUN_DIR...
-  iterate      rounds of sampling, judging and training: --prompts=FILE --judge=...
-  compare      every objective on embedded data at equal compute
-  quickstart   supervised fine-tuning, then DRO-V, KTO and DPO, on embedded data
-  completion   for the shell: source <(jaxalign completion bash), or zsh
-
-`jaxalign VERB --help` lists a verb's flags. Gin files are looked up in the working
-folder, then in the package. Strings need quotes: --gin.DATA="'my.jsonl'".
+_ENDING = """
+`jaxalign VERB --help` lists a verb's flags; my.module:function and file.py:function are
+verbs, too. Gin files are looked up in the working folder, then in the package.
 """
+
+
+class Verb(NamedTuple):
+    """A function that the command line calls.
+
+    Attributes:
+      function: ``"inference/generation.py:generate"``, or a user's.
+      macros: whether gin's macros give its defaults: ``--gin.TOP_K=4``.
+      job: whether several processes may run it together.
+    """
+
+    function: str
+    macros: bool = False
+    job: bool = False
+
+
+_OWN = ("train", "data", "plan", "tasks", "report", "completion")
+_INFERENCE = {
+    "generate": Verb("inference/generation.py:generate", macros=True, job=True),
+    "steer": Verb("inference/steering.py:steer", macros=True),
+    "serve": Verb("serving/api.py:serve", macros=True),
+    "score": Verb("inference/evaluation.py:score", macros=True, job=True),
+    "eval": Verb("inference/evaluation.py:evaluate", macros=True, job=True),
+}
+# Those whose file is called otherwise.
+_PIPELINES = {
+    "compare": Verb("pipelines/comparison.py:run"),
+    "iterate": Verb("pipelines/iteration.py:iterate"),
+}
+# Parameters that take gin's flags.
+_GIN = ("gin", "gin_files", "bindings", "search_paths")
 
 # What a user can mend: shown as one message, without a traceback.
 _MISTAKES = (ValueError, OSError, ImportError)
+
+
+def known_verbs() -> dict[str, Verb]:
+    """Every verb by name; a file of ``pipelines/`` that defines ``run`` is one."""
+    own = {name: Verb(f"cli/verbs.py:{name}") for name in _OWN}
+    files = sorted((PACKAGE / "pipelines").glob("*.py"))
+    pipelines = {
+        path.stem: Verb(f"pipelines/{path.name}:run")
+        for path in files
+        if re.search(r"^def run\(", path.read_text(encoding="utf-8"), re.M)
+        and path.stem != "comparison"
+    }
+    return {**own, **_INFERENCE, **_PIPELINES, **pipelines}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a verb; returns the exit status, 2 for a mistake in what was asked."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help", "help"):
-        print(_USAGE)
+        print("jaxalign VERB [--gin_file=FILE ...] [--gin.NAME=VALUE ...] [flags]\n")
+        for name, verb in known_verbs().items():
+            print(f"  {name:<12} {signatures.read(verb.function).summary}")
+        print(_ENDING)
         return 0
-    verb, rest = argv[0], argv[1:]
-    if verb == "--version":
+    name, rest = argv[0], argv[1:]
+    if name == "--version":
         import jaxalign
 
         print(f"jaxalign {jaxalign.__version__}")
         return 0
-    if verb not in _VERBS:
-        near = configs.nearest(verb, _VERBS)
+    verb = Verb(name) if ":" in name else known_verbs().get(name)
+    if verb is None:
+        near = configs.nearest(name, known_verbs())
         hint = f"Did you mean {' or '.join(near)}?" if near else ""
-        hint = hint or f"Known: {', '.join(_VERBS)}."
-        print(f"Unknown verb {verb!r}. {hint}", file=sys.stderr)
+        hint = hint or f"Known: {', '.join(known_verbs())}."
+        print(f"Unknown verb {name!r}. {hint}", file=sys.stderr)
         return 2
     _set_up_logging()
     try:
-        return _VERBS[verb][0](rest)
+        return _run(name, verb, rest)
     except BrokenPipeError:  # `jaxalign tasks | head`: nobody reads the rest
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -107,29 +143,107 @@ def _set_up_logging() -> None:
     logging.getLogger("jaxalign").setLevel(logging.INFO)
 
 
-def _completion(argv: list[str]) -> int:
-    args = completion.completion_parser().parse_args(argv)
-    parsers = {verb: parser for verb, (_, parser) in _VERBS.items()}
-    print(completion.script(args.shell, parsers), end="")
+def parameters(verb: Verb) -> dict[str, dict[str, Parameter]]:
+    """A verb's flags by group: its function's own have the title ``""``."""
+    found = signatures.read(verb.function)
+    own = {n: p for n, p in found.parameters.items() if n not in _GIN}
+    groups = dict(found.groups)
+    if verb.job:
+        groups |= {"job": signatures.read("cli/verbs.py:train").groups["job"]}
+    others = {
+        title: {n: p for n, p in group.items() if n not in own}
+        for title, group in groups.items()
+    }
+    return {"": own, **others}
+
+
+def takes_gin(verb: Verb) -> bool:
+    return verb.macros or any(
+        n in signatures.read(verb.function).parameters for n in _GIN
+    )
+
+
+def _run(name: str, verb: Verb, argv: list[str]) -> int:
+    signature, groups = signatures.read(verb.function), parameters(verb)
+    if "--help" in argv or "-h" in argv:
+        print(flags.usage(name, signature.summary, groups, takes_gin(verb)))
+        return 0
+    gin = configs.parse_flags(argv)
+    if not takes_gin(verb) and len(gin.rest) < len(argv):
+        raise configs.ConfigError(f"jaxalign {name} takes no --gin flags.")
+    known = {n: p for group in groups.values() for n, p in group.items()}
+    given = flags.parse(gin.rest, known)
+    parts = {t: {n: given[n] for n in g if n in given} for t, g in groups.items()}
+    own = parts.pop("")
+
+    from jaxalign.cli.verbs import Job, Settings
+
+    macros = {n: Settings.macros()[n] for n in parts.get("settings", ())}
+    if verb.macros:
+        macros |= {n: flags.macro(known[n]) for n in own}
+    bound = {binding.partition("=")[0].strip() for binding in gin.gin_bindings}
+    for parameter, macro in macros.items():
+        if macro in bound:
+            raise configs.ConfigError(
+                f"{flags.flag(known[parameter])} and --gin.{macro} both set {macro}: "
+                "leave one of them out."
+            )
+    made = {"settings": Settings(**parts.get("settings", {}))}
+    made["job"] = Job(**parts.get("job", {}))
+    passed = (gin.gin_files, gin.gin_bindings, gin.search_paths)
+    made |= {n: v for n, v in zip(_GIN, (gin, *passed), strict=True) if v}
+    own |= {n: made[n] for n in (*signature.groups, *signature.parameters) if n in made}
+    if verb.macros:
+        defaults = _defaults(verb, signature.parameters)
+        configs.check(*passed, defaults)
+        if verb.job:
+            made["job"].join()
+        configs.parse(*passed, defaults)
+    function = _load(verb)
+    result = configs.configured(function)(**own) if verb.macros else function(**own)
+    if not verb.job or _is_first():
+        _show(result, function, own.get("output"))
     return 0
 
 
-# What each verb runs, and what makes its parser.
-_VERBS: dict[
-    str, tuple[Callable[[list[str]], int], Callable[[], argparse.ArgumentParser]]
-] = {
-    "train": (training.train, training.train_parser),
-    "generate": (inference.generate, inference.generate_parser),
-    "steer": (inference.steer, inference.steer_parser),
-    "serve": (inference.serve, inference.serve_parser),
-    "score": (inference.score, inference.score_parser),
-    "eval": (inference.evaluate, inference.evaluate_parser),
-    "data": (training.data, training.data_parser),
-    "plan": (training.plan, training.plan_parser),
-    "tasks": (overview.tasks, overview.tasks_parser),
-    "report": (overview.report, overview.report_parser),
-    "iterate": (training.iterate, training.iterate_parser),
-    "compare": (overview.compare, overview.compare_parser),
-    "quickstart": (overview.quickstart, overview.quickstart_parser),
-    "completion": (_completion, completion.completion_parser),
-}
+def _defaults(verb: Verb, parameters: dict[str, Parameter]) -> str:
+    """Gin's text of a function's defaults, a macro for each."""
+    path, _, name = verb.function.partition(":")
+    package, _, module = path.removesuffix(".py").rpartition("/")
+    made = [p for p in parameters.values() if p.default is not signatures.REQUIRED]
+    lines = ["from __gin__ import dynamic_registration"]
+    lines.append(f"from jaxalign.{package.replace('/', '.')} import {module}")
+    lines += [f"{flags.macro(p)} = {p.default!r}" for p in made]
+    lines += [f"{module}.{name}.{p.name} = %{flags.macro(p)}" for p in made]
+    return "\n".join(lines) + "\n"
+
+
+def _load(verb: Verb) -> Any:
+    source, _, name = verb.function.rpartition(":")
+    if (PACKAGE / source).is_file():
+        dotted = source.removesuffix(".py").replace("/", ".")
+        module = importlib.import_module(f"jaxalign.{dotted}")
+    else:
+        module = user_code.load_module(source, asked_as=verb.function)
+    return getattr(module, name)
+
+
+def _is_first() -> bool:
+    import jax
+
+    return jax.process_index() == 0
+
+
+def _show(result: Any, function: Any, output: str | None) -> None:
+    """Prints what a verb returns: text, or by its module's ``as_text``, or JSON."""
+    as_text = getattr(sys.modules[function.__module__], "as_text", None)
+    if isinstance(result, int) and output:
+        print(f"{result} lines written to {output}")
+    elif isinstance(result, str):
+        print(result, end="" if result.endswith("\n") else "\n")
+    elif result is not None and as_text:
+        print(as_text(result))
+    elif result is not None:
+        from jaxalign.data import jsonl
+
+        print(jsonl.dumps(result, indent=2))

@@ -1,17 +1,14 @@
 """``jaxalign completion bash``: verbs, flags and values for the shell to complete.
 
-The script is made of the verbs' parsers once; completing starts no Python.
+The script is made of the verbs' signatures once; completing starts no Python.
 """
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 
-from jaxalign import configs
-from jaxalign.cli.flags import verb_parser
-
-SHELLS = ("bash", "zsh")
+from jaxalign import cli, configs
+from jaxalign.cli import flags as command_line
 
 # One function for both shells: bash splits words at "=", zsh does not.
 _FUNCTION = """\
@@ -48,41 +45,29 @@ bashcompinit
 """
 
 
-def completion_parser() -> argparse.ArgumentParser:
-    parser = verb_parser(
-        "completion",
-        "Print a script for the shell: source <(jaxalign completion bash).",
-        gin=False,
-    )
-    parser.add_argument("shell", choices=SHELLS, help="which shell it is for")
-    return parser
-
-
-def script(
-    shell: str, parsers: Mapping[str, Callable[[], argparse.ArgumentParser]]
-) -> str:
+def script(shell: str, verbs: Mapping[str, cli.Verb]) -> str:
     """The completion script of a shell.
 
     Args:
       shell: ``"bash"`` or ``"zsh"``.
-      parsers: what makes each verb's parser.
+      verbs: by name.
     """
     flags, values = [], []
-    for verb, make in parsers.items():
-        parser = make()
+    for name, verb in verbs.items():
         words = []
-        for action in parser._actions:
-            for flag in (f for f in action.option_strings if f.startswith("--")):
-                words.append(flag if action.nargs == 0 else f"{flag}=")
-                if action.choices:
-                    values.append((f'"{verb} {flag}"', action.choices))
-        if "--gin_file" in (parser.epilog or ""):
+        for group in cli.parameters(verb).values():
+            for parameter in group.values():
+                flag = "" if parameter.positional else command_line.flag(parameter)
+                if flag:
+                    words.append(flag if parameter.type == "bool" else f"{flag}=")
+                if parameter.choices:
+                    values.append((f'"{name} {flag}"', parameter.choices))
+        if cli.takes_gin(verb):
             words += ["--gin_file=", "--gin."]
-        flags.append((f'"{verb}"', words))
+        flags.append((f'"{name}"', words))
     values.append(('*" --gin_file"', configs.available()))
-    values.append(('"completion "', SHELLS))
     body = _FUNCTION % {
-        "verbs": "\\n".join(f"{verb} " for verb in parsers),
+        "verbs": "\\n".join(f"{name} " for name in verbs),
         "flags": "\n".join(_case(*pair) for pair in flags),
         "values": "\n".join(_case(*pair) for pair in values),
     }

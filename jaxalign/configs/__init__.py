@@ -30,12 +30,21 @@ from jaxalign.configs import strength
 from jaxalign.configs.explain import explain, explain_missing, message
 from jaxalign.configs.flags import GinFlags, check_binding, check_flags, parse_flags
 from jaxalign.configs.names import ConfigError, nearest
-from jaxalign.configs.scan import NamedText, Scanned, available, find, scan, short
+from jaxalign.configs.scan import (
+    NamedText,
+    Scanned,
+    available,
+    find,
+    scan,
+    short,
+    statements_of,
+)
 
 __all__ = [
     "ConfigError",
     "GinFlags",
     "available",
+    "check",
     "config_str",
     "configured",
     "macro",
@@ -51,12 +60,14 @@ __all__ = [
 
 # What `network` tells of the last `parse`; gin's configuration is global too.
 _network: strength.Network | None = None
+_DEFAULTS = Path("(defaults)")
 
 
 def parse(
     gin_files: Iterable[str | Path] = (),
     bindings: Iterable[str] = (),
     search_paths: Iterable[str | Path] = (),
+    defaults: str = "",
 ) -> list[Path]:
     """Replaces gin's configuration by these files and bindings, and locks it.
 
@@ -65,6 +76,7 @@ def parse(
         later ones earlier ones.
       bindings: ``"NAME = VALUE"`` strings; they override the files.
       search_paths: folders to look in after the working folder.
+      defaults: gin text that everything else overrides.
 
     Returns:
       Every file read, includes too, in the order of reading.
@@ -75,11 +87,7 @@ def parse(
         objectives.
     """
     global _network
-    paths = tuple(Path(path) for path in search_paths)
-    files = [scan(find(str(name), paths), paths) for name in gin_files]
-    _network = strength.settle(files)
-    flags = [check_binding(binding) for binding in bindings]
-    check_flags(files, flags)
+    files, flags, _network = _settle(gin_files, bindings, search_paths, defaults)
 
     gin.clear_config()
     scanned = [file for root in files for file in root.walk()]
@@ -92,7 +100,43 @@ def parse(
         gin.config.finalize()
     except ValueError as error:
         raise ConfigError(explain_missing(error, files, flags)) from error
-    return [file.path for file in scanned]
+    return [file.path for file in scanned if file.path.name != _DEFAULTS.name]
+
+
+def check(
+    gin_files: Iterable[str | Path] = (),
+    bindings: Iterable[str] = (),
+    search_paths: Iterable[str | Path] = (),
+    defaults: str = "",
+) -> dict[str, Any]:
+    """Raises what `parse` would for files, networks and flags; imports nothing.
+
+    Returns:
+      The macros' values, references in them unresolved.
+    """
+    files, flags, _ = _settle(gin_files, bindings, search_paths, defaults)
+    every = [*strength.in_order(files), *flags]
+    return {name: value for file in every for name, value in file.macros.items()}
+
+
+def _settle(
+    gin_files: Iterable[str | Path],
+    bindings: Iterable[str],
+    search_paths: Iterable[str | Path],
+    defaults: str,
+) -> tuple[list[Scanned], list[Scanned], strength.Network | None]:
+    """The files, what the flags say, and the network's file."""
+    paths = tuple(Path(path) for path in search_paths)
+    files = [scan(find(str(name), paths), paths) for name in gin_files]
+    found = strength.settle(files)
+    if defaults:
+        weakest = Scanned(_DEFAULTS, defaults, is_default=True)
+        statements_of(weakest, "")
+        files.insert(0, weakest)
+    values = {n: v for file in strength.in_order(files) for n, v in file.macros.items()}
+    flags = [check_binding(binding, values) for binding in bindings]
+    check_flags(files, flags)
+    return files, flags, found
 
 
 def macro(name: str, default: Any = dataclasses.MISSING) -> Any:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from gin import config_parser
 
@@ -47,7 +47,7 @@ def parse_flags(argv: Sequence[str]) -> GinFlags:
             name = flag.removeprefix("--gin.")
             if not equals or not value.strip():
                 raise ConfigError(f"{flag} needs a value: {flag}=VALUE.")
-            check_binding(f"{name}={value}")
+            check_name(name, argument)
             flags.gin_bindings.append(f"{name}={value}")
         elif flag in ("--gin_file", "--gin_bindings", "--gin_search_paths"):
             if not equals:
@@ -57,7 +57,7 @@ def parse_flags(argv: Sequence[str]) -> GinFlags:
             if flag == "--gin_file":
                 flags.gin_files.append(value)
             elif flag == "--gin_bindings":
-                check_binding(value)
+                check_name(value.partition("=")[0].strip(), f"{flag}={value}")
                 flags.gin_bindings.append(value)
             else:
                 flags.search_paths.extend(filter(None, value.split(",")))
@@ -71,33 +71,59 @@ def parse_flags(argv: Sequence[str]) -> GinFlags:
     return flags
 
 
-def check_binding(binding: str) -> Scanned:
-    """Parses one ``NAME=VALUE`` of the command line."""
-    name, _, value = (part.strip() for part in binding.partition("="))
-    scanned = Scanned(Path(f"--gin.{name}"), binding)
-    try:
-        statements = statements_of(scanned, "")
-        if len(statements) == 1 and isinstance(
-            statements[0], config_parser.BindingStatement
-        ):
-            return scanned
-    except ConfigError:
-        pass
+def check_name(name: str, argument: str) -> None:
+    """Refuses what cannot be the name of a macro or parameter."""
     if not re.fullmatch(r"([A-Za-z_]\w*/)*[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", name):
         raise ConfigError(
-            f"--gin.{binding}: {name!r} is not a name: use --gin.MACRO=VALUE or "
+            f"{argument}: {name!r} is not a name: use --gin.MACRO=VALUE or "
             "--gin.module.Class.parameter=VALUE."
         )
+
+
+def check_binding(binding: str, macros: Mapping[str, Any]) -> Scanned:
+    """Parses one ``NAME=VALUE`` of the command line.
+
+    Args:
+      binding: as it was given; a value that gin cannot parse is a string where the
+        macro's value is a string or None.
+      macros: the values that the files give.
+
+    Raises:
+      ConfigError: for a value that is neither.
+    """
+    name, _, value = (part.strip() for part in binding.partition("="))
+    check_name(name, f"--gin.{binding}")
+    scanned = _parsed(name, binding)
+    if scanned:
+        return scanned
     message = f"--gin.{name}={value}: gin cannot parse the value {value}."
     literals = {"true": "True", "false": "False", "none": "None", "null": "None"}
     if value.lower() in literals:
         raise ConfigError(f"{message} Write --gin.{name}={literals[value.lower()]}.")
     if value[:1] in "[({" or value[:1] in "'\"":
         raise ConfigError(f"{message} Is every bracket and quote closed?")
+    default = macros.get(name, False)
+    # No string: 1.O, 1e-x. Of a default of None nobody knows what it may be instead.
+    number = re.match(r"[-+.]?\d", value) and len(re.findall("[A-Za-z]", value)) < 3
+    if isinstance(default, str) or default is None and not number:
+        return _parsed(name, f"{name} = {value!r}")
+    if isinstance(default, int | float) and default is not False:
+        raise ConfigError(f"{message} Its default is {default!r}.")
     raise ConfigError(
         f"{message} Strings need quotes that the shell leaves in place: "
         f"--gin.{name}=\"'{value}'\"."
     )
+
+
+def _parsed(name: str, binding: str) -> Scanned | None:
+    scanned = Scanned(Path(f"--gin.{name}"), binding)
+    try:
+        statements = statements_of(scanned, "")
+    except ConfigError:
+        return None
+    one = len(statements) == 1
+    is_binding = one and isinstance(statements[0], config_parser.BindingStatement)
+    return scanned if is_binding else None
 
 
 def check_flags(files: Sequence[Scanned], flags: Sequence[Scanned]) -> None:

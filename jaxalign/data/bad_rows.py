@@ -112,7 +112,7 @@ class DataError(ValueError):
         super().__init__(
             f"{bad_rows.total} bad row{'s' if bad_rows.total > 1 else ''}:\n"
             f"{bad_rows}\nCorrect them, map other field names with FIELD_MAP, or leave "
-            "them out with ON_BAD_ROW='skip' (--gin.ON_BAD_ROW=\"'skip'\")."
+            "them out with ON_BAD_ROW='skip' (--gin.ON_BAD_ROW=skip)."
         )
 
 

@@ -198,8 +198,9 @@ def evaluate(
       baseline: another checkpoint, to compare with.
       judge: ``"package.module:function"``: either ``(prompt, response) -> score`` or
         ``(prompt, a, b) -> preference for a in [0, 1]``.
-      metric_fns: names in `jaxalign.evaluation.metrics`, or ``"module:function"``,
-        each ``(targets, predictions) -> dict`` as seqio's.
+      metric_fns: comma-separated names in `jaxalign.evaluation.metrics`, such as
+        exact_match, or ``"module:function"``, each ``(targets, predictions) ->
+        dict`` as seqio's.
       output: a JSON file for the result, if any.
       num_samples: per prompt.
       temperature: 0, the default, takes the most probable tokens.

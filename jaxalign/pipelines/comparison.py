@@ -11,7 +11,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from tqdm import tqdm
@@ -97,20 +97,20 @@ def stage_of(name: str, steps: int) -> Stage:
 
 
 def run(
-    run_dir: str | Path,
+    run_dir: str | Path = "runs/compare",
     *,
     names: Sequence[str] = (),
     seeds: int = 3,
     steps: int = 100,
     num_prompts: int = 300,
-    split: str = "test",
+    split: Literal["test", "validation"] = "test",
 ) -> dict[str, dict[str, Any]]:
     """Trains and compares; what is finished under the same settings is not repeated.
 
     Args:
       run_dir: gets ``seed<n>/<objective>/``, ``responses/``, ``comparison.json`` and
         ``comparison.html``.
-      names: gin files' names; all objectives by default.
+      names: comma-separated gin files of ``runs/``, e.g. dpo,kto; default: all.
       seeds: how many.
       steps: of each objective.
       num_prompts: unseen prompts, one sample each at temperature 1.

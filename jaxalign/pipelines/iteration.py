@@ -17,7 +17,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
@@ -46,7 +46,7 @@ _OWN = ("DATA", "MODEL_DIR", "INITIAL_CHECKPOINT_PATH", "REFERENCE_CHECKPOINT_PA
 
 def iterate(
     *,
-    gin_files: Sequence[str],
+    gin_files: Sequence[str] = ("runs/dpo.gin",),
     bindings: Sequence[str] = (),
     search_paths: Sequence[str | Path] = (),
     initial: str,
@@ -54,7 +54,7 @@ def iterate(
     judge: str,
     run_dir: str,
     rounds: int = 3,
-    reference: str = "fixed",
+    reference: Literal["fixed", "refreshed"] = "fixed",
     prompts_per_round: int | None = None,
     num_samples: int = 4,
     temperature: float = 1.0,
@@ -191,6 +191,15 @@ def iterate(
             text = "".join(map(json_line, table))
             run_directory.write_atomically(folder / "rounds.jsonl", text)
     return table
+
+
+def as_text(table: Sequence[Mapping[str, Any]]) -> str:
+    """The table for a terminal."""
+    return "\n".join(
+        f"round {row['round']}: samples score {row['reward']:.4g}, trained on "
+        f"{row['rows']} rows: {row['policy']}"
+        for row in table
+    )
 
 
 def _fingerprint(checkpoint: str) -> str:

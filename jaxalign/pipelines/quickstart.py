@@ -46,7 +46,7 @@ _ALIGNED = (
 _TEST_PROMPTS = 500
 
 
-def run(run_dir: str | Path, seed: int = 0) -> str:
+def run(run_dir: str | Path = "runs/quickstart", seed: int = 0) -> str:
     """Trains SFT, DRO-V, KTO and DPO, and compares them under the true reward.
 
     Args:

@@ -287,8 +287,8 @@ def serve(
       header_seconds: for a request's headers to arrive.
       max_engines: classes of prompt lengths that keep device memory at a time.
       max_engine_bytes: of them together; see `EngineBackend`.
-      allowed_hosts: names by which clients may call the server, beside IP addresses,
-        ``localhost``, this machine's name and ``host``; ``"*"`` is any.
+      allowed_hosts: comma-separated names by which clients may call the server, beside
+        IP addresses, ``localhost``, this machine's name and ``host``; ``"*"`` is any.
       api_key: what clients have to present; default: the environment's
         ``JAXALIGN_API_KEY``, else nothing.
 

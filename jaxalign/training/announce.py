@@ -28,7 +28,7 @@ def random_start(run: Any, objective: Any) -> None:
             reference = "only the reference is trained"
         _log.warning(
             "No INITIAL_CHECKPOINT_PATH: %s starts from random weights, and %s. Give a "
-            "supervised run's directory: --gin.INITIAL_CHECKPOINT_PATH=\"'runs/sft'\".",
+            "supervised run's directory: --checkpoint=runs/sft.",
             type(objective).__name__,
             reference,
         )

@@ -83,7 +83,7 @@ class Dataset:
         if (self.data is None) == (self.mixture_or_task_name is None):
             raise ValueError(
                 "Give the training data as exactly one of DATA (a file: "
-                "--gin.DATA=\"'my.jsonl'\") and MIXTURE_OR_TASK_NAME (a registered "
+                "--data=my.jsonl) and MIXTURE_OR_TASK_NAME (a registered "
                 f"task); got {self.data!r} and {self.mixture_or_task_name!r}."
             )
         for name, value in (("DATA", self.data), ("EVAL_DATA", self.eval_data)):

@@ -27,7 +27,7 @@ FLOORS = [
     {"decoding."},
     {"objectives.", "data."},
     {"training.", "evaluation.", "prepare."},
-    {"teachers."},
+    {"teachers.", "judges."},
     {"pipelines."},
     {"cli."},
 ]

@@ -10,12 +10,71 @@ import difflib
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import os
 import pathlib
 import pkgutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import ModuleType
+from typing import Any
+
+
+class NoFunctionError(TypeError, ValueError):
+    """What a user named is there, and cannot be called."""
+
+
+def resolve_callable(spec: str) -> Callable[..., Any]:
+    """The callable that a gin file or the command line names.
+
+    Args:
+      spec: ``"package.module:function"`` (``module:Class.method`` too) or
+        ``"path/to/file.py:function"``.
+
+    Raises:
+      ValueError: saying which part was not found, and the nearest names there are.
+      NoFunctionError: when the name is not callable.
+
+    >>> resolve_callable("math:sqrt")(9.0)
+    3.0
+    """
+    module_name, separator, qualified_name = spec.rpartition(":")
+    if not separator or not module_name or not qualified_name:
+        raise ValueError(
+            f"Expected 'package.module:function' or 'file.py:function', got {spec!r}."
+        )
+    found: Any = load_module(module_name, asked_as=spec)
+    is_file = module_name.endswith(".py")
+    where = pathlib.Path(module_name).stem if is_file else module_name
+    for name in qualified_name.split("."):
+        if not hasattr(found, name):
+            public = [n for n in dir(found) if not n.startswith("__")]
+            raise ValueError(
+                f"Cannot resolve {spec!r}: {where!r} has no {name!r}."
+                f"{hint(name, public)}"
+            )
+        found = getattr(found, name)
+        where = getattr(found, "__name__", name)
+    if not callable(found):
+        raise NoFunctionError(
+            f"{spec!r} is a {type(found).__name__}, not a function or other callable."
+        )
+    return found
+
+
+def function_key(spec: str, function: Callable[..., Any] | None = None) -> str:
+    """A function's name and the SHA-256 of the module it is written in.
+
+    >>> function_key("math:sqrt")
+    'math:sqrt'
+    """
+    function = function or resolve_callable(spec)
+    try:
+        source = inspect.getsource(inspect.getmodule(function) or function)
+    except (OSError, TypeError):  # built in, or made at run time
+        return spec
+    digest = hashlib.sha256(source.encode("utf-8", "surrogatepass")).hexdigest()
+    return f"{spec.rpartition(':')[2]} of {digest[:16]}"
 
 
 def load_module(name: str, *, asked_as: str | None = None) -> ModuleType:

@@ -1,17 +1,20 @@
-"""Metrics of generated text, judges, and comparisons with confidence intervals."""
+"""Metrics of texts, judges' verdicts on them, and comparisons with intervals."""
 
 from jaxalign.evaluation.compare import Comparison, compare_responses, mean_reward
 from jaxalign.evaluation.intervals import Interval, mean_with_ci, wilson_interval
-from jaxalign.evaluation.judges import resolve_callable
+from jaxalign.evaluation.judging import Judge, PairwiseJudge, is_pairwise, verdicts
 from jaxalign.evaluation.metrics import run_metrics
 
 __all__ = [
     "Comparison",
     "Interval",
+    "Judge",
+    "PairwiseJudge",
     "compare_responses",
+    "is_pairwise",
     "mean_reward",
     "mean_with_ci",
-    "resolve_callable",
     "run_metrics",
+    "verdicts",
     "wilson_interval",
 ]

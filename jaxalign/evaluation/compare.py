@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxalign.evaluation import judges
+from jaxalign.evaluation import judging
 from jaxalign.evaluation.intervals import Interval, mean_with_ci, wilson_interval
 
 Responses = Sequence[str | Sequence[str]]
@@ -24,6 +24,7 @@ class Comparison:
       ties: comparisons without a winner.
       losses: comparisons that B won.
       num_prompts: independent units behind the intervals.
+      no_verdict: responses, of pairwise judges comparisons, left out for want of one.
       reward_a: mean score of A's responses; None under a pairwise judge.
       reward_b: mean score of B's responses; None under a pairwise judge.
       reward_difference: mean of A's minus B's score on the same prompt; its interval is
@@ -37,6 +38,7 @@ class Comparison:
     ties: int
     losses: int
     num_prompts: int
+    no_verdict: int = 0
     reward_a: Interval | None = None
     reward_b: Interval | None = None
     reward_difference: Interval | None = None
@@ -71,123 +73,126 @@ def _samples(
 
 
 def mean_reward(
-    prompts: Sequence[str],
-    responses: Responses,
-    judge: judges.Judge,
-    *,
-    confidence: float = 0.95,
+    scores: Sequence[Sequence[float] | np.ndarray], *, confidence: float = 0.95
 ) -> Interval:
     """Mean score of responses; samples of one prompt form one cluster.
 
     Args:
-      prompts: texts.
-      responses: per prompt a text, or several samples.
-      judge: ``(prompt, response) -> float``.
+      scores: of each prompt's samples, as `verdicts` gives them; NaN is left out.
       confidence: two-sided level.
 
     Returns:
       An ``Interval``.
 
-    >>> mean_reward(["p", "q"], ["a", "bbb"], lambda prompt, text: len(text)).mean
+    Raises:
+      ValueError: when there is no verdict at all.
+
+    >>> mean_reward([[1.0], [3.0, float("nan")]]).mean
     2.0
     """
-    listed = _samples("responses", prompts, responses)
-    scores = [
-        judges.score(judge, prompt, text)
-        for prompt, samples in zip(prompts, listed, strict=True)
-        for text in samples
-    ]
-    clusters = np.repeat(np.arange(len(prompts)), [len(s) for s in listed])
-    return mean_with_ci(scores, clusters, confidence=confidence)
+    flat = np.concatenate([np.zeros(0), *(np.asarray(s, np.float64) for s in scores)])
+    clusters = np.repeat(np.arange(len(scores)), [len(s) for s in scores])
+    there = ~np.isnan(flat)
+    if not there.any():
+        raise _no_verdict(len(flat), "responses")
+    return mean_with_ci(flat[there], clusters[there], confidence=confidence)
+
+
+def _no_verdict(count: int, what: str) -> ValueError:
+    return ValueError(
+        f"The judge gave no verdict on any of the {count} {what}: look at what it "
+        "answers."
+    )
 
 
 def compare_responses(
     prompts: Sequence[str],
     responses_a: Responses,
     responses_b: Responses,
-    judge: judges.Judge,
+    judge: judging.Judge | judging.PairwiseJudge,
     *,
     confidence: float = 0.95,
 ) -> Comparison:
     """Compares two models' responses to the same prompts.
 
-    A scoring judge is called once per response, and every sample of A is compared with
-    every sample of B on the same prompt. A pairwise judge is called in both orders for
-    sample ``i`` of A against sample ``i`` of B.
+    A scoring judge is asked once about a response, and every sample of A is compared
+    with every sample of B on the same prompt. A pairwise judge is asked in both orders
+    about sample ``i`` of A against sample ``i`` of B. What has no verdict is left out.
 
     Args:
       prompts: texts; each is one independent unit.
       responses_a: per prompt a text, or several samples.
       responses_b: the same for model B.
-      judge: scoring or pairwise, see ``jaxalign.evaluation.judges``.
+      judge: scoring or pairwise, see `jaxalign.judges`.
       confidence: two-sided level of all intervals.
 
     Returns:
       A ``Comparison``.
-
-    >>> longer = lambda prompt, response: len(response)
-    >>> compare_responses(["p", "q"], ["aa", "b"], ["a", "b"], longer).wins
-    1
     """
     a = _samples("responses_a", prompts, responses_a)
     b = _samples("responses_b", prompts, responses_b)
     if not prompts:
         raise ValueError("A comparison needs at least one prompt, got none.")
-    compare_all = _pairwise if judges.is_pairwise(judge) else _scored
+    compare_all = _pairwise if judging.is_pairwise(judge) else _scored
     # Per prompt: an array of A's results against B, 1 win, 0 loss, 0.5 tie.
     results, extra = compare_all(prompts, a, b, judge, confidence)
+    results = [kept for r in results if (kept := r[~np.isnan(r)]).size]
+    if not results:
+        raise _no_verdict(len(prompts), "prompts' responses")
     flat = np.concatenate(results)
     wins = sum(float(np.mean(r)) for r in results)
     return Comparison(
         win_rate=wilson_interval(
-            min(wins, len(prompts)), len(prompts), confidence=confidence
+            min(wins, len(results)), len(results), confidence=confidence
         ),
         wins=int(np.sum(flat > 0.5)),
         ties=int(np.sum(flat == 0.5)),
         losses=int(np.sum(flat < 0.5)),
-        num_prompts=len(prompts),
+        num_prompts=len(results),
         **extra,
     )
 
 
 def _scored(prompts, a, b, judge, confidence):
-    scores_a, scores_b = (
-        [
-            np.array([judges.score(judge, prompt, text) for text in samples])
-            for prompt, samples in zip(prompts, side, strict=True)
-        ]
-        for side in (a, b)
-    )
+    groups = [*zip(prompts, a, strict=True), *zip(prompts, b, strict=True)]
+    scores = [s.astype(np.float64) for s in judging.verdicts(groups, judge)]
+    scores_a, scores_b = scores[: len(prompts)], scores[len(prompts) :]
     results = [
         ((np.sign(x[:, None] - y[None, :]) + 1.0) / 2.0).ravel()
         for x, y in zip(scores_a, scores_b, strict=True)
     ]
-
-    def mean(scores):
-        clusters = np.repeat(np.arange(len(scores)), [len(s) for s in scores])
-        return mean_with_ci(np.concatenate(scores), clusters, confidence=confidence)
-
-    differences = [x.mean() - y.mean() for x, y in zip(scores_a, scores_b, strict=True)]
+    there = [
+        (x[~np.isnan(x)], y[~np.isnan(y)])
+        for x, y in zip(scores_a, scores_b, strict=True)
+    ]
+    differences = [x.mean() - y.mean() for x, y in there if x.size and y.size]
+    if not differences:
+        raise _no_verdict(len(prompts), "prompts' responses to both models")
     return results, {
-        "reward_a": mean(scores_a),
-        "reward_b": mean(scores_b),
+        "no_verdict": sum(int(np.isnan(s).sum()) for s in scores),
+        "reward_a": mean_reward(scores_a, confidence=confidence),
+        "reward_b": mean_reward(scores_b, confidence=confidence),
         "reward_difference": mean_with_ci(differences, confidence=confidence),
     }
 
 
 def _pairwise(prompts, a, b, judge, confidence):
     del confidence
-    results, biases = [], []
-    for i, (prompt, x, y) in enumerate(zip(prompts, a, b, strict=True)):
+    for i, (x, y) in enumerate(zip(a, b, strict=True)):
         if len(x) != len(y):
             raise ValueError(
                 "A pairwise judge compares sample i of A with sample i of B: expected "
                 f"equal numbers, got {len(x)} and {len(y)} for prompt {i}."
             )
-        asked = [
-            judges.preference(judge, prompt, text_a, text_b)
-            for text_a, text_b in zip(x, y, strict=True)
-        ]
-        results.append(np.array([preference for preference, _ in asked]))
-        biases += [bias for _, bias in asked]
-    return results, {"position_bias": float(np.mean(biases))}
+    preferred, bias = judging.preferences(
+        judge,
+        [prompt for prompt, x in zip(prompts, a, strict=True) for _ in x],
+        [text for x in a for text in x],
+        [text for y in b for text in y],
+    )
+    ends = np.cumsum([len(x) for x in a])[:-1]
+    there = ~np.isnan(bias)
+    return np.split(preferred, ends), {
+        "no_verdict": int((~there).sum()),
+        "position_bias": float(bias[there].mean()) if there.any() else None,
+    }

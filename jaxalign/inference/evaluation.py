@@ -18,13 +18,13 @@ from tqdm import tqdm
 
 from jaxalign import batch as batches
 from jaxalign import data as data_lib
-from jaxalign import models, remote
+from jaxalign import judges, models, remote, user_code
 from jaxalign.cluster import exclusive
 from jaxalign.cluster import mesh as meshes
 from jaxalign.data import jsonl, records
 from jaxalign.data.jsonl import json_line
 from jaxalign.decoding import Sampling
-from jaxalign.evaluation import compare, judges, metrics
+from jaxalign.evaluation import compare, metrics
 from jaxalign.inference import generation, outputs
 from jaxalign.training import checkpoints
 
@@ -196,8 +196,7 @@ def evaluate(
       checkpoint: a run directory or one of its checkpoints.
       data: rows with a ``prompt`` and, for `metric_fns`, a ``completion``.
       baseline: another checkpoint, to compare with.
-      judge: ``"package.module:function"``: either ``(prompt, response) -> score`` or
-        ``(prompt, a, b) -> preference for a in [0, 1]``.
+      judge: of responses, or of two of them: see `jaxalign.judges`.
       metric_fns: comma-separated names in `jaxalign.evaluation.metrics`, such as
         exact_match, or ``"module:function"``, each ``(targets, predictions) ->
         dict`` as seqio's.
@@ -227,15 +226,22 @@ def evaluate(
             "Nothing to evaluate with: give --judge=module:function, or "
             "--metrics=exact_match (any of jaxalign.evaluation.metrics)."
         )
-    judge_fn = judges.resolve_callable(judge) if judge else None
+    judged = judges.resolve(judge) if judge else None
+    if judged and judges.is_pairwise(judged) and not baseline:
+        raise ValueError(
+            f"{judge} compares two responses: give --baseline=DIR, whose they are "
+            "compared with."
+        )
     functions = [
-        judges.resolve_callable(name if ":" in name else f"{metrics.__name__}:{name}")
+        user_code.resolve_callable(
+            name if ":" in name else f"{metrics.__name__}:{name}"
+        )
         for name in metric_fns
     ]
     asked = {**given, "verb": "eval", "data": outputs.input_key(data)}
-    asked["judge"] = outputs.function_key(judge, judge_fn) if judge else None
+    asked["judge"] = judged.fingerprint if judged else None
     asked["metric_fns"] = [
-        outputs.function_key(name, function) if ":" in name else name
+        user_code.function_key(name, function) if ":" in name else name
         for name, function in zip(metric_fns, functions, strict=True)
     ]
 
@@ -282,12 +288,17 @@ def evaluate(
         targets = [record["completion"] for record in rows]
         first = [samples[0] for samples in responses]
         result["metrics"] = metrics.run_metrics(functions, targets, predictions=first)
-    if judge_fn and not baseline:
-        found = compare.mean_reward(prompts, responses, judge_fn)
-        result["reward"] = {"mean": found.mean, "ci95": [found.low, found.high]}
-    if judge_fn and baseline:
+    if judged and not baseline:
+        scores = judges.verdicts(zip(prompts, responses, strict=True), judged)
+        found = compare.mean_reward(scores)
+        result["reward"] = {
+            "mean": found.mean,
+            "ci95": [found.low, found.high],
+            "no_verdict": sum(int(np.isnan(s).sum()) for s in scores),
+        }
+    if judged and baseline:
         compared = compare.compare_responses(
-            prompts, responses, texts(baseline), judge_fn
+            prompts, responses, texts(baseline), judged
         )
         result["baseline"] = baseline
         result["comparison"] = compared.to_json()

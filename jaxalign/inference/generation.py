@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jaxalign import models, remote
+from jaxalign import models, remote, user_code
 from jaxalign.cluster import exclusive
 from jaxalign.cluster import mesh as meshes
 from jaxalign.data import jsonl, records
@@ -135,7 +135,7 @@ def generate(
         **settings,
     }
     if mbr and ":" in mbr:
-        asked["mbr"] = outputs.function_key(mbr, metric)
+        asked["mbr"] = user_code.function_key(mbr, metric)
     count = outputs.kept(
         local_output,
         lambda: _key({**asked, "checkpoint": outputs.policy_key(checkpoint)}),

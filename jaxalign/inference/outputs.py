@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import inspect
 import json
 import logging
 import os
@@ -24,7 +23,6 @@ from jaxalign import remote
 from jaxalign.cluster import exclusive
 from jaxalign.data import jsonl
 from jaxalign.data.cache import file_sha256
-from jaxalign.evaluation import judges
 from jaxalign.training import checkpoints, run_directory
 
 _log = logging.getLogger(__name__)
@@ -221,21 +219,6 @@ def _no_file(partial: Path) -> ValueError:
 
 def text_sha256(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def function_key(spec: str, function: Callable[..., Any] | None = None) -> str:
-    """A function's name and the SHA-256 of the module it is written in.
-
-    >>> function_key("math:sqrt")
-    'math:sqrt'
-    """
-    function = function or judges.resolve_callable(spec)
-    try:
-        source = inspect.getsource(inspect.getmodule(function) or function)
-    except (OSError, TypeError):  # built in, or made at run time
-        return spec
-    name = spec.rpartition(":")[2]
-    return f"{name} of {text_sha256(source)[:16]}"
 
 
 def _noted(path: Path) -> dict[str, Any]:

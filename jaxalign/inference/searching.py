@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from jaxalign import user_code
 from jaxalign.data.bad_rows import nearest
 from jaxalign.decoding import (
     BeamSearch,
@@ -20,7 +21,6 @@ from jaxalign.decoding import (
     mbr,
 )
 from jaxalign.decoding.generator import prompt_bucket
-from jaxalign.evaluation import judges
 from jaxalign.training import checkpoints
 
 
@@ -178,7 +178,7 @@ def text_metric(name: str) -> Callable[[str, str], float]:
       ImportError: when sacrebleu is absent.
     """
     if ":" in name:
-        return judges.resolve_callable(name)
+        return user_code.resolve_callable(name)
     if name not in _METRICS:
         raise ValueError(
             f"--mbr={name}: expected one of {_METRICS} or module:function"

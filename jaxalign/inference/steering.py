@@ -14,13 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from jaxalign import judges
 from jaxalign.cluster import exclusive
 from jaxalign.data import records
 from jaxalign.data.bad_rows import quoted, show
 from jaxalign.decoding import constraints, programs
 from jaxalign.decoding.generate import check_constraint
 from jaxalign.decoding.smc import smc
-from jaxalign.evaluation import judges
 from jaxalign.inference import generation, outputs
 from jaxalign.inference.evaluation import write_jsonl
 from jaxalign.training import checkpoints
@@ -81,9 +81,10 @@ def steer(
       regex: the whole response has to match it.
       include: phrases that it has to hold.
       template: text with ``[BLANK]`` in it, each to be filled; excludes the two above.
-      potential: ``"package.module:function"``, ``(prompt, response) -> score``; the
-        target is the model times ``exp(score / beta)``. ``-inf`` forbids a response;
-        NaN, ``inf``, None and what float32 does not hold are an error.
+      potential: a scoring judge, such as ``"package.module:function"`` (see
+        `jaxalign.judges`), asked about every prefix; the target is the model times
+        ``exp(score / beta)``. ``-inf`` forbids a response; NaN, ``inf``, None and what
+        float32 does not hold are an error.
       beta: see ``potential``.
       num_particles: ``N``.
       expansion: children of a particle at each step, ``K``.
@@ -107,9 +108,11 @@ def steer(
     asked = {k: v for k, v in locals().items() if k not in ("output", "batch_size")}
     asked |= {"verb": "steer", "prompts": outputs.input_key(prompts)}
 
+    scorer = judges.resolve(potential) if potential else None
+    asked["potential"] = scorer.fingerprint if scorer else None
+
     def key(policy: str) -> dict[str, Any]:
-        judged = outputs.function_key(potential) if potential else None
-        return {**asked, "potential": judged, "checkpoint": policy}
+        return {**asked, "checkpoint": policy}
 
     count = outputs.kept(output, lambda: key(outputs.policy_key(checkpoint)))
     if count >= 0:
@@ -126,8 +129,8 @@ def steer(
     default = {"regex": regex, "include": tuple(include), "template": template}
     wishes = [_wish(i, raw, default) for i, (raw, _) in enumerate(rows)]
     judge = None
-    if potential:
-        judge = _Judge(potential, beta, [text for _, text in rows])
+    if scorer:
+        judge = _Judge(potential, scorer, beta, [text for _, text in rows])
     program_of = functools.cache(
         lambda wish: _program(wish, judge, policy, max_new_tokens)
     )
@@ -220,29 +223,35 @@ class _Judge:
       forbidden: how many responses had ``-inf``.
     """
 
-    def __init__(self, path: str, beta: float, prompts: list[str]):
+    def __init__(self, name: str, judge: judges.Judge, beta: float, prompts: list[str]):
         if not (beta > 0.0 and math.isfinite(beta)):
             raise ValueError(f"beta must be above 0 and finite, got {beta!r}.")
-        self._path, self._beta, self._prompts = path, beta, prompts
-        self._function = judges.resolve_callable(path)
+        if judges.is_pairwise(judge):
+            raise ValueError(
+                f"{name} compares two responses; a potential scores one: (prompt, "
+                "response)."
+            )
+        self._name, self._beta, self._prompts = name, beta, prompts
+        # Of a function its own values: wider than float32, and told as they are.
+        self._ask = getattr(judge, "values", judge)
         self._error: Exception | None = None
         self.forbidden = 0
 
     def __call__(self, responses: list[str], prompt_ids: list[int]) -> list[float]:
         """Log-potentials; -inf for all once something has gone wrong."""
-        found = []
-        for i, response in zip(prompt_ids, responses, strict=True):
-            value = -math.inf
-            if self._error is None:
-                try:
-                    value = self._value(self._prompts[i], response)
-                except Exception as error:  # of the user's function, too
-                    self._error = error
-            found.append(value)
-        return found
+        prompts = [self._prompts[i] for i in prompt_ids]
+        if self._error is None:
+            try:
+                given = self._ask(prompts, responses)
+                return [
+                    self._value(*row)
+                    for row in zip(prompts, responses, given, strict=True)
+                ]
+            except Exception as error:  # noqa: BLE001 - of the user's function, too
+                self._error = error
+        return [-math.inf] * len(responses)
 
-    def _value(self, prompt: str, response: str) -> float:
-        given = self._function(prompt, response)
+    def _value(self, prompt: str, response: str, given: Any) -> float:
         try:
             score = float(given)
             value = score / self._beta
@@ -251,7 +260,7 @@ class _Judge:
         if math.isnan(value) or value > _LARGEST:
             beyond = math.isfinite(score) and "beyond what float32 holds, " or ""
             raise ValueError(
-                f"{self._path} gave {given!r} for the prompt {prompt[:80]!r} and the "
+                f"{self._name} gave {given!r} for the prompt {prompt[:80]!r} and the "
                 f"response {response[:80]!r}, {beyond}with beta={self._beta!r}; "
                 "expected a number, or -inf for what must not be."
             )

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from tqdm import tqdm
 
-from jaxalign import objectives, remote, world
+from jaxalign import judges, objectives, remote, world
 from jaxalign.cluster import exclusive
 from jaxalign.data import jsonl
 from jaxalign.data.bad_rows import nearest
@@ -266,6 +266,7 @@ def collect(
     table = {name: _means(found) for name, found in answers.items()}
     # Prompts of different seeds are different units, even where their texts agree.
     flat = {name: [r for rows in answers[name] for r in rows] for name in names}
+    judge = judges.from_function(world.true_reward)
     wins: dict[str, dict[str, float]] = {}
     for a in names:
         wins[a] = {}
@@ -276,7 +277,7 @@ def collect(
                 [r["prompt"] for r in flat[a]],
                 [r["response"] for r in flat[a]],
                 [r["response"] for r in flat[b]],
-                world.true_reward,
+                judge,
             )
             wins[a][b] = compared.win_rate.mean
     return {"objectives": table, "win_rates": wins}

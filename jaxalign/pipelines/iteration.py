@@ -21,13 +21,12 @@ from typing import Any, Literal
 
 import jax
 
-from jaxalign import configs, remote
+from jaxalign import configs, judges, remote
 from jaxalign.cluster import exclusive
 from jaxalign.cluster import mesh as meshes
 from jaxalign.data import records
 from jaxalign.data.cache import file_sha256
 from jaxalign.data.jsonl import json_line
-from jaxalign.evaluation import judges
 from jaxalign.inference import generation, outputs
 from jaxalign.inference.evaluation import write_jsonl
 from jaxalign.pipelines.verdicts import SCHEMAS, judged, judged_rows, training_rows
@@ -72,7 +71,7 @@ def iterate(
       search_paths: folders to look for gin files in.
       initial: the checkpoint to start from.
       prompts: a JSON Lines file with ``prompt``.
-      judge: ``"module:function"``, a score or a preference (`jaxalign.evaluation`).
+      judge: of responses, or of two of them: see `jaxalign.judges`.
       run_dir: where everything is written.
       rounds: how many.
       reference: the policy that objectives with a reference hold on to: ``"fixed"``,
@@ -108,7 +107,7 @@ def iterate(
             "all."
         )
     folder = remote.local_only(run_dir, "--run_dir of several runs").absolute()
-    judge_fn = judges.resolve_callable(judge)
+    judged_by = judges.resolve(judge)
     examples, _ = records.load(prompts, "prompts")
     texts = [record["prompt"] for e in examples for record in e.records]
     first = initial if remote.is_remote(initial) else str(Path(initial).absolute())
@@ -121,7 +120,7 @@ def iterate(
     key = {
         "initial": _fingerprint(first),
         "prompts": outputs.text_sha256(json.dumps(texts)),
-        "judge": outputs.function_key(judge, judge_fn),
+        "judge": judged_by.fingerprint,
         "reference": reference,
         "prompts_per_round": prompts_per_round,
         **sampling,
@@ -162,7 +161,7 @@ def iterate(
                 **sampling,
             )
             verdicts = home / "verdicts.jsonl"
-            found = judged(samples, verdicts, judge_fn, key["judge"])
+            found = judged(samples, verdicts, judged_by)
             rows, reward, tied = training_rows(found, schema)
             if not rows:
                 raise ValueError(

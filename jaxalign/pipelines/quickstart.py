@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from jaxalign import remote, report, world
+from jaxalign import judges, remote, report, world
 from jaxalign.cluster import exclusive
 from jaxalign.data import jsonl
 from jaxalign.decoding import Sampling
@@ -86,6 +86,7 @@ def _run(folder: Path, seed: int) -> str:
 def _evaluate(folder: Path, names: list[str], seed: int) -> dict[str, dict[str, Any]]:
     """True reward, win rate and length of every policy on the test prompts."""
     prompts = world.sample_prompts("test", _TEST_PROMPTS, seed)
+    judge = judges.from_function(world.true_reward)
     results: dict[str, dict[str, Any]] = {}
     texts: dict[str, list[list[str]]] = {}
     for name in names:
@@ -101,7 +102,8 @@ def _evaluate(folder: Path, names: list[str], seed: int) -> dict[str, dict[str, 
             )
         )
         texts[name] = [g.texts for g in generations]
-        reward = mean_reward(prompts, texts[name], world.true_reward)
+        scores = judges.verdicts(zip(prompts, texts[name], strict=True), judge)
+        reward = mean_reward(scores)
         lengths = [len(tokens) for g in generations for tokens in g.tokens]
         results[name] = {
             "true_reward": reward.mean,
@@ -110,7 +112,7 @@ def _evaluate(folder: Path, names: list[str], seed: int) -> dict[str, dict[str, 
         }
         if name != "sft":
             compared = compare.compare_responses(
-                prompts, texts[name], texts["sft"], world.true_reward
+                prompts, texts[name], texts["sft"], judge
             )
             rate = compared.win_rate
             results[name]["win_rate_vs_sft"] = rate.mean

@@ -6,7 +6,6 @@ paid for is asked once, whatever stops the command that asks.
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from jaxalign import judges
 from jaxalign.data.cache import file_sha256
 from jaxalign.data.jsonl import json_line
-from jaxalign.evaluation import judges
 from jaxalign.inference import outputs
 
 SCHEMAS = ("preference", "trajectory", "supervised")  # what judged samples give
@@ -38,7 +37,7 @@ def _groups(path: Path) -> Iterator[tuple[str, list[str]]]:
 
 
 def judged(
-    samples: Path, path: Path, judge: judges.Judge, judge_key: str
+    samples: Path, path: Path, judge: judges.Judge | judges.PairwiseJudge
 ) -> list[dict[str, Any]]:
     """The verdicts on a file of samples; see `verdicts`.
 
@@ -46,12 +45,11 @@ def judged(
       samples: as `jaxalign generate` writes them.
       path: where they are kept; the same call after a kill asks for the rest.
       judge: see `verdicts`.
-      judge_key: tells one judge from another (`jaxalign.inference.outputs`).
 
     Raises:
       ValueError: when `path` holds verdicts on other samples or of another judge.
     """
-    key = {"samples": file_sha256(samples), "judge": judge_key}
+    key = {"samples": file_sha256(samples), "judge": judge.fingerprint}
     if not outputs.finished(path, key):
         groups = list(_groups(samples))
         with outputs.open_partial(path) as file:
@@ -83,31 +81,38 @@ def _worth(responses: Iterable[str]) -> list[str]:
 
 
 def verdicts(
-    groups: Iterable[tuple[str, Sequence[str]]], judge: judges.Judge
+    groups: Iterable[tuple[str, Sequence[str]]],
+    judge: judges.Judge | judges.PairwiseJudge,
 ) -> Iterator[dict[str, Any]]:
     """``{"prompt", "responses", "scores"}`` of each group, empty responses left out.
 
     Args:
       groups: ``(prompt, distinct responses)``.
       judge: scores a response, or prefers one of two; then a response's score is its
-        mean preference over the others.
+        mean preference over the others. None where it has no verdict.
 
-    >>> list(verdicts([("2+2?", ["4", " "])], lambda p, r: r == "4"))
+    >>> right = judges.from_function(lambda p, r: r == "4")
+    >>> list(verdicts([("2+2?", ["4", " "])], right))
     [{'prompt': '2+2?', 'responses': ['4'], 'scores': [1.0]}]
     """
     for prompt, responses in groups:
         texts = _worth(responses)
-        scores = _scores(judge, prompt, texts)
+        (found,) = judges.verdicts([(prompt, texts)], judge)
+        # As the shortest number that is the same in float32.
+        scores = [None if np.isnan(s) else float(str(s)) for s in found]
         yield {"prompt": prompt, "responses": texts, "scores": scores}
 
 
 def judged_rows(
-    groups: Iterable[tuple[str, Sequence[str]]], judge: judges.Judge, schema: str
+    groups: Iterable[tuple[str, Sequence[str]]],
+    judge: judges.Judge | judges.PairwiseJudge,
+    schema: str,
 ) -> tuple[list[dict[str, Any]], float, int]:
     """Training rows of a schema from responses; see `verdicts` and `training_rows`.
 
     >>> groups = [("2+2?", ["4", "5", "four"])]
-    >>> rows, mean, tied = judged_rows(groups, lambda p, r: r == "4", "preference")
+    >>> right = judges.from_function(lambda p, r: r == "4")
+    >>> rows, mean, tied = judged_rows(groups, right, "preference")
     >>> rows
     [{'prompt': '2+2?', 'chosen': '4', 'rejected': '5', 'margin': 1.0}]
     """
@@ -140,8 +145,10 @@ def training_rows(
     all_scores: list[float] = []
     tied = 0
     for verdict in judged:
-        prompt, responses = verdict["prompt"], verdict["responses"]
-        scores = verdict["scores"]
+        scored = zip(verdict["responses"], verdict["scores"], strict=True)
+        kept = [(text, score) for text, score in scored if score is not None]
+        prompt = verdict["prompt"]
+        responses, scores = [text for text, _ in kept], [score for _, score in kept]
         if not responses:
             tied += 1
             continue
@@ -166,14 +173,3 @@ def training_rows(
         else:
             rows.append({"prompt": prompt, "completion": responses[best]})
     return rows, float(np.mean(all_scores)) if all_scores else float("nan"), tied
-
-
-def _scores(judge: judges.Judge, prompt: str, responses: Sequence[str]) -> list[float]:
-    if not judges.is_pairwise(judge):
-        return [judges.score(judge, prompt, text) for text in responses]
-    wins: Mapping[int, list[float]] = {i: [] for i in range(len(responses))}
-    for a, b in itertools.combinations(range(len(responses)), 2):
-        preferred, _ = judges.preference(judge, prompt, responses[a], responses[b])
-        wins[a].append(preferred)
-        wins[b].append(1.0 - preferred)
-    return [float(np.mean(found)) if found else 0.5 for found in wins.values()]

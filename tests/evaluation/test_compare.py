@@ -9,11 +9,17 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from jaxalign.evaluation import compare_responses, mean_reward
+from jaxalign import evaluation, judges
+from jaxalign.evaluation import mean_reward, verdicts
 
 
 def length(prompt, response):
     return len(response)
+
+
+def compare_responses(prompts, a, b, function):
+    judge = judges.from_function(function)
+    return evaluation.compare_responses(prompts, a, b, judge)
 
 
 def test_scored_by_hand():
@@ -77,9 +83,34 @@ def test_a_judge_that_looks_at_the_place_only_finds_a_tie():
     assert found.position_bias == 1.0
 
 
+def test_what_has_no_verdict_is_left_out_counted_and_told(caplog):
+    def unsure(prompt, response):
+        return math.nan if response == "?" else len(response)
+
+    prompts = ["p", "q", "r"]
+    a, b = [["aaa", "?"], ["?"], ["a"]], [["b"], ["bb"], ["bb"]]
+    found = compare_responses(prompts, a, b, unsure)
+    # p: 3 beats 1; q: nothing to say; r: 1 loses to 2.
+    assert (found.wins, found.ties, found.losses) == (1, 0, 1)
+    assert (found.num_prompts, found.no_verdict) == (2, 2)
+    assert found.reward_a.mean == 2.0 and found.reward_b.mean == pytest.approx(5 / 3)
+    assert found.reward_difference.mean == 0.5
+    assert "2 of 7 responses have no verdict" in caplog.text
+
+    def one_way(prompt, a, b):  # and not the other: no verdict
+        return None if a == "?" else float(len(a) > len(b))
+
+    found = compare_responses(prompts, ["aaa", "?", "a"], ["b", "bb", "bb"], one_way)
+    assert (found.wins, found.losses, found.num_prompts) == (1, 1, 2)
+    assert found.no_verdict == 1 and found.position_bias == 0.0
+    assert "1 of 3 comparisons have no verdict" in caplog.text
+    assert mean_reward([[1.0, math.nan], [math.nan], [4.0]]).mean == 2.5
+
+
 def test_mean_reward_clusters_by_prompt():
     responses = [["a", "a"], ["aaa", "aaa"], ["bb", "bb"]]
-    found = mean_reward(["p", "q", "r"], responses, length)
+    groups = zip(["p", "q", "r"], responses, strict=True)
+    found = mean_reward(verdicts(groups, judges.from_function(length)))
     expected = scipy.stats.ttest_1samp([1.0, 3.0, 2.0], 0.0).confidence_interval()
     np.testing.assert_allclose(found, [2.0, *expected])
 
@@ -98,7 +129,9 @@ def test_to_json_is_plain():
         ((["p"], ["a"], [[]], length), r"responses_b\[0\] is empty"),
         (([], [], [], length), "at least one prompt"),
         ((["p"], ["a"], ["b"], lambda x: 1.0), "takes .prompt, response."),
-        ((["p"], ["a"], ["b"], lambda p, r: math.nan), "returned nan for prompt 'p'"),
+        ((["p"], ["a"], ["b"], lambda p, r: math.inf), "returned inf for prompt 'p'"),
+        ((["p"], ["a"], ["b"], lambda p, r: None), "no verdict on any of the 1 prompt"),
+        ((["p"], ["a"], ["b"], lambda p, a, b: None), "no verdict on any of the 1 pro"),
         ((["p"], ["a"], ["b"], lambda p, a, b: 2.0), "returned 2.0 .* in .0, 1."),
         (
             (["p"], [["a", "b"]], ["b"], lambda p, a, b: 0.5),

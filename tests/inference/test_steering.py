@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import sentence_pieces
 
+from jaxalign import judges
 from jaxalign.inference import steering
 
 
@@ -22,7 +23,9 @@ def judge(monkeypatch):
         module = types.ModuleType("my_judges")
         module.score = lambda prompt, response: value
         monkeypatch.setitem(sys.modules, "my_judges", module)
-        return steering._Judge("my_judges:score", beta, ["say a", "say b"])
+        scorer = judges.resolve("my_judges:score")
+        prompts = ["say a", "say b"]
+        return steering._Judge("my_judges:score", scorer, beta, prompts)
 
     return make
 

@@ -7,11 +7,16 @@ import json
 import pytest
 import tiny_run
 
-from jaxalign import cli
+from jaxalign import cli, judges
 from jaxalign.pipelines import iteration
 from jaxalign.pipelines.verdicts import judged
 from jaxalign.training import run_directory
 from jaxalign.training.train import train
+
+
+def judged_rows(groups, function, schema):
+    return iteration.judged_rows(groups, judges.from_function(function), schema)
+
 
 GROUPS = [("p", ["aa", "b", "cccc"]), ("q", ["x", "y"]), ("r", [" "])]
 
@@ -28,25 +33,36 @@ def longer(prompt, a, b):
     ("judge", "margin"), [(length, 3.0), (longer, 1.0)], ids=["score", "preference"]
 )
 def test_pairs_are_the_best_against_the_worst(judge, margin):
-    rows, _, tied = iteration.judged_rows(GROUPS, judge, "preference")
+    rows, _, tied = judged_rows(GROUPS, judge, "preference")
     pair = {"prompt": "p", "chosen": "cccc", "rejected": "b", "margin": margin}
     assert rows == [pair] and tied == 2
 
 
 def test_trajectories_keep_every_response_and_its_score():
-    rows, mean, tied = iteration.judged_rows(GROUPS, length, "trajectory")
+    rows, mean, tied = judged_rows(GROUPS, length, "trajectory")
     assert [r["reward"] for r in rows] == [2, 1, 4, 1, 1]
     assert mean == pytest.approx(9 / 5) and tied == 1
 
 
 def test_the_best_response_is_what_supervised_training_gets():
-    rows, _, _ = iteration.judged_rows(GROUPS, length, "supervised")
+    rows, _, _ = judged_rows(GROUPS, length, "supervised")
     assert rows == [{"prompt": "p", "completion": "cccc"}]
+
+
+def test_what_has_no_verdict_makes_no_row():
+    def unsure(prompt, response):
+        return None if response in ("cccc", "x") else len(response)
+
+    rows, mean, tied = judged_rows(GROUPS, unsure, "trajectory")
+    assert [r["completion"] for r in rows] == ["aa", "b", "y"]
+    assert mean == pytest.approx(4 / 3) and tied == 1
+    rows, _, tied = judged_rows(GROUPS, unsure, "preference")
+    assert [(r["chosen"], r["rejected"]) for r in rows] == [("aa", "b")] and tied == 2
 
 
 def test_rationales_cannot_be_made_of_scores():
     with pytest.raises(ValueError, match="schema 'rationale'"):
-        iteration.judged_rows(GROUPS, length, "rationale")
+        judged_rows(GROUPS, length, "rationale")
 
 
 def test_a_file_that_describes_no_run_is_told_in_one_line(tmp_path, capsys):
@@ -179,18 +195,21 @@ def test_a_verdict_is_kept_as_soon_as_it_is_there(tmp_path):
             raise KeyboardInterrupt
         return float(len(calls))
 
+    noisy = judges.from_function(noisy)
+    noisy.fingerprint = "noisy"
     with pytest.raises(KeyboardInterrupt):
-        judged(samples, verdicts, noisy, "noisy")
+        judged(samples, verdicts, noisy)
     partial = tmp_path / "verdicts.jsonl.partial"
     left = partial.read_bytes()
     partial.write_bytes(left + b'{"prompt": "sa')  # torn by a kill
-    found = judged(samples, verdicts, noisy, "noisy")
+    found = judged(samples, verdicts, noisy)
     assert calls == [f"say {i}" for i in (0, 0, 1, 1, 2, 2, 3, 3, 3, 3, 4, 4, 5, 5)]
     assert [v["responses"] for v in found] == [texts[:2] for _, texts in groups]
     assert verdicts.read_bytes().startswith(left)
-    assert judged(samples, verdicts, noisy, "noisy") == found
+    assert judged(samples, verdicts, noisy) == found
     with pytest.raises(ValueError, match="judge='noisy' .now judge='other'"):
-        judged(samples, verdicts, noisy, "other")
+        noisy.fingerprint = "other"
+        judged(samples, verdicts, noisy)
 
 
 @pytest.mark.parametrize(

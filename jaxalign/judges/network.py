@@ -1,0 +1,180 @@
+"""Judges that are networks of a checkpoint: rewards, likelihoods, logits of a token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxalign import batch as batches
+from jaxalign import models
+from jaxalign.evaluation.judging import Metadata
+from jaxalign.judges import scored
+from jaxalign.judges.template import Template
+from jaxalign.training import checkpoints
+
+_BATCH_SIZE = 16
+_MAIN = "main"  # the network that a checkpoint's objective trains first of all
+
+# The encoder's text of MetricX without a reference; it ends without EOS.
+_METRICX = Template("source: {prompt} candidate: {response}", "the token judge's text")
+
+_Forward = Callable[[Any, Any, batches.Batch], jax.Array]
+
+
+def _load(path: str, network: str) -> Any:
+    """``model, params, vocabulary, meta`` of a checkpoint's network."""
+    del network  # checkpoints hold a policy and nothing else to judge with
+    return checkpoints.load_policy(path)
+
+
+def _fingerprint(path: str, network: str) -> str:
+    meta = checkpoints.read_meta(checkpoints.resolve(path))
+    return meta.get("networks", {}).get(network) or meta["policy_fingerprint"]
+
+
+class NetworkJudge:
+    """Scores by a forward pass of a network, loaded when it is first asked.
+
+    Args:
+      path: a run directory or one of its checkpoints.
+      network: its name there.
+      kind: what is read off, for the fingerprint.
+      forward: ``(model, params, response batch) -> [B, R]``.
+      template: what the encoder reads instead of the prompt, without EOS unless it
+        says ``eos: 1`` at its head; then the decoder is given nothing to read.
+
+    Raises:
+      FileNotFoundError: for a checkpoint that is not there.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        network: str,
+        kind: str,
+        forward: _Forward,
+        template: Template | None = None,
+    ):
+        self._path, self._network, self._template = path, network, template
+        self._function, self._forward = forward, forward
+        self._loaded: Any = None
+        self.fingerprint = f"{kind}:{_fingerprint(path, network)}"
+        if template is not None:
+            self.fingerprint += f"#{template.fingerprint}"
+
+    def __call__(
+        self,
+        prompts: Sequence[str],
+        responses: Sequence[str],
+        metadata: Metadata | None = None,
+    ) -> np.ndarray:
+        """Float32 ``[n]``; nothing is truncated.
+
+        Raises:
+          ValueError: when a number is not finite: the parameters are damaged.
+        """
+        if self._loaded is None:
+            loaded = self._loaded = _load(self._path, self._network)
+            self._forward = jax.jit(lambda p, b: self._function(loaded.model, p, b))
+        about = metadata or [None] * len(prompts)
+        pairs = [
+            self._ids(prompt, response, more)
+            for prompt, response, more in zip(prompts, responses, about, strict=True)
+        ]
+        found = scored.score(self._forward, self._loaded.params, pairs, _BATCH_SIZE)
+        for i in np.flatnonzero(~np.isfinite(found)):
+            raise ValueError(
+                f"The network of {self._path} gives {found[i]} for prompt "
+                f"{prompts[i][:80]!r}: its parameters are damaged, or overflow in this "
+                "dtype."
+            )
+        return found
+
+    def _ids(self, prompt: str, response: str, more: Any) -> tuple[list[int], ...]:
+        vocabulary = self._loaded.vocabulary
+        eos = [vocabulary.eos_id]
+        if self._template is None:
+            return vocabulary.encode(prompt) + eos, vocabulary.encode(response) + eos
+        text = self._template.fill(more, prompt=prompt, response=response)
+        end = eos if self._template.number("eos", 0) else []
+        return vocabulary.encode(text) + end, eos
+
+
+def reward(path: str) -> NetworkJudge:
+    """``reward:PATH``: the scalar that a checkpoint's main network gives a response."""
+
+    def forward(model: Any, params: Any, batch: batches.Batch) -> jax.Array:
+        rewards = model.apply({"params": params}, batch)
+        if rewards.shape != batch["response_mask"].shape:
+            raise ValueError(
+                f"The network of {path} is a {type(model).__name__}, which gives no "
+                f"number for each response: reward:{path} needs one with a scalar head;"
+                f" did you mean likelihood:{path}?"
+            )
+        return rewards
+
+    return NetworkJudge(path, _MAIN, "reward", forward)
+
+
+def likelihood(text: str) -> NetworkJudge:
+    """``likelihood:PATH``, summed over tokens, EOS included; ``#mean`` divides by them.
+
+    Raises:
+      ValueError: for another word after ``#``.
+    """
+    path, _, read = text.partition("#")
+    if read not in ("", "sum", "mean"):
+        raise ValueError(
+            f"likelihood:{text} asks for {read!r}; expected likelihood:{path} or "
+            f"likelihood:{path}#mean, per token."
+        )
+
+    def forward(model: Any, params: Any, batch: batches.Batch) -> jax.Array:
+        logps = models.response_logps(model, params, batch)
+        if read == "mean":
+            logps /= jnp.maximum(batches.response_lengths(batch), 1.0)
+        return logps
+
+    kind = "mean likelihood" if read == "mean" else "likelihood"
+    return NetworkJudge(path, "policy", kind, forward)
+
+
+def token(text: str) -> NetworkJudge:
+    """``token:PATH#ID[#TEMPLATE]``: the logit of a token at the decoder's first step.
+
+    The encoder reads prompt and response, by default as MetricX does. MetricX counts
+    errors: a smaller number is better, so ask for ``-1*token:PATH#250089``.
+
+    Raises:
+      ValueError: for what is no id; when first asked, for one the network lacks.
+    """
+    path, _, rest = text.partition("#")
+    number, _, file = rest.partition("#")
+    if not number.isdigit():
+        raise ValueError(
+            f"token:{text} names no token: expected token:RUN_DIR#ID, such as "
+            f"token:{path}#250089."
+        )
+    template = Template.read(file, ("eos",)) if file else _METRICX
+
+    def forward(model: Any, params: Any, batch: batches.Batch) -> jax.Array:
+        states, kernel, _ = models.final_states(model, params, batch)
+        if int(number) >= kernel.shape[-1]:
+            raise ValueError(
+                f"token:{text}: the network of {path} has {kernel.shape[-1]} tokens, "
+                f"numbered from 0; there is no {number}."
+            )
+        column = kernel[:, int(number)].astype(states.dtype)
+        logits = jnp.einsum(
+            "bkde,e->bkd", states, column, preferred_element_type=jnp.float32
+        )
+        segments = batch["decoder_segment_ids"]
+        before = jnp.pad(segments[..., :-1], ((0, 0), (0, 0), (1, 0)))
+        first = jnp.where(segments != before, logits, 0.0)
+        return batches.sum_by_response(first, segments, batch["response_mask"].shape[1])
+
+    return NetworkJudge(path, "policy", f"token {number}", forward, template)

@@ -12,7 +12,7 @@ import pytest
 from jaxalign import cli
 from jaxalign.cli import flags
 from jaxalign.configs.scan import find
-from jaxalign.pipelines import iteration
+from jaxalign.pipelines import iterate
 
 PARSERS = {verb: make for verb, (_, make) in cli._VERBS.items()}
 
@@ -70,7 +70,7 @@ def test_the_defaults_shown_are_those_of_the_gin_file(verb, gin_file, function):
 
 def test_choices_that_the_parser_repeats():
     (reference,) = (a for a in actions("iterate") if a.dest == "reference")
-    assert reference.choices == iteration.REFERENCES
+    assert reference.choices == iterate.REFERENCES
 
 
 COMPLETE = """

@@ -64,6 +64,9 @@ def quickstart_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--seed", type=int, default=0, help="of data, training and samples"
     )
+    parser.add_argument(
+        "--redo", action="append", default=[], help="a stage to make again"
+    )
     return parser
 
 
@@ -71,7 +74,7 @@ def quickstart(argv: list[str]) -> int:
     args = quickstart_parser().parse_args(argv)
     from jaxalign.pipelines import quickstart
 
-    print(quickstart.run(args.run_dir, seed=args.seed))
+    print(quickstart.run(**vars(args)))
     return 0
 
 
@@ -101,21 +104,15 @@ def compare_parser() -> argparse.ArgumentParser:
         default="test",
         help="of the prompts; validation to choose settings by",
     )
+    parser.add_argument(
+        "--redo", action="append", default=[], help="a stage to make again"
+    )
     return parser
 
 
 def compare(argv: list[str]) -> int:
     args = compare_parser().parse_args(argv)
-    from jaxalign.pipelines import comparison
+    from jaxalign.pipelines import compare as pipeline
 
-    table = comparison.run(
-        args.run_dir,
-        names=args.objectives,
-        seeds=args.seeds,
-        steps=args.steps,
-        num_prompts=args.num_prompts,
-        split=args.split,
-    )
-    print(comparison.as_text(table))
-    print(f"\nPage: {args.run_dir}/comparison.html")
+    print(pipeline.run(**vars(args)))
     return 0

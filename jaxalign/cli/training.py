@@ -151,7 +151,7 @@ def iterate_parser() -> argparse.ArgumentParser:
     parser = verb_parser(
         "iterate",
         "Train on judged samples of the policy itself, round by round.",
-        "pipelines/iteration.py:iterate",
+        "pipelines/iterate.py:run",
     )
     parser.add_argument("--initial", required=True, help="checkpoint to start from")
     parser.add_argument("--prompts", required=True, help='JSONL file with {"prompt"}')
@@ -181,23 +181,23 @@ def iterate_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--batch_size", type=int, default=16, help="prompts at a time")
     parser.add_argument("--seed", type=int, default=0, help="of samples and training")
+    parser.add_argument(
+        "--redo", action="append", default=[], help="a stage to make again"
+    )
     return parser
 
 
 def iterate(argv: list[str]) -> int:
     flags = configs.parse_flags(argv)
     args = iterate_parser().parse_args(flags.rest)
-    from jaxalign.pipelines import iteration
+    from jaxalign.pipelines import iterate as pipeline
 
-    table = iteration.iterate(
-        gin_files=flags.gin_files or ["runs/dpo.gin"],
-        bindings=flags.gin_bindings,
-        search_paths=flags.search_paths,
-        **vars(args),
-    )
-    for row in table:
-        print(
-            f"round {row['round']}: samples score {row['reward']:.4g}, trained on "
-            f"{row['rows']} rows: {row['policy']}"
+    print(
+        pipeline.run(
+            gin_files=flags.gin_files or ["runs/dpo.gin"],
+            bindings=flags.gin_bindings,
+            search_paths=flags.search_paths,
+            **vars(args),
         )
+    )
     return 0

@@ -301,7 +301,7 @@ class Study:
         elif saved and saved["key"] != key:
             raise ValueError(
                 f"The stage {name!r} in {self.folder} was made with other inputs: "
-                f"{outputs.differing(saved['key'], key)}. Give another folder, the "
+                f"{outputs.differing(_flat(saved['key']), _flat(key))}. Give another folder, the "
                 f"inputs of then, or --redo={name} to make it again, and what follows "
                 "from it."
             )
@@ -400,6 +400,17 @@ def _function_key(function: Callable[..., Any]) -> dict[str, Any]:
 
 def _digest(value: Any) -> str:
     return outputs.text_sha256(json.dumps(value, sort_keys=True))
+
+
+def _flat(key: dict[str, Any]) -> dict[str, Any]:
+    """With the entries of inputs that are functions under their own names."""
+    flat: dict[str, Any] = {}
+    for name, value in key.items():
+        if isinstance(value, dict) and "function's name" in value:
+            flat |= {f"{name}: {part}": found for part, found in value.items()}
+        else:
+            flat[name] = value
+    return flat
 
 
 def _begun(path: Path) -> bool:

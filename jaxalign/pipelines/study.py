@@ -301,9 +301,9 @@ class Study:
         elif saved and saved["key"] != key:
             raise ValueError(
                 f"The stage {name!r} in {self.folder} was made with other inputs: "
-                f"{outputs.differing(_flat(saved['key']), _flat(key))}. Give another folder, the "
-                f"inputs of then, or --redo={name} to make it again, and what follows "
-                "from it."
+                f"{outputs.differing(_flat(saved['key']), _flat(key))}. Give another "
+                f"folder, the inputs of then, or --redo={name} to make it again, and "
+                "what follows from it."
             )
         if saved.get("status") == "finished":
             if saved["output"] != content(path):

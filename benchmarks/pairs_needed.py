@@ -13,7 +13,6 @@ written to lends its supervised policies.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import random
 from pathlib import Path
@@ -21,7 +20,8 @@ from pathlib import Path
 import numpy as np
 
 from jaxalign import world
-from jaxalign.pipelines import comparison, stages
+from jaxalign.pipelines import compare, quickstart
+from jaxalign.pipelines.study import Study
 from jaxalign.prepare import rationales
 from jaxalign.report.comparison import pyplot
 from jaxalign.training import run_directory
@@ -30,77 +30,78 @@ METHODS = ("dpo", "rdpo")
 _TAUGHT_REASONS = 4000
 
 
-def teach(folder: Path, seed: int, sft: Path) -> Path:
+def _write_taught(output: Path, seed: int) -> None:
+    """Answers, and reasons for other pairs."""
+    order = random.Random(seed)
+    rows = list(world.rows("supervised", "train", quickstart.SFT_ROWS, seed))
+    for row in world.rows("rationale", "train", _TAUGHT_REASONS, seed + 100):
+        chosen_second = order.random() < 0.5
+        rows.append(
+            {
+                "prompt": rationales.rationale_prompt(row, chosen_second),
+                "completion": row["rationale"],
+            }
+        )
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    run_directory.write_atomically(output, text)
+
+
+def teach(study: Study, seed: int, sft: Path) -> Path:
     """Goes on with a supervised policy, on its answers and reasons for other pairs."""
-    path = folder / "data" / f"taught.{_TAUGHT_REASONS}.{seed}.jsonl"
-    if not path.exists():
-        order = random.Random(seed)
-        rows = list(world.rows("supervised", "train", stages.SFT.rows, seed))
-        for row in world.rows("rationale", "train", _TAUGHT_REASONS, seed + 100):
-            chosen_second = order.random() < 0.5
-            rows.append(
-                {
-                    "prompt": rationales.rationale_prompt(row, chosen_second),
-                    "completion": row["rationale"],
-                }
-            )
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        run_directory.write_atomically(path, text)
-    settings = {
-        **comparison.stage_of("rdpo", 200).settings,
-        "DATA": repr(str(path)),
-        "BATCH_SIZE": "24",
-        "LEARNING_RATE": "1e-2",
-        "WARMUP_STEPS": "40",
-        "INITIAL_CHECKPOINT_PATH": repr(str(sft)),
+    name = f"data/taught.{_TAUGHT_REASONS}.{seed}.jsonl"
+    settings = compare.settings_of("rdpo", 200)[1] | {
+        "DATA": study.file(name, _write_taught, seed=seed),
+        "BATCH_SIZE": 24,
+        "LEARNING_RATE": 1e-2,
+        "WARMUP_STEPS": 40,
+        "INITIAL_CHECKPOINT_PATH": sft,
     }
     del settings["BETA"]
-    stage = stages.Stage("taught", "supervised", stages.SFT.rows, settings, "sft")
-    home = folder / f"seed{seed}"
-    return stages.train(home, stage, data=folder / "data", seed=seed, quiet=True)
+    rows = quickstart.SFT_ROWS
+    home = f"seed{seed}/taught"
+    return quickstart.train(study, home, "supervised", rows, seed, settings, "sft")
 
 
 def measure(
-    folder: Path,
+    study: Study,
     sizes: list[int],
     *,
     seeds: int,
     steps: int,
     num_prompts: int,
     split: str,
-    settings: dict[str, str],
+    settings: dict[str, float],
     taught: bool,
 ) -> dict[str, list[list[float]]]:
     """Mean true rewards ``{method: [size][seed]}``; finished runs are kept."""
+    found: dict[str, dict[int, list[Path]]] = {
+        method: {size: [] for size in sizes} for method in METHODS
+    }
     for seed in range(seeds):
-        home = folder / f"seed{seed}"
-        sft = stages.train(
-            home, stages.SFT, data=folder / "data", seed=seed, quiet=True
+        sft = compare.supervised(study, seed)
+        start, suffix = (teach(study, seed, sft), "-taught") if taught else (sft, "")
+        prompts = quickstart.village_prompts(
+            study,
+            f"responses/{split}/seed{seed}/prompts.jsonl",
+            split,
+            num_prompts,
+            seed,
         )
-        start, suffix = (teach(folder, seed, sft), "-taught") if taught else (sft, "")
-        prompts = world.sample_prompts(split, num_prompts, seed)
         for size in sizes:
             for method in METHODS:
-                base = comparison.stage_of(method, steps)
-                own = settings if method == "rdpo" else {}
-                stage = dataclasses.replace(
-                    base,
-                    name=f"{method}-{size}-pairs{suffix}",
-                    gin_file=method,
-                    schema="rationale",
-                    rows=size,
-                    settings={
-                        **base.settings,
-                        "INITIAL_CHECKPOINT_PATH": repr(str(start)),
-                        **own,
-                    },
+                own = compare.settings_of(method, steps)[1]
+                own |= {"INITIAL_CHECKPOINT_PATH": start}
+                own |= settings if method == "rdpo" else {}
+                home = f"seed{seed}/{method}-{size}-pairs{suffix}"
+                policy = quickstart.train(
+                    study, home, "rationale", size, seed, own, method
                 )
-                stages.train(home, stage, data=folder / "data", seed=seed, quiet=True)
-                comparison.answer(folder, stage.name, seed, split, prompts)
-                print(f"seed {seed} {stage.name}: done", flush=True)
-    names = {m: [f"{m}-{size}-pairs{suffix}" for size in sizes] for m in METHODS}
-    table = comparison.rewards(folder, sum(names.values(), []), seeds, split)
-    return {m: [table[name]["reward"] for name in names[m]] for m in METHODS}
+                answers = compare.answers(study, policy, sft, prompts, seed)
+                found[method][size].append(answers)
+    return {
+        method: [compare.means(paths)["reward"] for paths in by_size.values()]
+        for method, by_size in found.items()
+    }
 
 
 def plot(path: str, sizes: list[int], rewards: dict[str, list[list[float]]]) -> None:
@@ -131,21 +132,22 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--num_prompts", type=int, default=300)
     parser.add_argument("--split", default="test")
-    parser.add_argument("--gamma", default="0.1", help="RDPO's")
+    parser.add_argument("--gamma", type=float, default=0.1, help="RDPO's")
     parser.add_argument("--untaught", action="store_true")
     parser.add_argument("--plot", help="file to draw into (.svg, .png)")
     args = parser.parse_args()
     sizes = [int(size) for size in args.sizes.split(",")]
-    rewards = measure(
-        args.run_dir.absolute(),
-        sizes,
-        seeds=args.seeds,
-        steps=args.steps,
-        num_prompts=args.num_prompts,
-        split=args.split,
-        settings={"GAMMA": args.gamma},
-        taught=not args.untaught,
-    )
+    with Study(args.run_dir) as study:
+        rewards = measure(
+            study,
+            sizes,
+            seeds=args.seeds,
+            steps=args.steps,
+            num_prompts=args.num_prompts,
+            split=args.split,
+            settings={"GAMMA": args.gamma},
+            taught=not args.untaught,
+        )
     print(f"\n{'pairs':>8}" + "".join(f"{m:>20}" for m in METHODS))
     for i, size in enumerate(sizes):
         cells = []

@@ -187,7 +187,7 @@ def test_what_needs_a_local_folder_says_so(tmp_path):
     with pytest.raises(ValueError, match="CACHE_DIR needs a local path, got gs://"):
         _ = dataset.cache_folder
     with pytest.raises(ValueError, match="--run_dir of several runs needs a local"):
-        quickstart.run("s3://bucket/quickstart")
+        quickstart.run(run_dir="s3://bucket/quickstart")
 
 
 # Names that others wrote.

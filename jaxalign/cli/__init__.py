@@ -49,10 +49,6 @@ _INFERENCE = {
     "eval": Verb("inference/evaluation.py:evaluate", macros=True, job=True),
 }
 # Those whose file is called otherwise.
-_PIPELINES = {
-    "compare": Verb("pipelines/comparison.py:run"),
-    "iterate": Verb("pipelines/iteration.py:iterate"),
-}
 # Parameters that take gin's flags.
 _GIN = ("gin", "gin_files", "bindings", "search_paths")
 
@@ -68,9 +64,8 @@ def known_verbs() -> dict[str, Verb]:
         path.stem: Verb(f"pipelines/{path.name}:run")
         for path in files
         if re.search(r"^def run\(", path.read_text(encoding="utf-8"), re.M)
-        and path.stem != "comparison"
     }
-    return {**own, **_INFERENCE, **_PIPELINES, **pipelines}
+    return {**own, **_INFERENCE, **pipelines}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

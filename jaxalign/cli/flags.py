@@ -11,7 +11,7 @@ from jaxalign import configs
 from jaxalign.cli.signatures import REQUIRED, Parameter
 
 # Flags and macros that are not called as their parameter is.
-_FLAGS = {"metric_fns": "metrics", "names": "objectives"}
+_FLAGS = {"metric_fns": "metrics"}
 _MACROS = {"seed": "RANDOM_SEED", "metric_fns": "METRICS", "model": "MODEL_NAME"}
 
 

@@ -3,8 +3,7 @@
 Beside a finished ``OUTPUT`` lies ``OUTPUT.settings.json``: what was asked for, and the
 SHA-256 of what was written, so that settings that lie beside another file than theirs
 speak for nothing. The same key: the output is kept. Another: it is refused, and what
-differs is named. The run directory of a stage says what it is made with in
-``stage.json``, from its beginning, so that it goes on under the same key only.
+differs is named. What is made in several stages: `jaxalign.pipelines.study`.
 """
 
 from __future__ import annotations
@@ -28,8 +27,6 @@ from jaxalign.training import checkpoints, run_directory
 _log = logging.getLogger(__name__)
 
 Key = Mapping[str, Any]
-
-_STAGE = "stage.json"
 
 
 def settings_path(path: Path) -> Path:
@@ -104,18 +101,6 @@ def policy_key(checkpoint: str) -> str:
     return checkpoints.newest_meta(checkpoint)["policy_fingerprint"]
 
 
-def check_file(path: Path, key: Key) -> None:
-    """Refuses an output that was made under another key; see `finished`.
-
-    Args:
-      path: the output, which may not be there yet.
-      key: what is known of the key; entries that it lacks are not compared.
-    """
-    if path.exists():
-        before = {k: v for k, v in _noted(path)["asked"].items() if k in key}
-        refuse_other(f"{path} was made", before, key)
-
-
 def finish(path: Path, key: Key, **noted: Any) -> None:
     """Writes down what an output was made with, before it takes its name.
 
@@ -134,31 +119,6 @@ def finish(path: Path, key: Key, **noted: Any) -> None:
     os.replace(partial, path)
 
 
-def note_folder(folder: Path, key: Key) -> None:
-    """Notes what a run directory is made with, for `check_folder`."""
-    text = json.dumps({"asked": key}, indent=2) + "\n"
-    run_directory.write_atomically(folder / _STAGE, text)
-
-
-def check_folder(folder: Path, key: Key) -> None:
-    """Refuses a run directory that was begun under another key.
-
-    One that says nothing, as `jaxalign train` makes them, is left to `train`, which
-    compares the run itself.
-
-    Args:
-      folder: which may not be there yet.
-      key: what is known of the key; entries that it lacks are not compared.
-
-    Raises:
-      ValueError: naming what differs.
-    """
-    noted = _read(folder / _STAGE)
-    if noted is not None:
-        before = {k: v for k, v in noted["asked"].items() if k in key}
-        refuse_other(f"{folder} was begun", before, key)
-
-
 def refuse_other(what: str, before: Key, now: Key) -> None:
     """Raises a ValueError that names each entry of two keys that differs.
 
@@ -168,16 +128,26 @@ def refuse_other(what: str, before: Key, now: Key) -> None:
     ValueError: a.jsonl was made with other settings: seed=0 (now seed=1). Ask for the \
 same to keep it; delete it, or write to another place, for other settings.
     """
-    now = json.loads(json.dumps(now))  # as it comes back from a file
-    other = sorted(k for k in {*before, *now} if before.get(k) != now.get(k))
+    other = differing(before, now)
     if other:
         raise ValueError(
-            f"{what} with other settings: "
-            + ", ".join(f"{k}={_cut(before.get(k))}" for k in other)
-            + f" (now {', '.join(f'{k}={_cut(now.get(k))}' for k in other)}). Ask for "
-            "the same to keep it; delete it, or write to another place, for other "
-            "settings."
+            f"{what} with other settings: {other}. Ask for the same to keep it; delete "
+            "it, or write to another place, for other settings."
         )
+
+
+def differing(before: Key, now: Key) -> str:
+    """The entries of two keys that differ, in words; nothing if none does.
+
+    >>> differing({"seed": 0, "n": 2}, {"seed": 1, "n": 2})
+    'seed=0 (now seed=1)'
+    """
+    now = json.loads(json.dumps(now))  # as it comes back from a file
+    other = sorted(k for k in {*before, *now} if before.get(k) != now.get(k))
+    if not other:
+        return ""
+    then = ", ".join(f"{k}={_cut(before.get(k))}" for k in other)
+    return f"{then} (now {', '.join(f'{k}={_cut(now.get(k))}' for k in other)})"
 
 
 def partial_path(path: Path) -> Path:

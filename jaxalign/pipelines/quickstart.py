@@ -1,114 +1,192 @@
 """The main job on embedded data: supervise a T5, then align it three ways.
 
-Every stage is an ordinary ``jaxalign train`` run of a packaged gin file; the printed
-commands reproduce them one by one. The village (`jaxalign.world`) judges any response
-exactly, so the table at the end is a measurement, not a model's opinion.
+A study whose stages are ordinary ``jaxalign train`` runs of packaged gin files; the
+printed commands reproduce them one by one. The village (`jaxalign.world`) judges any
+response exactly, so the table at the end is a measurement, not a model's opinion.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxalign import judges, remote, report, world
-from jaxalign.cluster import exclusive
+from jaxalign import judges, report, world
 from jaxalign.data import jsonl
-from jaxalign.decoding import Sampling
 from jaxalign.evaluation import compare, mean_reward
 from jaxalign.inference import generation
-from jaxalign.pipelines import stages
-from jaxalign.pipelines.stages import COMMON, SFT, Stage
-from jaxalign.training import checkpoints, run_directory
+from jaxalign.pipelines.study import Study
+from jaxalign.training import run_directory
 
-_ALIGNED = (
-    Stage(
-        "dro_v",
+# The embedded data's lengths in bytes, and a schedule that suits runs of minutes.
+COMMON: dict[str, Any] = {
+    "TASK_FEATURE_LENGTHS": {"inputs": 48, "targets": 56},
+    "PACKING": 1,
+    "EVAL_PERIOD": 100,
+    "EVAL_STEPS": 4,
+    "CHECKPOINT_PERIOD": 1000,
+    "WARMUP_STEPS": 10,
+    "TRAIN_STEPS": 100,
+    "LEARNING_RATE": 3e-3,
+}
+SFT: dict[str, Any] = {
+    "TRAIN_STEPS": 400,
+    "WARMUP_STEPS": 40,
+    "BATCH_SIZE": 64,
+    "LEARNING_RATE": 4e-2,
+}
+SFT_ROWS = 8000
+# Objective: schema and settings. KTO has two prompts to a row: each is the other's
+# mismatched prompt.
+_ALIGNED: dict[str, tuple[str, dict[str, Any]]] = {
+    "dro_v": (
         "trajectory",
-        4000,
-        {
-            **COMMON,
-            "BATCH_SIZE": "48",
-            "TAU": "0.5",
-            "VALUE_LEARNING_RATE": "1e-2",
-        },
+        {"BATCH_SIZE": 48, "TAU": 0.5, "VALUE_LEARNING_RATE": 1e-2},
     ),
-    # Two prompts to a row: each is the other's mismatched prompt.
-    Stage(
-        "kto",
-        "trajectory",
-        4000,
-        {**COMMON, "BATCH_SIZE": "16", "PACKING": "2", "BETA": "0.5"},
-    ),
-    Stage("dpo", "preference", 4000, {**COMMON, "BATCH_SIZE": "32", "BETA": "0.5"}),
-)
+    "kto": ("trajectory", {"BATCH_SIZE": 16, "PACKING": 2, "BETA": 0.5}),
+    "dpo": ("preference", {"BATCH_SIZE": 32, "BETA": 0.5}),
+}
 _TEST_PROMPTS = 500
 
 
-def run(run_dir: str | Path = "runs/quickstart", seed: int = 0) -> str:
-    """Trains SFT, DRO-V, KTO and DPO, and compares them under the true reward.
+def run(
+    *, run_dir: str = "runs/quickstart", seed: int = 0, redo: Sequence[str] = ()
+) -> str:
+    """The main job on embedded data, in minutes.
+
+    Trains SFT, DRO-V, KTO and DPO, and compares them under the true reward.
 
     Args:
-      run_dir: gets ``data/``, a run directory per stage, ``results.json`` and
-        ``report.html``. Stages that are finished are not repeated.
-      seed: of the data, the initialisation and the samples.
+      run_dir: where all is written: ``data/``, a run directory per objective,
+        ``samples/``, ``results.json``, ``report.html`` and ``study.html``.
+      seed: of data, training and samples.
+      redo: stages to make again, such as ``dpo``.
 
     Returns:
-      The table that `jaxalign quickstart` prints.
+      The table.
 
     Raises:
-      ValueError: when a stage in `run_dir` was trained with other settings.
+      ValueError: when a stage in `run_dir` was made with other inputs.
     """
-    folder = remote.local_only(run_dir, "--run_dir of several runs")
-    with exclusive.holding(folder, "folder of the quickstart"):
-        return _run(folder, seed)
-
-
-def _run(folder: Path, seed: int) -> str:
     started = time.monotonic()
-    data = folder / "data"
-    sft = stages.train(folder, SFT, data=data, seed=seed)
-    start_from = {"INITIAL_CHECKPOINT_PATH": repr(str(sft))}
-    for stage in _ALIGNED:
-        settings = {**stage.settings, **start_from}
-        stage = dataclasses.replace(stage, settings=settings)
-        stages.train(folder, stage, data=data, seed=seed)
-    results = _evaluate(folder, [s.name for s in (SFT, *_ALIGNED)], seed)
-    run_directory.write_atomically(
-        folder / "results.json", jsonl.dumps(results, indent=2) + "\n"
-    )
-    page = report.write_report([folder / name for name in results], None)
+    with Study(run_dir, redo=redo) as study:
+        policies = {"sft": train(study, "sft", "supervised", SFT_ROWS, seed, SFT)}
+        for name, (schema, settings) in _ALIGNED.items():
+            start = {"INITIAL_CHECKPOINT_PATH": policies["sft"]}
+            own = {**settings, **start}
+            policies[name] = train(study, name, schema, 4000, seed, own)
+        prompts = village_prompts(
+            study, "samples/prompts.jsonl", "test", _TEST_PROMPTS, seed
+        )
+        samples = {
+            name: study.file(
+                f"samples/{name}.jsonl",
+                generation.generate,
+                execution={"batch_size": 64},
+                checkpoint=policy,
+                prompts=prompts,
+                num_samples=2,
+                max_new_tokens=64,
+                seed=seed,
+            )
+            for name, policy in policies.items()
+        }
+        results = _evaluate(samples)
+        text = jsonl.dumps(results, indent=2) + "\n"
+        run_directory.write_atomically(study.folder / "results.json", text)
+        page = report.write_report(list(policies.values()), None)
+        table = _table(results)
+        study.page("Quickstart", f"<pre>{table}</pre>")
     minutes = (time.monotonic() - started) / 60
-    return f"{_table(results)}\n\nReport: {page}   ({minutes:.1f} minutes)"
+    return f"{table}\n\nReport: {page}   ({minutes:.1f} minutes)"
 
 
-def _evaluate(folder: Path, names: list[str], seed: int) -> dict[str, dict[str, Any]]:
+def train(
+    study: Study,
+    name: str,
+    schema: str,
+    rows: int,
+    seed: int,
+    settings: dict[str, Any],
+    gin_file: str = "",
+) -> Path:
+    """A training run on the village's data, which is written first if it is missing.
+
+    Args:
+      study: gets the stages.
+      name: of the run directory; its last part is the gin file's if none is given.
+      schema: of the data (`jaxalign.world.SCHEMAS`).
+      rows: training examples.
+      seed: of the data and the run.
+      settings: gin macros beside `COMMON`'s.
+      gin_file: ``runs/<gin_file>.gin``.
+
+    Returns:
+      The run directory.
+    """
+    data = {
+        macro: study.file(
+            f"data/{schema}.{split}.{size}.{seed}.jsonl",
+            _write_data,
+            schema=schema,
+            split=split,
+            size=size,
+            seed=seed,
+        )
+        for macro, split, size in (
+            ("DATA", "train", rows),
+            ("EVAL_DATA", "validation", 400),
+        )
+    }
+    return study.train(
+        name,
+        [f"runs/{gin_file or Path(name).name}.gin"],
+        bindings=["SCHEDULE = @schedules.cosine()"],
+        execution={"CACHE_DIR": str(study.folder / "data" / "cache")},
+        **{**data, "RANDOM_SEED": seed, **COMMON, **settings},
+    )
+
+
+def village_prompts(
+    study: Study, name: str, split: str, num_prompts: int, seed: int
+) -> Path:
+    """A file of unseen prompts of a split."""
+    asked = {"split": split, "num_prompts": num_prompts, "seed": seed}
+    return study.file(name, _write_prompts, **asked)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def _write_data(output: Path, **asked: Any) -> None:
+    world.write_dataset(output, **asked)
+
+
+def _write_prompts(output: Path, split: str, num_prompts: int, seed: int) -> None:
+    texts = world.sample_prompts(split, num_prompts, seed)
+    lines = "".join(jsonl.json_line({"prompt": text}) for text in texts)
+    run_directory.write_atomically(output, lines)
+
+
+def _evaluate(samples: dict[str, Path]) -> dict[str, dict[str, Any]]:
     """True reward, win rate and length of every policy on the test prompts."""
-    prompts = world.sample_prompts("test", _TEST_PROMPTS, seed)
     judge = judges.from_function(world.true_reward)
     results: dict[str, dict[str, Any]] = {}
     texts: dict[str, list[list[str]]] = {}
-    for name in names:
-        generations = list(
-            generation.sample(
-                checkpoints.load_policy(folder / name),
-                prompts,
-                num_samples=2,
-                sampling=Sampling(temperature=1.0),
-                max_new_tokens=64,
-                batch_size=64,
-                seed=seed,
-            )
-        )
-        texts[name] = [g.texts for g in generations]
+    for name, path in samples.items():
+        rows = read(path)
+        prompts = [row["prompt"] for row in rows if row["sample"] == 0]
+        given = [row["response"] for row in rows]
+        texts[name] = [given[i : i + 2] for i in range(0, len(given), 2)]
         scores = judges.verdicts(zip(prompts, texts[name], strict=True), judge)
         reward = mean_reward(scores)
-        lengths = [len(tokens) for g in generations for tokens in g.tokens]
         results[name] = {
             "true_reward": reward.mean,
             "ci95": [reward.low, reward.high],
-            "mean_tokens": sum(lengths) / len(lengths),
+            "mean_tokens": sum(row["num_tokens"] for row in rows) / len(rows),
         }
         if name != "sft":
             compared = compare.compare_responses(

@@ -10,11 +10,13 @@ it made, so the same program started again
 * refuses another key, naming what differs, unless the stage is to be made again
   (``redo``), and with it each later one whose inputs come out different.
 
-    study = Study("runs/mine", redo=("judged",))
-    samples = study.file("samples.jsonl", sample, checkpoint=Path("runs/sft"), n=4)
-    judged = study.lines("judged.jsonl", judge, rows(samples), after=samples)
-    policy = study.train("dpo", ["runs/dpo.gin"], DATA=judged, TRAIN_STEPS=100)
-    study.page("Mine")
+    with Study("runs/mine", redo=("judged.jsonl",)) as study:
+        samples = study.file("samples.jsonl", sample, checkpoint=Path("runs/sft"), n=4)
+        judged = study.lines("judged.jsonl", judge, rows(samples))
+        policy = study.train("dpo", ["runs/dpo.gin"], DATA=judged, TRAIN_STEPS=100)
+        study.page("Mine")
+
+Of several processes the first decides, and makes all but training runs.
 """
 
 from __future__ import annotations
@@ -22,37 +24,41 @@ from __future__ import annotations
 import contextlib
 import difflib
 import functools
-import hashlib
 import inspect
 import json
 import os
+import shlex
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 from tqdm import tqdm
 
 from jaxalign import remote
+from jaxalign.cluster import exclusive
 from jaxalign.data import jsonl
 from jaxalign.data.cache import file_sha256
-from jaxalign.training import run_directory
+from jaxalign.inference import outputs
+from jaxalign.training import checkpoints, run_directory
 from jaxalign.training.description import describe
 
-_ABSENT = "(absent)"
+_KEPT, _MADE = 0, 1
 
 
 class Study:
-    """Stages in a folder, each made once.
+    """Stages in a folder, each made once; one process writes there at a time.
 
     Args:
-      run_dir: the folder; made if it is missing.
+      run_dir: the folder; made if it is missing, and locked while the study is open.
       redo: stages to make again, by name. Later ones are made again too where their
         inputs come out different; after a kill, without being asked a second time.
       say: told one line a stage; `print` by default, None for silence.
 
     Raises:
+      HeldError: when another process has it open.
       ValueError: when `redo` names a stage that the folder does not have, with the
         nearest.
 
@@ -60,11 +66,9 @@ class Study:
     >>> folder = tempfile.mkdtemp()
     >>> def write(output, text):
     ...     output.write_text(text)
-    >>> study = Study(folder, say=None)
-    >>> study.file("hello.txt", write, text="hello").read_text()
+    >>> with Study(folder, say=None) as study:
+    ...     study.file("hello.txt", write, text="hello").read_text()
     'hello'
-    >>> Study(folder, say=None).file("hello.txt", write, text="hello").name
-    'hello.txt'
     """
 
     def __init__(
@@ -74,28 +78,50 @@ class Study:
         redo: Sequence[str] = (),
         say: Callable[[str], None] | None = print,
     ):
-        self.folder = remote.local_only(run_dir, "The folder of a study").absolute()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        saved = run_directory.read_manifest(self.folder)
-        self.stages: dict[str, dict[str, Any]] = saved.get("stages", {})
-        for name in redo:
-            if name not in self.stages:
-                near = difflib.get_close_matches(name, self.stages, 1, 0.0)
-                hint = f" Did you mean {near[0]!r}?" if near else " It has none yet."
-                raise ValueError(f"{self.folder} has no stage {name!r} to redo.{hint}")
+        self.folder = remote.local_only(run_dir, "--run_dir of several runs").absolute()
+        self.stages: dict[str, dict[str, Any]] = {}
         self._redo = set(redo)
-        self._say = say or (lambda line: None)
+        self._say = say if say and jax.process_index() == 0 else (lambda line: None)
         self._seen: list[str] = []
+        self._open = contextlib.ExitStack()
+
+    def __enter__(self) -> Study:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(exclusive.holding(self.folder, "folder of a study"))
+            exclusive.in_main(self._read)
+            self._open = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._open.close()
+
+    def _read(self) -> int:
+        self.stages = run_directory.read_manifest(self.folder).get("stages", {})
+        for name in self._redo - set(self.stages):
+            near = difflib.get_close_matches(name, self.stages, 1, 0.0)
+            hint = f" Did you mean {near[0]!r}?" if near else " It has none yet."
+            raise ValueError(f"{self.folder} has no stage {name!r} to redo.{hint}")
+        return len(self.stages)
 
     # ---- The three kinds of stages --------------------------------------------------
 
-    def file(self, name: str, function: Callable[..., Any], **inputs: Any) -> Path:
+    def file(
+        self,
+        name: str,
+        function: Callable[..., Any],
+        *,
+        execution: Mapping[str, Any] | None = None,
+        all_processes: bool = False,
+        **inputs: Any,
+    ) -> Path:
         """A file written by ``function(output=path, **inputs)``.
 
         Args:
           name: of the file in the study's folder; it may hold slashes.
           function: writes the file whole, or resumes what a killed call of its own
             left. Its source is part of the key, that of what it calls is not.
+          execution: further arguments of it, which change nothing of what is written.
+          all_processes: it is called by every process of a job, not by the first.
           **inputs: a `Path` counts by the content of its file or run, anything else
             by its ``repr`` as JSON.
 
@@ -108,14 +134,21 @@ class Study:
         """
         path = self.folder / name
         with self._stage(name, path, _function_key(function), inputs) as needed:
-            if needed:
+
+            def make() -> int:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                function(output=path, **inputs)
-                if not path.is_file():
-                    raise ValueError(
-                        f"The stage {name!r} ended without writing {path}: its "
-                        "function must write the path it is given as `output`."
-                    )
+                function(output=path, **inputs, **(execution or {}))
+                return 0
+
+            if needed and all_processes:
+                make()
+            elif needed:
+                exclusive.in_main(make)
+            if needed and not path.is_file():
+                raise ValueError(
+                    f"The stage {name!r} ended without writing {path}: its "
+                    "function must write the path it is given as `output`."
+                )
         return path
 
     def lines(
@@ -140,8 +173,11 @@ class Study:
           **inputs: as in `file`.
         """
 
-        def grow(output: Path, **own: Any) -> None:
-            partial = output.with_name(f"{output.name}.partial")
+        path = self.folder / name
+
+        def grow() -> int:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = outputs.partial_path(path)
             written = _whole_lines(partial)
             done = written - written % batch  # a batch is written whole or made again
             _keep_lines(partial, done)
@@ -149,7 +185,7 @@ class Study:
                 starts = range(done, len(items), batch)
                 for start in tqdm(starts, name, disable=None, leave=False):
                     asked = items[start : start + batch]
-                    found = function(asked, **own)
+                    found = function(asked, **inputs)
                     if len(found) != len(asked):
                         raise ValueError(
                             f"The stage {name!r} gave {len(found)} values for "
@@ -158,14 +194,13 @@ class Study:
                     file.writelines(map(jsonl.json_line, found))
                     file.flush()
                     os.fsync(file.fileno())
-            os.replace(partial, output)
+            os.replace(partial, path)
+            return 0
 
-        path = self.folder / name
         counted = {**inputs, "items": _digest(list(items)), "batch": batch}
         with self._stage(name, path, _function_key(function), counted) as needed:
             if needed:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                grow(path, **inputs)
+                exclusive.in_main(grow)
         return path
 
     def train(
@@ -175,15 +210,19 @@ class Study:
         *,
         bindings: Sequence[str] = (),
         search_paths: Sequence[str | Path] = (),
+        execution: Mapping[str, Any] | None = None,
         **macros: Any,
     ) -> Path:
         """A training run in ``folder / name``: ``jaxalign train`` with these settings.
+
+        The command that makes it by itself is told before it begins.
 
         Args:
           name: of the run directory.
           gin_files: as in ``--gin_file``.
           bindings: ``"NAME = VALUE"`` as gin spells it, before `macros`.
           search_paths: folders to look for gin files in.
+          execution: macros that change nothing of what is learnt.
           **macros: values of gin macros; a `Path` counts by content.
 
         Returns:
@@ -194,18 +233,21 @@ class Study:
         from jaxalign.training import train as loop
 
         path = self.folder / name
-        values = {
-            k: str(v) if isinstance(v, Path) else v
-            for k, v in {**macros, "MODEL_DIR": path}.items()
-        }
+        given = {**macros, **(execution or {})}
+        values = {k: str(v) if isinstance(v, Path) else v for k, v in given.items()}
         spelt = [*bindings, *(f"{k} = {v!r}" for k, v in values.items())]
-        read = configs.parse(gin_files, spelt, search_paths)
+        place = f"MODEL_DIR = {str(path)!r}"
+        read = configs.parse(gin_files, [*spelt, place], search_paths)
         text = configs.config_str()
         # In order: of a user's own files a later one overrides an earlier one.
         own: dict[str, Any] = {"gin files": [[p.name, file_sha256(p)] for p in read]}
         own |= {"bindings": list(bindings)} if bindings else {}
         with self._stage(name, path, own, macros) as needed:
             if needed:
+                flags = [f"--gin_file={file}" for file in gin_files]
+                flags += ["--gin." + b.replace(" = ", "=", 1) for b in spelt]
+                command = ["jaxalign", "train", *flags, f"--run_dir={path}"]
+                self._say(f"$ {shlex.join(command)}")
                 loop.train(runs.from_gin(), text)
         return path
 
@@ -216,20 +258,53 @@ class Study:
         self, name: str, path: Path, own: dict[str, Any], inputs: dict[str, Any]
     ) -> Iterator[bool]:
         """Yields whether the stage has to be made; then records what it made."""
-        if name in self._seen:
-            raise ValueError(f"Two stages of this study are called {name!r}.")
-        self._seen.append(name)
+        decided = exclusive.in_main(lambda: self._decide(name, path, own, inputs))
+        if decided == _KEPT:
+            yield False
+            return
+        started = time.monotonic()
+        yield True
+        seconds = round(time.monotonic() - started, 3)
+
+        def finish() -> int:
+            key = self.stages[name]["key"]
+            made = {"output": content(path), "seconds": seconds}
+            self._record(name, key=key, status="finished", **made)
+            return 0
+
+        exclusive.in_main(finish)
+        self._say(f"[{len(self._seen)}] {name}: made in {seconds:.1f} s")
+
+    def _decide(
+        self, name: str, path: Path, own: dict[str, Any], inputs: dict[str, Any]
+    ) -> int:
+        """Whether a stage is kept; if not, it is recorded as running."""
         key = own | {k: self._identity(v) for k, v in inputs.items()}
         key = json.loads(json.dumps(key))  # as it comes back from the manifest
         saved = self.stages.get(name, {})
+        if name in self._seen:  # asked for twice, as two runs share their data
+            if saved.get("key") == key:
+                return _KEPT
+            raise ValueError(f"Two stages of this study are called {name!r}.")
+        self._seen.append(name)
         follows = saved.get("stale", False) and saved["key"] != key
         if name in self._redo:
             self._outdate(after=name)
-        if name in self._redo or follows or not _begun(path):
+        if name in self._redo or follows or (saved and not _begun(path)):
             _remove(path)
             saved = {}
-        elif saved.get("key") != key:
-            raise ValueError(self._differing(name, saved.get("key", {}), key))
+        elif not saved and _begun(path):
+            raise ValueError(
+                f"{path} exists, and no manifest says what it was made with. Move it "
+                "away, or give another folder."
+            )
+        elif saved and saved["key"] != key:
+            raise ValueError(
+                f"The stage {name!r} in {self.folder} was made with other inputs: "
+                f"{outputs.differing(_flat(saved['key']), _flat(key))}. Give another "
+                f"folder, the inputs of then, or --redo={name} to make it again, and "
+                "what follows from it."
+            )
         if saved.get("status") == "finished":
             if saved["output"] != content(path):
                 raise ValueError(
@@ -237,21 +312,15 @@ class Study:
                     f"or give --redo={name} to make it again."
                 )
             self._say(f"[{len(self._seen)}] {name}: kept")
-            yield False
-            return
+            return _KEPT
         self._record(name, key=key, status="running")
-        verb = "goes on" if saved else "begins"
-        self._say(f"[{len(self._seen)}] {name}: {verb}")
-        started = time.monotonic()
-        yield True
-        seconds = round(time.monotonic() - started, 3)
-        self._record(
-            name, key=key, status="finished", output=content(path), seconds=seconds
-        )
-        self._say(f"[{len(self._seen)}] {name}: made in {seconds:.1f} s")
+        self._say(f"[{len(self._seen)}] {name}: {'goes on' if saved else 'begins'}")
+        return _MADE
 
     def _identity(self, value: Any) -> Any:
         if isinstance(value, Path):
+            return content(value)
+        if isinstance(value, str) and remote.is_remote(value):
             return content(value)
         if isinstance(value, list | tuple):
             return [self._identity(v) for v in value]
@@ -260,18 +329,6 @@ class Study:
         if callable(value):
             return _function_key(value)
         return value
-
-    def _differing(self, name: str, then: dict[str, Any], now: dict[str, Any]) -> str:
-        lines = [
-            f"{k}: then {then.get(k, _ABSENT)!r}, now {now.get(k, _ABSENT)!r}"
-            for k in sorted({*then, *now})
-            if then.get(k, _ABSENT) != now.get(k, _ABSENT)
-        ]
-        return (
-            f"The stage {name!r} in {self.folder} was made with other inputs: "
-            f"{'; '.join(lines)}. Give another folder, the inputs of then, or "
-            f"--redo={name} to make it again, and what follows from it."
-        )
 
     def _record(self, name: str, **entry: Any) -> None:
         self.stages[name] = {**entry, "number": len(self._seen)}
@@ -290,21 +347,24 @@ class Study:
         """Writes ``study.html``: `body`, every stage, and the curves of its runs."""
         from jaxalign.report import study as pages
 
+        if jax.process_index() > 0:
+            return self.folder / "study.html"
         stages = {name: self.stages[name] for name in self._seen}
         return pages.write(self.folder, title, stages, body)
 
 
-def content(path: Path) -> str:
-    """What a path holds: SHA-256 of a file, the parameters' of a run directory.
+def content(path: str | Path) -> str:
+    """What a path holds: SHA-256 of a file, the parameters' of a run or checkpoint.
 
     Raises:
       ValueError: when there is nothing, or a run without parameters.
     """
+    if remote.is_remote(path):
+        return outputs.policy_key(str(path))
+    path = Path(path)
     if path.is_file():
         return file_sha256(path)
     if (path / "meta").is_dir():  # one checkpoint of a run
-        from jaxalign.training import checkpoints
-
         return str(checkpoints.read_meta(path)["policy_fingerprint"])
     fingerprint = run_directory.read_manifest(path).get("params_fingerprint")
     if fingerprint is None:
@@ -339,7 +399,18 @@ def _function_key(function: Callable[..., Any]) -> dict[str, Any]:
 
 
 def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+    return outputs.text_sha256(json.dumps(value, sort_keys=True))
+
+
+def _flat(key: dict[str, Any]) -> dict[str, Any]:
+    """With the entries of inputs that are functions under their own names."""
+    flat: dict[str, Any] = {}
+    for name, value in key.items():
+        if isinstance(value, dict) and "function's name" in value:
+            flat |= {f"{name}: {part}": found for part, found in value.items()}
+        else:
+            flat[name] = value
+    return flat
 
 
 def _begun(path: Path) -> bool:

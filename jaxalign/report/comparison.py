@@ -20,7 +20,7 @@ def write(path: Path, results: Mapping[str, Any], *, steps: int, split: str) -> 
 
     Args:
       path: of the page.
-      results: what `jaxalign.pipelines.comparison.collect` returns.
+      results: what `jaxalign.pipelines.compare.collect` returns.
       steps: of each objective, for the page's text.
       split: of the prompts, for the page's text.
 

@@ -60,13 +60,13 @@ def last(output: Path, total: Path, numbers: Path) -> None:
 
 
 def run(folder: str, number: int = 6, redo: tuple[str, ...] = (), say=print) -> Path:
-    study = Study(folder, redo=redo, say=say)
-    numbers = study.file("numbers.txt", write, number=number)
-    items = [int(line) for line in numbers.read_text().split()]
-    verdicts = study.lines("verdicts.jsonl", noisy, items, batch=2)
-    summed = study.file("total.json", total, verdicts=verdicts)
-    found = study.file("deep/last.txt", last, total=summed, numbers=numbers)
-    study.page("A little study", "<p>Four stages.</p>")
+    with Study(folder, redo=redo, say=say) as study:
+        numbers = study.file("numbers.txt", write, number=number)
+        items = [int(line) for line in numbers.read_text().split()]
+        verdicts = study.lines("verdicts.jsonl", noisy, items, batch=2)
+        summed = study.file("total.json", total, verdicts=verdicts)
+        found = study.file("deep/last.txt", last, total=summed, numbers=numbers)
+        study.page("A little study", "<p>Four stages.</p>")
     return found
 
 

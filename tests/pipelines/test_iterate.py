@@ -8,17 +8,17 @@ import pytest
 import tiny_run
 
 from jaxalign import cli, judges
-from jaxalign.pipelines import iteration
-from jaxalign.pipelines.verdicts import judged
+from jaxalign.pipelines import verdicts
+from jaxalign.pipelines.study import Study
 from jaxalign.training import run_directory
 from jaxalign.training.train import train
 
-
-def judged_rows(groups, function, schema):
-    return iteration.judged_rows(groups, judges.from_function(function), schema)
+GROUPS = [("p", ["aa", "b", "cccc"]), ("q", ["x", "y"]), ("r", [])]
 
 
-GROUPS = [("p", ["aa", "b", "cccc"]), ("q", ["x", "y"]), ("r", [" "])]
+def judged_rows(judge, schema):
+    asked = judges.resolve(f"{__file__}:{judge}")
+    return verdicts.training_rows(verdicts.verdicts(GROUPS, asked), schema)
 
 
 def length(prompt, response):
@@ -30,39 +30,34 @@ def longer(prompt, a, b):
 
 
 @pytest.mark.parametrize(
-    ("judge", "margin"), [(length, 3.0), (longer, 1.0)], ids=["score", "preference"]
+    ("judge", "margin"), [("length", 3.0), ("longer", 1.0)], ids=["score", "preference"]
 )
 def test_pairs_are_the_best_against_the_worst(judge, margin):
-    rows, _, tied = judged_rows(GROUPS, judge, "preference")
+    rows, _, tied = judged_rows(judge, "preference")
     pair = {"prompt": "p", "chosen": "cccc", "rejected": "b", "margin": margin}
     assert rows == [pair] and tied == 2
 
 
 def test_trajectories_keep_every_response_and_its_score():
-    rows, mean, tied = judged_rows(GROUPS, length, "trajectory")
+    rows, mean, tied = judged_rows("length", "trajectory")
     assert [r["reward"] for r in rows] == [2, 1, 4, 1, 1]
     assert mean == pytest.approx(9 / 5) and tied == 1
 
 
 def test_the_best_response_is_what_supervised_training_gets():
-    rows, _, _ = judged_rows(GROUPS, length, "supervised")
+    rows, _, _ = judged_rows("length", "supervised")
     assert rows == [{"prompt": "p", "completion": "cccc"}]
 
 
-def test_what_has_no_verdict_makes_no_row():
-    def unsure(prompt, response):
-        return None if response in ("cccc", "x") else len(response)
-
-    rows, mean, tied = judged_rows(GROUPS, unsure, "trajectory")
-    assert [r["completion"] for r in rows] == ["aa", "b", "y"]
-    assert mean == pytest.approx(4 / 3) and tied == 1
-    rows, _, tied = judged_rows(GROUPS, unsure, "preference")
-    assert [(r["chosen"], r["rejected"]) for r in rows] == [("aa", "b")] and tied == 2
+def test_a_response_without_a_verdict_is_left_out():
+    found = [{"prompt": "p", "responses": ["a", "b", "c"], "scores": [1.0, None, 0.0]}]
+    rows, mean, tied = verdicts.training_rows(found, "trajectory")
+    assert [r["completion"] for r in rows] == ["a", "c"] and (mean, tied) == (0.5, 0)
 
 
 def test_rationales_cannot_be_made_of_scores():
     with pytest.raises(ValueError, match="schema 'rationale'"):
-        judged_rows(GROUPS, length, "rationale")
+        judged_rows("length", "rationale")
 
 
 def test_a_file_that_describes_no_run_is_told_in_one_line(tmp_path, capsys):
@@ -169,6 +164,7 @@ def test_rounds_chain_and_hold_on_to_the_reference_asked_for(folder, reference, 
     assert cli.main([*argv, "--num_samples=8", "--temperature=0.2"]) == 2
     error = capsys.readouterr().err
     assert "num_samples=4, temperature=1.0 (now num_samples=8, temp" in error
+    assert "--redo=round1/samples.jsonl" in error
     assert files == {p: p.read_bytes() for p in home.rglob("*") if p.is_file()}
     # Another objective makes other rows of the same verdicts.
     assert cli.main([*argv, "--gin_file=runs/dro_v.gin"]) == 2
@@ -177,39 +173,45 @@ def test_rounds_chain_and_hold_on_to_the_reference_asked_for(folder, reference, 
     assert files == {p: p.read_bytes() for p in home.rglob("*") if p.is_file()}
 
 
-def test_a_verdict_is_kept_as_soon_as_it_is_there(tmp_path):
-    samples, verdicts = tmp_path / "samples.jsonl", tmp_path / "verdicts.jsonl"
-    groups = [(f"say {i}", [f"{i}", f"{i} {i}", " "]) for i in range(6)]
+def test_a_verdict_is_asked_for_once(tmp_path):
+    samples = tmp_path / "samples.jsonl"
     samples.write_text(
         "".join(
-            json.dumps({"prompt": p, "response": r, "sample": n}) + "\n"
-            for p, texts in groups
-            for n, r in enumerate(texts)
+            json.dumps({"prompt": f"say {i}", "response": text, "sample": n}) + "\n"
+            for i in range(6)
+            for n, text in enumerate((f"{i}", f"{i} {i}", f"{i}", " "))
         )
     )
-    calls = []
+    (tmp_path / "noisy.py").write_text(
+        "calls = []\n\n\n"
+        "def noisy(prompt, response):\n"
+        "    calls.append(prompt)\n"
+        "    if len(calls) == 8:\n"
+        "        raise KeyboardInterrupt\n"
+        "    return float(len(calls))\n"
+    )
+    noisy = judges.resolve(f"{tmp_path / 'noisy.py'}:noisy")
 
-    def noisy(prompt, response):
-        calls.append(prompt)
-        if len(calls) == 8:
-            raise KeyboardInterrupt
-        return float(len(calls))
+    def judged(judge):
+        groups = verdicts.groups(samples)
+        with Study(tmp_path / "study", say=None) as study:
+            return study.lines(
+                "v.jsonl", verdicts.verdicts, groups, batch=1, judge=judge
+            )
 
-    noisy = judges.from_function(noisy)
-    noisy.fingerprint = "noisy"
     with pytest.raises(KeyboardInterrupt):
-        judged(samples, verdicts, noisy)
-    partial = tmp_path / "verdicts.jsonl.partial"
-    left = partial.read_bytes()
-    partial.write_bytes(left + b'{"prompt": "sa')  # torn by a kill
-    found = judged(samples, verdicts, noisy)
-    assert calls == [f"say {i}" for i in (0, 0, 1, 1, 2, 2, 3, 3, 3, 3, 4, 4, 5, 5)]
-    assert [v["responses"] for v in found] == [texts[:2] for _, texts in groups]
-    assert verdicts.read_bytes().startswith(left)
-    assert judged(samples, verdicts, noisy) == found
-    with pytest.raises(ValueError, match="judge='noisy' .now judge='other'"):
-        noisy.fingerprint = "other"
-        judged(samples, verdicts, noisy)
+        judged(noisy)
+    partial = tmp_path / "study" / "v.jsonl.partial"
+    left = partial.read_text()
+    partial.write_text(left + '{"prompt": "sa')  # torn by a kill
+    found = judged(noisy).read_text()
+    assert left.count("\n") == 3 and found.startswith(left)
+    rows = [json.loads(line) for line in found.splitlines()]
+    assert [r["responses"] for r in rows] == [[f"{i}", f"{i} {i}"] for i in range(6)]
+    assert [r["scores"][0] for r in rows] == [1.0, 3.0, 5.0, 9.0, 11.0, 13.0]
+    assert judged(noisy).read_text() == found
+    with pytest.raises(ValueError, match="judge=.*noisy of"):
+        judged(judges.resolve(f"{__file__}:length"))
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 
 from jaxalign import configs, locks, objectives
-from jaxalign.pipelines import comparison, stages
+from jaxalign.pipelines import compare as comparison
+from jaxalign.pipelines import quickstart
 from jaxalign.report import comparison as page
 from jaxalign.training import run_directory
+from jaxalign.training import train as loop
 
 
 def test_every_objective_but_the_start_is_compared():
@@ -22,20 +24,19 @@ def test_every_objective_but_the_start_is_compared():
 
 @pytest.mark.parametrize("name", comparison.SETTINGS)
 def test_a_stage_is_a_gin_file_of_its_objective_with_equally_many_responses(name):
-    stage = comparison.stage_of(name, steps=10)
+    schema, settings = comparison.settings_of(name, steps=10)
     kind = objectives.OBJECTIVES[comparison.SETTINGS[name][0]]
-    bindings = [f"{k} = {v}" for k, v in stage.settings.items()]
+    bindings = [f"{k} = {v!r}" for k, v in (quickstart.COMMON | settings).items()]
     configs.parse([f"runs/{name}.gin"], bindings)
     assert re.search(rf"OBJECTIVE = @.*\b{kind.__name__}\b", configs.config_str())
-    per_prompt = 1 if kind.schema == "trajectory" else 2
-    settings = stage.settings
-    responses = int(settings["BATCH_SIZE"]) * int(settings["PACKING"]) * per_prompt
+    per_prompt = 1 if schema == "trajectory" else 2
+    responses = settings["BATCH_SIZE"] * settings["PACKING"] * per_prompt
     assert responses == comparison.RESPONSES_PER_STEP
 
 
 def test_an_unknown_objective_is_refused_with_the_nearest():
     with pytest.raises(ValueError, match="dro_v"):
-        comparison.stage_of("drov", steps=10)
+        comparison.settings_of("drov", steps=10)
 
 
 def test_the_page_shows_every_objective(tmp_path):
@@ -62,22 +63,19 @@ def compare(tmp_path, monkeypatch):
     def train(run, config):
         name = Path(run.run_dir).name
         done.append(f"{name} for {run.train_steps} steps")
-        run_directory.update_manifest(run.run_dir, status="finished")
+        run_directory.update_manifest(run.run_dir, params_fingerprint=name)
 
-    def dataset(path, *arguments):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(repr(arguments))
+    def dataset(path, **asked):
+        path.write_text(repr(asked))
 
     def sample(policy, prompts, **_):
         done.append(f"answers to {len(prompts)} prompts")
         return [SimpleNamespace(texts=["yes"], tokens=[[1]]) for _ in prompts]
 
-    monkeypatch.setattr(stages.loop, "train", train)
-    monkeypatch.setattr(comparison.world, "write_dataset", dataset)
+    monkeypatch.setattr(loop, "train", train)
+    monkeypatch.setattr(quickstart.world, "write_dataset", dataset)
     monkeypatch.setattr(comparison.generation, "sample", sample)
     monkeypatch.setattr(comparison.checkpoints, "load_policy", lambda path: None)
-    meta = {"policy_fingerprint": "abc"}
-    monkeypatch.setattr(comparison.checkpoints, "read_meta", lambda path: meta)
     zeros = np.zeros(100)
     monkeypatch.setattr(
         comparison.inference, "score_pairs", lambda _, p, **__: (zeros[: len(p)], None)
@@ -86,11 +84,11 @@ def compare(tmp_path, monkeypatch):
 
     def run(**settings):
         done.clear()
-        common = {"names": ["dpo"], "seeds": 1, "steps": 11, "num_prompts": 10}
-        comparison.run(tmp_path, **(common | settings))
+        common = {"objectives": ["dpo"], "seeds": 1, "steps": 11, "num_prompts": 10}
+        comparison.run(run_dir=tmp_path, **(common | settings))
         return list(done)
 
-    run.folder, run.done, run.meta = tmp_path, done, meta
+    run.folder, run.done = tmp_path, done
     return run
 
 
@@ -98,24 +96,27 @@ def test_what_is_there_serves_the_same_settings_only(compare):
     made = ["sft for 400 steps", "answers to 10 prompts"]
     made += ["dpo for 11 steps", "answers to 10 prompts"]
     assert compare() == made
-    # Again: `train` finds its runs finished, and nothing is sampled.
-    assert compare() == [made[0], made[2]]
+    assert compare() == []  # again
     files = {p: p.read_bytes() for p in compare.folder.rglob("*") if p.is_file()}
-    other = r"seed0/dpo was begun with other settings: TRAIN_STEPS='11' .now .*'40'"
+    other = r"'settings.json' .* other inputs: steps=11 .now steps=40"
     with pytest.raises(ValueError, match=other):
         compare(steps=40)
-    other = r"sft.jsonl was made .*num_prompts=10.*now num_prompts=20"
+    other = r"prompts.jsonl' .* num_prompts=10 .now num_prompts=20"
     with pytest.raises(ValueError, match=other):
         compare(num_prompts=20)
-    with pytest.raises(ValueError, match="TRAIN_STEPS='11'"):
-        compare(names=["ipo", "dpo"], steps=40)
+    with pytest.raises(ValueError, match="steps=11"):
+        compare(objectives=["ipo", "dpo"], steps=40)
     assert compare.done == []  # refused before anything is trained, ipo too
     assert files == {p: p.read_bytes() for p in files}
     # Another split or objective is not another setting of what is there.
-    assert compare(split="validation", names=["ipo"])[-2] == "ipo for 11 steps"
-    compare.meta["policy_fingerprint"] = "abd"  # somebody else's checkpoint
-    with pytest.raises(ValueError, match="'abc'.*now.*'abd'"):
-        compare()
+    assert compare(split="validation", objectives=["ipo"])[1] == "ipo for 11 steps"
+    # Asked for again with other settings: what follows is made again with it.
+    assert compare(steps=40, redo=["settings.json"])[0] == "dpo for 40 steps"
+    manifest = run_directory.read_manifest(compare.folder / "seed0" / "sft")
+    sft = {**manifest, "params_fingerprint": "another's"}
+    run_directory.update_manifest(compare.folder / "seed0" / "sft", **sft)
+    with pytest.raises(ValueError, match="no longer what the stage 'seed0/sft' made"):
+        compare(steps=40)
 
 
 def test_two_comparisons_do_not_share_a_folder(compare):

@@ -14,6 +14,8 @@ prefix          shape            arrays
 ``pair_*``      ``[B, Q]``       ``mask``, ``chosen``, ``rejected``, ``margin``
 ==============  ===============  =====================================================
 
+`COLUMNS` is the whole list, and `add_column` adds to it.
+
 An encoder row holds prompts as segments ``1..P``; beside it stand ``K`` decoder rows
 holding responses as segments ``1..R``, numbered over all ``K`` rows. Segment 0 is
 padding. ``response_prompt[b, r]`` is the index ``p`` of the prompt that response ``r``
@@ -26,7 +28,9 @@ position arrays.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+import difflib
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import chex
@@ -43,40 +47,132 @@ RATIONALE = 1  # a text that explains a preference; never a member of a pair
 # Values of ``response_label``; -1 stands for "no label".
 UNDESIRABLE, DESIRABLE, NO_LABEL = 0, 1, -1
 
-# name -> (axes, dtype). Every array of a batch is listed here and nowhere else.
-FIELDS: dict[str, tuple[str, type]] = {
-    "encoder_input_tokens": ("BE", np.int32),
-    "encoder_segment_ids": ("BE", np.int32),
-    "decoder_input_tokens": ("BKD", np.int32),
-    "decoder_target_tokens": ("BKD", np.int32),
-    "decoder_loss_weights": ("BKD", np.float32),
-    "decoder_segment_ids": ("BKD", np.int32),
-    "prompt_mask": ("BP", np.float32),
-    "prompt_id": ("BP", np.int32),
-    "response_mask": ("BR", np.float32),
-    "response_prompt": ("BR", np.int32),
-    "response_kl_prompt": ("BR", np.int32),  # the mismatched prompt; -1: none
-    "response_kind": ("BR", np.int32),
-    "response_reward": ("BR", np.float32),
-    "response_label": ("BR", np.int32),
-    "response_ref_logps": ("BR", np.float32),
-    "response_ref_kl_logps": ("BR", np.float32),
-    "pair_mask": ("BQ", np.float32),
-    "pair_chosen": ("BQ", np.int32),
-    "pair_rejected": ("BQ", np.int32),
-    "pair_margin": ("BQ", np.float32),
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """One array of a batch.
+
+    Attributes:
+      axes: ``B`` and what one value belongs to: a prompt (``BP``), a response
+        (``BR``), a pair (``BQ``), a prompt's token (``BE``), a response's token
+        (``BKD``). A trailing ``M``: each value is a vector.
+      dtype: float32 or int32.
+      empty: what an empty place holds.
+      source: ``"batch"``, in every batch; ``"rows"``, read off the rows of the data
+        where an objective asks for it, under its own name; ``"pass"``, computed from
+        the rows and joined by the feed.
+      optional: whether a row may lack it; ``empty`` stands for it then.
+      size: of a vector of the data's rows.
+    """
+
+    axes: str
+    dtype: type = np.float32
+    empty: float = 0
+    source: str = "rows"
+    optional: bool = False
+    size: int = 0
+
+    @property
+    def owner(self) -> str:
+        """What one value belongs to: ``P``, ``R``, ``Q``, ``E`` or ``D``."""
+        return self.axes.removesuffix("M")[-1]
+
+    @property
+    def vector(self) -> bool:
+        return self.axes.endswith("M")
+
+
+# Every array a batch may hold is listed here and nowhere else.
+COLUMNS: dict[str, Column] = {
+    "encoder_input_tokens": Column("BE", np.int32, source="batch"),
+    "encoder_segment_ids": Column("BE", np.int32, source="batch"),
+    "decoder_input_tokens": Column("BKD", np.int32, source="batch"),
+    "decoder_target_tokens": Column("BKD", np.int32, source="batch"),
+    "decoder_loss_weights": Column("BKD", source="batch"),
+    "decoder_segment_ids": Column("BKD", np.int32, source="batch"),
+    "prompt_mask": Column("BP", source="batch"),
+    "prompt_id": Column("BP", np.int32, -1, "batch"),
+    "response_mask": Column("BR", source="batch"),
+    "response_prompt": Column("BR", np.int32, source="batch"),
+    # The mismatched prompt; -1: none.
+    "response_kl_prompt": Column("BR", np.int32, -1, "batch"),
+    "response_kind": Column("BR", np.int32, source="batch"),
+    "response_reward": Column("BR", source="batch"),
+    "response_label": Column("BR", np.int32, NO_LABEL, "batch"),
+    "pair_mask": Column("BQ", source="batch"),
+    "pair_chosen": Column("BQ", np.int32, source="batch"),
+    "pair_rejected": Column("BQ", np.int32, source="batch"),
+    "pair_margin": Column("BQ", source="batch"),
+    "response_ref_logps": Column("BR", source="pass"),
+    "response_ref_kl_logps": Column("BR", source="pass"),
+}
+_OWNERS = {
+    "prompt": ("BP", "BPM"),
+    "response": ("BR", "BRM"),
+    "pair": ("BQ", "BQM"),
+    "encoder": ("BE", "BEM"),
+    "decoder": ("BKD", "BKDM"),
 }
 
-# Columns that a reference pass adds; the feed never makes them itself.
-REFERENCE_FIELDS = ("response_ref_logps", "response_ref_kl_logps")
+
+def add_column(name: str, axes: str, dtype: type = np.float32, **settings: Any) -> None:
+    """Adds an array that objectives may ask for by its name.
+
+    Args:
+      name: ``prompt_*``, ``response_*``, ``pair_*``, ``encoder_*`` or ``decoder_*``; a
+        field of the data's rows is called the same, or mapped to it by ``FIELD_MAP``.
+      axes, dtype, **settings: of `Column`.
+
+    Raises:
+      ValueError: when name and axes do not go together, or the name is taken by
+        another column.
+
+    >>> add_column("pair_weight", "BQ", optional=True, empty=1.0)
+    >>> COLUMNS["pair_weight"].owner
+    'Q'
+    """
+    column = Column(axes, dtype, **settings)
+    allowed = _OWNERS.get(name.split("_")[0], ())
+    if axes not in allowed:
+        raise ValueError(
+            f"The column {name!r} has the axes {axes!r}; names and axes go together: "
+            + ", ".join(f"{prefix}_* {' or '.join(v)}" for prefix, v in _OWNERS.items())
+        )
+    if COLUMNS.setdefault(name, column) != column:
+        raise ValueError(f"There is another column {name!r}: {COLUMNS[name]}.")
+
+
+def extra(columns: Iterable[str], source: str) -> tuple[str, ...]:
+    """Those of an objective's ``columns`` that come from a `Column.source`.
+
+    Raises:
+      ValueError: for a column that there is not, with the nearest there is.
+    """
+    for name in columns:
+        if name not in COLUMNS:
+            near = difflib.get_close_matches(name, COLUMNS, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else "."
+            raise ValueError(
+                f"No batch has a column {name!r}{hint} `jaxalign.batch.add_column` "
+                "adds one."
+            )
+    return tuple(name for name in columns if COLUMNS[name].source == source)
+
+
+def example() -> dict[str, np.ndarray]:
+    """The smallest batch, all ones; shapes of parameters do not depend on it."""
+    return {
+        name: np.ones((1,) * len(column.axes), column.dtype)
+        for name, column in COLUMNS.items()
+    }
 
 
 def sizes(batch: Batch) -> dict[str, int]:
     """The axis sizes ``{"B", "E", "K", "D", "P", "R", "Q"}`` of a batch."""
     found: dict[str, int] = {}
     for name, value in batch.items():
-        if name in FIELDS:
-            found.update(zip(FIELDS[name][0], value.shape, strict=True))
+        if name in COLUMNS and not COLUMNS[name].vector:
+            found.update(zip(COLUMNS[name].axes, value.shape, strict=True))
     return found
 
 
@@ -98,9 +194,9 @@ def check(batch: Batch, required: tuple[str, ...] = ()) -> None:
         )
     axes: dict[str, tuple[int, str]] = {}
     for name, value in batch.items():
-        if name not in FIELDS:
-            raise ValueError(f"Unknown batch array {name!r}; known: {sorted(FIELDS)}.")
-        letters, dtype = FIELDS[name]
+        if name not in COLUMNS:
+            raise ValueError(f"Unknown batch array {name!r}; known: {sorted(COLUMNS)}.")
+        letters, dtype = COLUMNS[name].axes, COLUMNS[name].dtype
         if value.ndim != len(letters):
             raise ValueError(
                 f"{name} must have axes {'x'.join(letters)}, got shape {value.shape}."
@@ -110,6 +206,8 @@ def check(batch: Batch, required: tuple[str, ...] = ()) -> None:
                 f"{name} must be {np.dtype(dtype).name}, got {value.dtype}."
             )
         for letter, size in zip(letters, value.shape, strict=True):
+            if letter == "M":  # each column's own
+                continue
             known, source = axes.setdefault(letter, (size, name))
             if known != size:
                 raise ValueError(

@@ -7,6 +7,7 @@ right *inside each segment*, starting with 0 (T5X), so that packing changes no n
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -15,37 +16,34 @@ from jaxalign.data.cuts import cut_prompt, differing_pairs
 from jaxalign.data.plan import Placement, RowShape
 from jaxalign.data.rows import Row
 
-# What an empty place holds where 0 would mean something.
-_EMPTY = {
-    "prompt_id": -1,
-    "response_kl_prompt": -1,
-    "response_label": batch_lib.NO_LABEL,
-}
-
-
 def empty_batch(
-    shape: RowShape, batch_size: int, columns: Sequence[str] = ()
+    shape: RowShape, batch_size: int, columns: Mapping[str, int] | Sequence[str] = ()
 ) -> dict[str, np.ndarray]:
     """A batch of empty rows: every mask 0, every token padding.
 
     Args:
       shape: of a row.
       batch_size: ``B``.
-      columns: names of ``batch.REFERENCE_FIELDS`` to include.
+      columns: what a batch holds only where it is asked for, with the sizes of their
+        vectors (0: none), or names alone.
     """
     axes = shape.axes() | {"B": batch_size}
-    return {
-        name: np.full([axes[a] for a in letters], _EMPTY.get(name, 0), dtype)
-        for name, (letters, dtype) in batch_lib.FIELDS.items()
-        if name not in batch_lib.REFERENCE_FIELDS or name in columns
-    }
+    sizes = dict(columns) if isinstance(columns, Mapping) else dict.fromkeys(columns, 0)
+    found = {}
+    for name, column in batch_lib.COLUMNS.items():
+        if column.source == "batch" or name in sizes:
+            letters = column.axes.removesuffix("M")
+            size = [axes[letter] for letter in letters]
+            size += [sizes[name]] if column.vector else []
+            found[name] = np.full(size, column.empty, column.dtype)
+    return found
 
 
 def to_arrays(
     rows: Sequence[Row],
     placement: Placement,
     shape: RowShape,
-    columns: Mapping[str, np.ndarray] | None = None,
+    columns: Mapping[str, Sequence[Any]] | None = None,
     *,
     reward_stats: tuple[float, float] | None = None,
     prompt_ids: Sequence[int] | None = None,
@@ -59,20 +57,22 @@ def to_arrays(
         keeps its last token (EOS); a cut response loses its EOS, as it does not end
         there.
       shape: of the arrays.
-      columns: reference log-probs by name, one per response in the rows' order.
+      columns: further columns by name: for each prompt, response or pair one value,
+        for a column of tokens one list, in the rows' order.
       reward_stats: mean and standard deviation that standardise rewards.
       prompt_ids: identities for ``prompt_id``; None: ``placement.row_ids``.
       out: empty arrays to write into (one row of :func:`empty_batch`).
 
     Returns:
-      The arrays of ``batch.FIELDS`` without their leading axis.
+      The arrays of ``batch.COLUMNS`` without their leading axis.
 
     Raises:
       ValueError: when rows, placement, columns and shape do not belong together.
     """
     columns = columns or {}
     if out is None:
-        out = {k: v[0] for k, v in empty_batch(shape, 1, tuple(columns)).items()}
+        sizes = {k: np.shape(v)[-1] if np.ndim(v) else 0 for k, v in columns.items()}
+        out = {k: v[0] for k, v in empty_batch(shape, 1, sizes).items()}
     responses = sum(len(row.responses) for row in rows)
     prompts = sum(len(row.prompts) for row in rows)
     pairs = sum(len(row.pairs) for row in rows)
@@ -127,8 +127,10 @@ def to_arrays(
     if reward_stats is not None:
         rewards = (rewards - reward_stats[0]) / reward_stats[1]
     of_response["response_reward"] = np.where(np.isnan(rewards), 0.0, rewards)
-    for name, values in (*of_response.items(), *columns.items()):
+    for name, values in of_response.items():
         out[name][:responses] = values
+    for name, values in columns.items():
+        _scatter(name, values, out)
     out["response_mask"][:responses] = 1
     if pair_list:
         chosen, rejected, margin, differs = zip(*pair_list, strict=True)
@@ -137,6 +139,24 @@ def to_arrays(
         out["pair_margin"][:pairs] = margin
         out["pair_mask"][:pairs] = differs
     return dict(out)
+
+
+def _scatter(name: str, values: Sequence[Any], out: Mapping[str, np.ndarray]) -> None:
+    """Writes one bin's values of a column where its axes say; tokens by segment."""
+    owner = batch_lib.COLUMNS[name].owner
+    if owner not in "ED":
+        out[name][: len(values)] = values
+        return
+    side = "encoder" if owner == "E" else "decoder"
+    segments = out[f"{side}_segment_ids"]
+    for number, value in enumerate(values, 1):
+        place = segments == number
+        # As the tokens are cut: a prompt keeps its last, a response loses it.
+        kept = int(place.sum())
+        value = np.asarray(value)
+        if owner == "E" and kept < len(value):
+            value = np.concatenate([value[: kept - 1], value[-1:]])
+        out[name][place] = value[:kept]
 
 
 def _prompts(

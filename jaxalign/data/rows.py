@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sized
 from typing import Any
 
 import msgpack
@@ -26,13 +26,15 @@ class Row:
     Attributes:
       key: unique in the cache, for people and for joins, e.g. ``"train.jsonl:17"``.
       prompts: int32 token ids, EOS included; ``prompts[0]`` is the task's prompt.
-      responses: int32 token ids, EOS included, never empty.
+      responses: int32 token ids, EOS included, never empty. There may be none.
       response_prompt: for each response, the index of its prompt.
       response_kind: ``batch.ANSWER`` or ``batch.RATIONALE``.
       response_reward: scalar rewards; nan where there is none.
       response_label: ``batch.DESIRABLE``, ``UNDESIRABLE`` or ``NO_LABEL``.
       pairs: ``(chosen response, rejected response, margin)``.
       metadata: small JSON values passed through, e.g. the raw prompt.
+      columns: what else is known, by the name of a ``batch.COLUMNS``: one value for
+        each prompt, response or pair of the row, or for each token of each.
     """
 
     key: str
@@ -44,28 +46,30 @@ class Row:
     response_label: list[int]
     pairs: list[tuple[int, int, float]] = dataclasses.field(default_factory=list)
     metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
+    columns: dict[str, list[Any]] = dataclasses.field(default_factory=dict)
 
     def to_bytes(self) -> bytes:
         """The msgpack record of this row."""
-        return msgpack.packb(
-            (
-                self.key,
-                [np.asarray(ids, "<i4").tobytes() for ids in self.prompts],
-                [np.asarray(ids, "<i4").tobytes() for ids in self.responses],
-                [int(p) for p in self.response_prompt],
-                [int(k) for k in self.response_kind],
-                [float(r) for r in self.response_reward],
-                [int(v) for v in self.response_label],
-                [(int(c), int(r), float(m)) for c, r, m in self.pairs],
-                self.metadata,
-            )
+        record = (
+            self.key,
+            [np.asarray(ids, "<i4").tobytes() for ids in self.prompts],
+            [np.asarray(ids, "<i4").tobytes() for ids in self.responses],
+            [int(p) for p in self.response_prompt],
+            [int(k) for k in self.response_kind],
+            [float(r) for r in self.response_reward],
+            [int(v) for v in self.response_label],
+            [(int(c), int(r), float(m)) for c, r, m in self.pairs],
+            self.metadata,
         )
+        # Rows without columns keep the bytes they had before there were any.
+        return msgpack.packb((*record, self.columns) if self.columns else record)
 
     @classmethod
     def from_bytes(cls, record: bytes) -> Row:
         """The inverse of :meth:`to_bytes`; token arrays are read-only."""
-        key, prompts, responses, *numbers, pairs, metadata = msgpack.unpackb(
-            record, strict_map_key=False
+        key, prompts, responses, *numbers, pairs, metadata, columns = (
+            *(fields := msgpack.unpackb(record, strict_map_key=False)),
+            *({},)[: 10 - len(fields)],
         )
         return cls(
             key,
@@ -74,7 +78,19 @@ class Row:
             *numbers,
             [tuple(pair) for pair in pairs],
             metadata,
+            columns,
         )
+
+    def places(self, column: str) -> list[Sized]:
+        """What a column has one value for (or, of tokens, one list), in order."""
+        owner = batch_lib.COLUMNS[column].owner
+        return {
+            "P": self.prompts,
+            "E": self.prompts,
+            "R": self.responses,
+            "D": self.responses,
+            "Q": self.pairs,
+        }[owner]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -170,8 +186,8 @@ def check_row(row: Row, vocab_size: int) -> None:
     def fail(what: str) -> None:
         raise ValueError(f"Row {row.key!r}: {what}")
 
-    if not row.prompts or not row.responses:
-        fail("needs at least one prompt and one response.")
+    if not row.prompts:
+        fail("needs at least one prompt.")
     for name in ("prompts", "responses"):
         for i, ids in enumerate(getattr(row, name)):
             ids = np.asarray(ids)
@@ -209,3 +225,13 @@ def check_row(row: Row, vocab_size: int) -> None:
             )
         if not math.isfinite(margin):
             fail(f"the margin of pair ({chosen}, {rejected}) is {margin}.")
+    for name, values in row.columns.items():
+        if name not in batch_lib.COLUMNS:
+            fail(f"there is no column {name!r} (jaxalign.batch.add_column).")
+        places = row.places(name)
+        if len(values) != len(places):
+            fail(f"column {name} has {len(values)} values for {len(places)} places.")
+        if batch_lib.COLUMNS[name].owner in "ED":
+            for value, ids in zip(values, places, strict=True):
+                if len(value) != len(ids):
+                    fail(f"column {name} has {len(value)} values for {len(ids)} tokens.")

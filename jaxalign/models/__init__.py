@@ -2,11 +2,17 @@
 
 from jaxalign.models.config import T5Config
 from jaxalign.models.conversion import relayout, stack_layers, unstack_layers
-from jaxalign.models.heads import (
-    RewardModel,
-    TokenValueModel,
-    ValueHead,
-    ValueModel,
+from jaxalign.models.heads import ScalarModel
+from jaxalign.models.networks import (
+    EncoderDecoder,
+    describe,
+    graft,
+    init_params,
+    logical_axes,
+    register,
+    restored,
+    shapes,
+    stored,
 )
 from jaxalign.models.scoring import (
     encode,
@@ -15,17 +21,20 @@ from jaxalign.models.scoring import (
     target_logps,
     token_logps,
 )
-from jaxalign.models.t5 import T5, describe, init_params, logical_axes
+from jaxalign.models.t5 import T5
 from jaxalign.models.vocabulary import HeadOutputs, head_outputs, mean_logits
 
 __all__ = [
+    "EncoderDecoder",
+    "ScalarModel",
+    "graft",
+    "register",
+    "restored",
+    "shapes",
+    "stored",
     "HeadOutputs",
-    "RewardModel",
     "T5",
     "T5Config",
-    "TokenValueModel",
-    "ValueHead",
-    "ValueModel",
     "describe",
     "encode",
     "final_states",

@@ -16,10 +16,6 @@ DTYPES = ("float32", "bfloat16")
 ACTIVATIONS = ("gelu", "linear", "relu", "silu")
 REMAT_POLICIES = ("none", "minimal", "full")
 
-# How a network is computed, not which function it is: no part of its identity. A
-# checkpoint remembers them and can be used under others.
-EXECUTION = ("dtype", "scan_layers", "remat_policy", "logits_chunk", "attention")
-
 _SIZES = (
     "vocab_size",
     "emb_dim",
@@ -44,12 +40,11 @@ def _one_of(field: str, value: object, allowed: Sequence[str]) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class T5Config:
-    """Hyper-parameters of a T5 encoder-decoder; field names are T5X's.
+class T5Shape:
+    """Which function the parameters of a T5 compute; field names are T5X's.
 
-    The defaults of the architecture fields are those of T5 1.1: gated GELU, an
-    untied vocabulary head. T5 1.0 has ``mlp_activations=("relu",)`` and
-    ``logits_via_embedding=True``.
+    The defaults are those of T5 1.1: gated GELU, an untied vocabulary head. T5 1.0 has
+    ``mlp_activations=("relu",)`` and ``logits_via_embedding=True``.
 
     Attributes:
       vocab_size: rows of the embedding (``V``), padding rows included.
@@ -62,24 +57,9 @@ class T5Config:
       mlp_activations: one activation per input projection; two make a gated block.
       dropout_rate: in [0, 1); only used where ``deterministic=False``.
       logits_via_embedding: tie the vocabulary head to the embedding (T5 1.0).
-      dtype: of the activations, ``"float32"`` or ``"bfloat16"``. Parameters,
-        softmax, logits and losses are float32 always.
-      scan_layers: store the layers stacked on the second axis of each parameter and
-        run them with ``nn.scan``; compiles in constant time in the depth.
-      remat_policy: what the backward pass recomputes: ``"none"``, ``"minimal"``
-        (everything but the matrix products) or ``"full"`` (each layer).
-      logits_chunk: decoder positions whose logits exist at once while scoring; 0 for
-        all of them. A smaller number trades a second head product for memory.
-      attention: how scores of training and scoring are computed: ``"whole"``, all at
-        once; ``"chunked"``, 128 queries at a time, for rows of more than a few hundred
-        tokens; ``"pallas"``, by a kernel that only TPUs run. See
-        ``jaxalign.models.attention_paths``.
       relative_attention_num_buckets: of the position bias, at least 4.
       relative_attention_max_distance: beyond which positions share a bucket; more
         than half the buckets.
-
-    >>> T5Config(384, 64, 4, 16, 128, 2, 2, dtype="bfloat16").scan_layers
-    False
     """
 
     vocab_size: int
@@ -92,11 +72,6 @@ class T5Config:
     mlp_activations: tuple[str, ...] = ("gelu", "linear")
     dropout_rate: float = 0.0
     logits_via_embedding: bool = False
-    dtype: str = "float32"
-    scan_layers: bool = False
-    remat_policy: str = "none"
-    logits_chunk: int = 0
-    attention: str = "whole"
     relative_attention_num_buckets: int = 32
     relative_attention_max_distance: int = 128
 
@@ -128,11 +103,6 @@ class T5Config:
                 f"for farther ones: at least {buckets // 2 + 1}, got "
                 f"{self.relative_attention_max_distance}."
             )
-        if self.logits_chunk < 0:
-            raise ValueError(
-                "T5Config.logits_chunk must be 0 (no chunks) or a number of decoder "
-                f"positions, got {self.logits_chunk}."
-            )
         if not 0.0 <= self.dropout_rate < 1.0:
             raise ValueError(
                 f"T5Config.dropout_rate must be in [0, 1), got {self.dropout_rate!r}."
@@ -141,6 +111,41 @@ class T5Config:
             raise ValueError("T5Config.mlp_activations must name an activation.")
         for name in self.mlp_activations:
             _one_of("mlp_activations", name, ACTIVATIONS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Execution:
+    """How a network is computed, not which function it is: no part of its identity.
+
+    A checkpoint remembers it, and can be used under another.
+
+    Attributes:
+      dtype: of the activations, ``"float32"`` or ``"bfloat16"``. Parameters,
+        softmax, logits and losses are float32 always.
+      scan_layers: store the layers stacked on the second axis of each parameter and
+        run them with ``nn.scan``; compiles in constant time in the depth.
+      remat_policy: what the backward pass recomputes: ``"none"``, ``"minimal"``
+        (everything but the matrix products) or ``"full"`` (each layer).
+      logits_chunk: decoder positions whose logits exist at once while scoring; 0 for
+        all of them. A smaller number trades a second head product for memory.
+      attention: how scores of training and scoring are computed: ``"whole"``, all at
+        once; ``"chunked"``, 128 queries at a time, for rows of more than a few hundred
+        tokens; ``"pallas"``, by a kernel that only TPUs run. See
+        ``jaxalign.models.attention_paths``.
+    """
+
+    dtype: str = "float32"
+    scan_layers: bool = False
+    remat_policy: str = "none"
+    logits_chunk: int = 0
+    attention: str = "whole"
+
+    def __post_init__(self):
+        if self.logits_chunk < 0:
+            raise ValueError(
+                "T5Config.logits_chunk must be 0 (no chunks) or a number of decoder "
+                f"positions, got {self.logits_chunk}."
+            )
         if str(self.dtype) in ("float16", "fp16", "half"):
             raise ValueError(
                 "T5Config.dtype 'float16' is refused: T5's feed-forward activations "
@@ -151,20 +156,32 @@ class T5Config:
         _one_of("remat_policy", self.remat_policy, REMAT_POLICIES)
         _one_of("attention", self.attention, tuple(PATHS))
 
+
+@dataclasses.dataclass(frozen=True)
+class T5Config(Execution, T5Shape):
+    """A T5 network: its `T5Shape`, and its `Execution` on this machine.
+
+    >>> T5Config(384, 64, 4, 16, 128, 2, 2, dtype="bfloat16").scan_layers
+    False
+    """
+
+    def __post_init__(self):
+        T5Shape.__post_init__(self)
+        Execution.__post_init__(self)
+
     def architecture(self) -> dict[str, Any]:
-        """The fields that decide which function the parameters compute, as JSON.
+        """The fields of the shape, as JSON.
 
         >>> config = T5Config(384, 16, 2, 8, 32, 1, 1, attention="chunked")
-        >>> sorted(set(EXECUTION) & set(config.architecture()))
-        []
+        >>> "attention" in config.architecture(), config.execution()["attention"]
+        (False, 'chunked')
         """
-        fields = dataclasses.asdict(self)
-        fields["mlp_activations"] = list(self.mlp_activations)
-        return {name: v for name, v in fields.items() if name not in EXECUTION}
+        found = {f.name: getattr(self, f.name) for f in dataclasses.fields(T5Shape)}
+        return {**found, "mlp_activations": list(self.mlp_activations)}
 
     def execution(self) -> dict[str, Any]:
-        """The other fields (`EXECUTION`): how that function is computed."""
-        return {name: getattr(self, name) for name in EXECUTION}
+        """The fields of the execution, as JSON."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(Execution)}
 
     @classmethod
     def stored(

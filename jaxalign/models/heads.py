@@ -1,4 +1,4 @@
-"""Models with a scalar head: values of prompts, rewards of responses."""
+"""A network with a scalar head: values of prompts, values and rewards of responses."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ import jax.numpy as jnp
 from jaxalign.batch import Batch, prompt_of_tokens, sum_by_response
 from jaxalign.models.config import T5Config
 from jaxalign.models.layers import Embed
+from jaxalign.models.networks import register
 from jaxalign.models.stacks import Decoder, Encoder
+
+READS = ("prompt_mean", "response_mean", "response_last")
 
 
 class ScalarHead(nn.Module):
@@ -35,140 +38,99 @@ class ScalarHead(nn.Module):
         return (states.astype(jnp.float32) @ kernel + bias)[..., 0]
 
 
-class ValueModel(nn.Module):
-    """``V(x)``, one scalar per prompt: encoder, mean over the prompt's tokens, linear.
+@register
+class ScalarModel(nn.Module):
+    """One number per prompt or response: a T5 without its vocabulary head.
 
-    It owns its encoder; in DRO-V sharing one with the policy costs most of the gain
-    (Richemond et al. 2024, ablation). The encoder's parameters have the names they
-    have in ``T5``, so ``{**value_params, "token_embedder": p["token_embedder"],
-    "encoder": p["encoder"]}`` starts it from a policy's parameters ``p``.
+    The trunk's parameters have the names they have in `T5`, so that one starts from a
+    policy by `models.graft`.
 
     Attributes:
-      config: the network's; the decoder fields are not used.
+      config: the network's.
+      read: where the number is read. ``"prompt_mean"``, ``V(x)``: the mean of a
+        prompt's encoder states; there is no decoder. ``"response_mean"``: the mean over
+        a response's decoder positions of the head on each. ``"response_last"``,
+        ``r(x, y)``: a response's last decoder position; inputs are shifted right, so it
+        has seen all of the response but its last token, EOS unless it was cut.
+      trunk: False leaves the head alone, for another network's states.
     """
 
     config: T5Config
+    read: str = "response_last"
+    trunk: bool = True
 
     def setup(self):
-        self.token_embedder = Embed(self.config)
-        self.encoder = Encoder(self.config)
+        if self.read not in READS:
+            raise ValueError(
+                f"ScalarModel.read must be one of {READS}, got {self.read!r}."
+            )
+        if self.trunk:
+            self.token_embedder = Embed(self.config)
+            self.encoder = Encoder(self.config)
+            if self.read != "prompt_mean":
+                self.decoder = Decoder(self.config)
         self.value_head = ScalarHead()
 
-    def __call__(self, batch: Batch, *, deterministic: bool = True) -> jax.Array:
-        """Float32 values ``[B, P]``; 0 where a row has no such prompt."""
-        embedded = self.token_embedder(batch["encoder_input_tokens"])
-        states = self.encoder(embedded, batch["encoder_segment_ids"], deterministic)
-        return _of_prompts(self.value_head, batch, states)
+    def __call__(
+        self,
+        batch: Batch,
+        states: jax.Array | None = None,
+        *,
+        deterministic: bool = True,
+    ) -> jax.Array:
+        """The numbers of a batch.
+
+        Args:
+          batch: a response batch.
+          states: what a head alone reads, encoder ``[B, Le, E]`` or decoder states
+            ``[B, K, Ld, E]``; zeros by default, which is enough to make parameters.
+          deterministic: no dropout.
+
+        Returns:
+          Float32 ``[B, P]`` or ``[B, R]``; 0 where there is no such prompt or response.
+        """
+        if self.trunk:
+            states = self._states(batch, deterministic)
+        if self.read == "prompt_mean":
+            segments = batch["encoder_segment_ids"]
+            if states is None:
+                states = jnp.zeros((*segments.shape, self.config.emb_dim))
+            return _of_prompts(self.value_head, batch, states)
+        segments, size = batch["decoder_segment_ids"], batch["response_mask"].shape[1]
+        if states is None:
+            states = jnp.zeros((*segments.shape, self.config.emb_dim))
+        values = self.value_head(states)
+        if self.read == "response_last":
+            following = jnp.pad(segments[..., 1:], ((0, 0), (0, 0), (0, 1)))
+            values = jnp.where(segments != following, values, 0.0)
+            return sum_by_response(values, segments, size)
+        count = sum_by_response(jnp.ones(segments.shape), segments, size)
+        return sum_by_response(values, segments, size) / jnp.maximum(count, 1.0)
+
+    def _states(self, batch: Batch, deterministic: bool) -> jax.Array:
+        encoded = self.encoder(
+            self.token_embedder(batch["encoder_input_tokens"]),
+            batch["encoder_segment_ids"],
+            deterministic,
+        )
+        if self.read == "prompt_mean":
+            return encoded
+        segments = batch["decoder_segment_ids"]
+        return self.decoder(
+            self.token_embedder(batch["decoder_input_tokens"]),
+            encoded,
+            segments,
+            prompt_of_tokens(segments, batch["response_prompt"]),
+            batch["encoder_segment_ids"],
+            deterministic,
+        )
 
 
 def _of_prompts(head: ScalarHead, batch: Batch, states: jax.Array) -> jax.Array:
     """``[B, P]``: the head on the mean of each prompt's encoder states."""
-    segments = batch["encoder_segment_ids"]
     prompts = jnp.arange(1, batch["prompt_mask"].shape[1] + 1)
-    member = (segments[..., None] == prompts).astype(jnp.float32)
+    member = (batch["encoder_segment_ids"][..., None] == prompts).astype(jnp.float32)
     count = jnp.sum(member, axis=1)
     total = jnp.einsum("ble,blp->bpe", states.astype(jnp.float32), member)
     values = head(total / jnp.maximum(count, 1.0)[..., None])
     return jnp.where(count > 0, values, 0.0)
-
-
-def _of_responses(head: ScalarHead, batch: Batch, states: jax.Array) -> jax.Array:
-    """``[B, R]``: the mean over a response's positions of the head on them."""
-    segments, size = batch["decoder_segment_ids"], batch["response_mask"].shape[1]
-    total = sum_by_response(head(states), segments, size)
-    count = sum_by_response(jnp.ones(segments.shape), segments, size)
-    return total / jnp.maximum(count, 1.0)
-
-
-class ValueHead(nn.Module):
-    """A scalar head alone, for values read off another network's states.
-
-    Attributes:
-      config: that network's.
-    """
-
-    config: T5Config
-
-    def setup(self):
-        self.value_head = ScalarHead()
-
-    def __call__(self, batch: Batch, states: jax.Array | None = None) -> jax.Array:
-        """Float32 values ``[B, P]`` from encoder states ``[B, Le, E]``.
-
-        Without states, zeros stand in, which is enough to make the parameters.
-        """
-        if states is None:
-            shape = batch["encoder_segment_ids"].shape
-            states = jnp.zeros((*shape, self.config.emb_dim))
-        return _of_prompts(self.value_head, batch, states)
-
-    def of_responses(self, batch: Batch, states: jax.Array) -> jax.Array:
-        """Float32 values ``[B, R]`` from decoder states ``[B, K, Ld, E]``."""
-        return _of_responses(self.value_head, batch, states)
-
-
-class TokenValueModel(nn.Module):
-    """A value of each decoder position, averaged over a response.
-
-    Attributes:
-      config: the network's; it has no vocabulary head.
-    """
-
-    config: T5Config
-
-    def setup(self):
-        self.token_embedder = Embed(self.config)
-        self.encoder = Encoder(self.config)
-        self.decoder = Decoder(self.config)
-        self.value_head = ScalarHead()
-
-    def __call__(self, batch: Batch, *, deterministic: bool = True) -> jax.Array:
-        """Float32 values ``[B, R]``; 0 where a row has no such response."""
-        return _of_responses(
-            self.value_head, batch, _decoded(self, batch, deterministic)
-        )
-
-
-def _decoded(module: nn.Module, batch: Batch, deterministic: bool) -> jax.Array:
-    """``[B, K, Ld, E]`` states of a module with a whole encoder-decoder."""
-    segments = batch["decoder_segment_ids"]
-    encoded = module.encoder(
-        module.token_embedder(batch["encoder_input_tokens"]),
-        batch["encoder_segment_ids"],
-        deterministic,
-    )
-    return module.decoder(
-        module.token_embedder(batch["decoder_input_tokens"]),
-        encoded,
-        segments,
-        prompt_of_tokens(segments, batch["response_prompt"]),
-        batch["encoder_segment_ids"],
-        deterministic,
-    )
-
-
-class RewardModel(nn.Module):
-    """``r(x, y)``, one scalar per response, read at its last decoder position.
-
-    The decoder's inputs are the targets shifted right, so the state there has seen
-    the whole response but its last token, which is EOS unless the response was cut.
-
-    Attributes:
-      config: the network's; it has no vocabulary head.
-    """
-
-    config: T5Config
-
-    def setup(self):
-        self.token_embedder = Embed(self.config)
-        self.encoder = Encoder(self.config)
-        self.decoder = Decoder(self.config)
-        self.reward_head = ScalarHead()
-
-    def __call__(self, batch: Batch, *, deterministic: bool = True) -> jax.Array:
-        """Float32 rewards ``[B, R]``; 0 where a row has no such response."""
-        segments = batch["decoder_segment_ids"]
-        states = _decoded(self, batch, deterministic)
-        following = jnp.pad(segments[..., 1:], ((0, 0), (0, 0), (0, 1)))
-        last = jnp.where(segments != following, self.reward_head(states), 0.0)
-        return sum_by_response(last, segments, batch["response_mask"].shape[1])

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign.batch import Batch, prompt_of_tokens, sum_by_response
-from jaxalign.models.t5 import T5, Params
+from jaxalign.models.networks import EncoderDecoder, Params
 from jaxalign.models.vocabulary import head_outputs
 
 
@@ -19,7 +19,7 @@ def target_logps(
     return head_outputs(states, kernel, targets, chunk=chunk).logps
 
 
-def encode(model: T5, params: Params, batch: Batch) -> jax.Array:
+def encode(model: EncoderDecoder, params: Params, batch: Batch) -> jax.Array:
     """Encoder states ``[B, Le, E]`` of a batch's prompts, without dropout.
 
     What `final_states` takes as ``encoded``, to score several pairings of prompts and
@@ -34,7 +34,7 @@ def encode(model: T5, params: Params, batch: Batch) -> jax.Array:
 
 
 def final_states(
-    model: T5,
+    model: EncoderDecoder,
     params: Params,
     batch: Batch,
     *,
@@ -75,7 +75,7 @@ def final_states(
         prompt = batch["response_prompt"]
     asked = prompt_of_tokens(batch["decoder_segment_ids"], prompt)
 
-    def forward(module: T5) -> tuple[jax.Array, jax.Array]:
+    def forward(module: EncoderDecoder) -> tuple[jax.Array, jax.Array]:
         states = encoded
         if states is None:
             states = module.encode(
@@ -97,7 +97,9 @@ def final_states(
     return states, kernel, asked
 
 
-def token_logps(model: T5, params: Params, batch: Batch, **settings: Any) -> jax.Array:
+def token_logps(
+    model: EncoderDecoder, params: Params, batch: Batch, **settings: Any
+) -> jax.Array:
     """``log p(target_t | prompt, targets before t)`` of every target token.
 
     Logits at step t predict target t: the inputs are shifted already.
@@ -118,7 +120,7 @@ def token_logps(model: T5, params: Params, batch: Batch, **settings: Any) -> jax
 
 
 def response_logps(
-    model: T5, params: Params, batch: Batch, **settings: Any
+    model: EncoderDecoder, params: Params, batch: Batch, **settings: Any
 ) -> jax.Array:
     """``log p(response | prompt)``: :func:`token_logps` summed, EOS included.
 

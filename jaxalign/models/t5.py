@@ -8,8 +8,6 @@ vocabulary.
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import math
 from typing import Any
 
@@ -17,18 +15,16 @@ import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from jaxalign.batch import FIELDS, Batch, prompt_of_tokens
+from jaxalign.batch import Batch, prompt_of_tokens
 from jaxalign.models.config import T5Config
-from jaxalign.models.conversion import unstack_layers
 from jaxalign.models.layers import Embed
+from jaxalign.models.networks import register
 from jaxalign.models.stacks import CACHE_SCAN_AXIS, Decoder, Encoder
 from jaxalign.models.vocabulary import project
 
-Params = dict[str, Any]
 
-
+@register
 class T5(nn.Module):
     """A T5 encoder-decoder over the response batch's layout.
 
@@ -250,65 +246,3 @@ class T5(nn.Module):
             encoder_mask,
             cursor,
         )
-
-
-def _example() -> dict[str, np.ndarray]:
-    """The smallest batch: parameter shapes do not depend on it."""
-    return {name: np.ones((1,) * len(axes), dt) for name, (axes, dt) in FIELDS.items()}
-
-
-def init_params(model: nn.Module, key: jax.Array) -> Params:
-    """Random float32 parameters of a :class:`T5` or any model over the batch.
-
-    Both layer layouts get the same numbers from the same key.
-
-    Args:
-      model: a module with a ``config`` whose ``__call__`` takes a response batch.
-      key: a PRNG key; the same key gives the same parameters.
-
-    Returns:
-      A plain nested dict of arrays, named as in T5X.
-    """
-    return _init(model, key)
-
-
-def describe(model: nn.Module) -> str:
-    """A network in one line: layers, width and parameters.
-
-    >>> describe(T5(T5Config(vocab_size=384, emb_dim=64, num_heads=4, head_dim=16,
-    ...                      mlp_dim=128, num_encoder_layers=2, num_decoder_layers=2)))
-    '2 + 2 layers of width 64, 246,784 parameters'
-    """
-    config = model.config
-    shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
-    total = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
-    return (
-        f"{config.num_encoder_layers} + {config.num_decoder_layers} layers of width "
-        f"{config.emb_dim}, {total:,} parameters"
-    )
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _init(model: nn.Module, key: jax.Array) -> Params:
-    # Always through the scanned layout: one layer to compile instead of all of them.
-    config = dataclasses.replace(model.config, scan_layers=True, remat_policy="none")
-    scanned = model.clone(config=config)
-    params = nn.unbox(scanned.init({"params": key}, _example())["params"])
-    return params if model.config.scan_layers else unstack_layers(params)
-
-
-def logical_axes(model: nn.Module) -> Params:
-    """The logical axis names of every parameter, in :func:`init_params`'s structure.
-
-    Returns:
-      Nested dict whose leaves are tuples such as ``("embed", "mlp")``; pass
-      ``is_leaf=lambda x: isinstance(x, tuple)`` when mapping over it.
-    """
-    boxed = jax.eval_shape(
-        lambda: model.init({"params": jax.random.key(0)}, _example())["params"]
-    )
-    return jax.tree.map(
-        lambda box: tuple(box.names),
-        boxed,
-        is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned),
-    )

@@ -25,12 +25,12 @@ def batch(run: Run, objective: Objective, seed: int = 0) -> dict[str, np.ndarray
       seed: of tokens, rewards, labels and reference log-probabilities.
 
     Returns:
-      Arrays of `jaxalign.batch.FIELDS`, the objective's columns included.
+      Arrays of `jaxalign.batch.COLUMNS`, the objective's columns included.
     """
     rng = np.random.default_rng(seed)
     shape = programs.row_shape(run, objective)
     lengths = run.dataset.feature_lengths
-    columns = [c for c in batches.REFERENCE_FIELDS if c in objective.columns]
+    columns = batches.extra(objective.columns, "pass")
     per_prompt, count = shape.decoder_rows, shape.prompts
 
     def ids(length: int) -> np.ndarray:

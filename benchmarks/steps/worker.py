@@ -21,8 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.steps import synthetic
+from jaxalign import batch as batch_lib
 from jaxalign import configs
-from jaxalign.batch import REFERENCE_FIELDS
 from jaxalign.cluster import mesh as meshes
 from jaxalign.planning import flops, programs
 from jaxalign.training import inputs
@@ -156,7 +156,7 @@ def _with_reference(
     ready: runs.Setup, batches: Iterator[dict[str, np.ndarray]]
 ) -> Iterator[dict[str, np.ndarray]]:
     """Columns that a reference cache would join: numbers of the usual size."""
-    columns = [c for c in REFERENCE_FIELDS if c in ready.objective.columns]
+    columns = batch_lib.extra(ready.objective.columns, "pass")
     for batch in batches:
         shape = batch["response_mask"].shape
         yield {**batch, **{c: np.full(shape, -50.0, np.float32) for c in columns}}

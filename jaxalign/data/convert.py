@@ -16,6 +16,7 @@ from jaxalign.data.cuts import cut_prompt, differing_pairs
 from jaxalign.data.plan import Placement, RowShape
 from jaxalign.data.rows import Row
 
+
 def empty_batch(
     shape: RowShape, batch_size: int, columns: Mapping[str, int] | Sequence[str] = ()
 ) -> dict[str, np.ndarray]:

@@ -8,7 +8,6 @@ arithmetic (shuffle, repeat, mix) and the prefetching threads.
 from __future__ import annotations
 
 import copy
-import difflib
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +21,7 @@ from jaxalign import batch as batch_lib
 from jaxalign.data import convert
 from jaxalign.data.cache import TokenizedCache
 from jaxalign.data.plan import Plan, common_shape
+from jaxalign.data.rows import Row
 
 _EMPTY_SLOT = (-1, -1)
 _LAST_STEP = 2**31 - 1
@@ -39,8 +39,10 @@ class Feed:
       shuffle: a new order each epoch; False: the plan's order, again and again.
       reward_stats: mean and deviation that standardise ``response_reward``; then every
         answer must have a reward.
-      columns: arrays by name (``batch.REFERENCE_FIELDS``), one for each source, indexed
-        by flat response id (:class:`jaxalign.data.cache.Index`).
+      columns: arrays by name (of ``batch.COLUMNS``), one for each source: a value for
+        each prompt, response or pair of the cache, in the order of its index; of a
+        column of tokens, a list of arrays.
+      row_columns: names of columns that the rows themselves hold.
 
     Attributes:
       shape: the :class:`RowShape` of a batch row.
@@ -68,6 +70,7 @@ class Feed:
         shuffle: bool = True,
         reward_stats: tuple[float, float] | None = None,
         columns: Mapping[str, Sequence[np.ndarray]] | None = None,
+        row_columns: Sequence[str] = (),
     ):
         if not sources:
             raise ValueError("A feed needs at least one (cache, plan, rate).")
@@ -81,6 +84,7 @@ class Feed:
         rates = [float(rate) for _, _, rate in sources]
         _check_sources(self.caches, self.plans, rates, reward_stats)
         self._columns = _check_columns(columns or {}, self.caches)
+        self._row_columns = tuple(row_columns)
         sizes = [cache.index.num_rows for cache in self.caches]
         self._row_starts = np.cumsum([0, *sizes])
         totals = [cache.index.num_responses for cache in self.caches]
@@ -128,11 +132,21 @@ class Feed:
     @property
     def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shape and dtype of every array of a global batch."""
-        row = convert.empty_batch(self.shape, 1, tuple(self._columns))
+        row = convert.empty_batch(self.shape, 1, self._extra)
         return {
             name: jax.ShapeDtypeStruct((self.batch_size, *a.shape[1:]), a.dtype)
             for name, a in row.items()
         }
+
+    @property
+    def _extra(self) -> dict[str, int]:
+        """Columns beside those of every batch, with the sizes of their vectors."""
+        known = batch_lib.COLUMNS
+        sizes = {n: known[n].size for n in self._row_columns}
+        for name, (array, *_) in self._columns.items():
+            first = array[0] if known[name].owner in "ED" else array
+            sizes[name] = np.shape(first)[-1] if known[name].vector else 0
+        return sizes
 
     def batch(self, step: int, rows: slice | None = None) -> dict[str, np.ndarray]:
         """The global batch at a step, or some of its rows.
@@ -142,7 +156,7 @@ class Feed:
           rows: of the global batch, e.g. one process's; None: all.
 
         Returns:
-          The arrays of ``batch.FIELDS`` as numpy.
+          The arrays of ``batch.COLUMNS`` as numpy.
         """
         return self._convert(self._slots(step, rows))
 
@@ -222,17 +236,26 @@ class Feed:
         return [self._stream[step * self.batch_size + i] for i in wanted]
 
     def _convert(self, slots: Sequence[tuple[int, int]]) -> dict[str, np.ndarray]:
-        batch = convert.empty_batch(self.shape, len(slots), tuple(self._columns))
+        batch = convert.empty_batch(self.shape, len(slots), self._extra)
         for i, (source, bin_id) in enumerate(slots):
             if bin_id < 0:
                 continue
             cache, placement = self.caches[source], self.plans[source][bin_id]
-            flat = _flat_responses(cache, placement.row_ids)
+            rows = [cache[row] for row in placement.row_ids.tolist()]
+            columns = {n: _of_rows(n, rows) for n in self._row_columns}
+            for name, column in self._columns.items():
+                ids = _flat(cache, placement.row_ids, batch_lib.COLUMNS[name].owner)
+                values = column[source]
+                columns[name] = (
+                    values[ids]
+                    if isinstance(values, np.ndarray)
+                    else [values[i] for i in ids.tolist()]
+                )
             convert.to_arrays(
-                [cache[row] for row in placement.row_ids.tolist()],
+                rows,
                 placement,
                 self.shape,
-                {name: column[source][flat] for name, column in self._columns.items()},
+                columns,
                 reward_stats=self._reward_stats,
                 prompt_ids=placement.row_ids + self._row_starts[source],
                 out={name: array[i] for name, array in batch.items()},
@@ -244,7 +267,7 @@ class Feed:
         for i, (source, bin_id) in enumerate(slots):
             if bin_id >= 0:
                 placement = self.plans[source][bin_id]
-                flat = _flat_responses(self.caches[source], placement.row_ids)
+                flat = _flat(self.caches[source], placement.row_ids, "R")
                 ids[i, : len(flat)] = flat + self._response_starts[source]
         return ids
 
@@ -310,9 +333,26 @@ def _ahead(dataset: grain.MapDataset, threads: int) -> Iterator[Any]:
     return iter(dataset.to_iter_dataset(options))
 
 
-def _flat_responses(cache: TokenizedCache, row_ids: np.ndarray) -> np.ndarray:
-    """Flat response ids of rows, in their order."""
-    offsets = cache.index.response_offsets
+def _of_rows(name: str, rows: Sequence[Row]) -> list[Any]:
+    """The values of a column that the rows of a bin hold."""
+    column = batch_lib.COLUMNS[name]
+    values: list[Any] = []
+    for row in rows:
+        if name not in row.columns and not column.optional:
+            raise ValueError(
+                f"Row {row.key!r} has no column {name!r}: prepare the data again with "
+                "an objective that asks for it."
+            )
+        places = row.places(name)
+        tokens = column.owner in "ED"
+        absent = [np.full(len(p) if tokens else (), column.empty) for p in places]
+        values += row.columns.get(name, absent)
+    return values
+
+
+def _flat(cache: TokenizedCache, row_ids: np.ndarray, owner: str) -> np.ndarray:
+    """Flat ids of rows' prompts, responses or pairs, in their order."""
+    offsets = cache.index.offsets(owner)
     return np.concatenate(
         [np.arange(offsets[i], offsets[i + 1]) for i in row_ids.tolist()]
     )
@@ -357,16 +397,14 @@ def _check_sources(
 
 def _check_columns(
     columns: Mapping[str, Sequence[np.ndarray]], caches: Sequence[TokenizedCache]
-) -> dict[str, list[np.ndarray]]:
+) -> dict[str, list[Any]]:
     checked = {}
     for name, arrays in columns.items():
-        if name not in batch_lib.REFERENCE_FIELDS:
-            near = difflib.get_close_matches(name, batch_lib.REFERENCE_FIELDS, 1, 0)
-            raise ValueError(
-                f"Unknown column {name!r}; did you mean {near[0]!r}? Known: "
-                f"{batch_lib.REFERENCE_FIELDS}."
-            )
-        if isinstance(arrays, np.ndarray) and arrays.ndim == 1:
+        batch_lib.extra([name], "")  # there is such a column
+        column = batch_lib.COLUMNS[name]
+        if column.source == "batch":
+            raise ValueError(f"{name!r} is in every batch and no column to join.")
+        if isinstance(arrays, np.ndarray) and arrays.ndim == 1 + column.vector:
             arrays = [arrays]
         if len(arrays) != len(caches):
             raise ValueError(
@@ -374,18 +412,24 @@ def _check_columns(
                 "give one for each."
             )
         for array, cache in zip(arrays, caches, strict=True):
-            size = cache.index.num_responses
-            if array is None or np.shape(array) != (size,):
+            size = int(cache.index.offsets(column.owner)[-1])
+            found = None if array is None else (len(array),)
+            flat = column.owner not in "ED"
+            if found and flat and np.ndim(array) != 1 + column.vector:
+                found = np.shape(array)
+            if found != (size,):
                 raise ValueError(
                     f"Column {name!r} is missing for {cache!r}: expected {size} "
-                    f"values, got {None if array is None else np.shape(array)}. Run "
-                    "the reference pass over this cache."
+                    f"values, got {found}. Run the pass that computes it over this cache."
                 )
-            unknown = int(np.isnan(array).sum())
+            unknown = sum(int(np.isnan(v).sum()) for v in ([array] if flat else array))
             if unknown:
                 raise ValueError(
                     f"Column {name!r} lacks {unknown} of {size} values of {cache!r} "
                     "(nan): the reference pass did not finish."
                 )
-        checked[name] = [np.asarray(array, np.float32) for array in arrays]
+        checked[name] = [
+            np.asarray(array, column.dtype) if column.owner not in "ED" else list(array)
+            for array in arrays
+        ]
     return checked

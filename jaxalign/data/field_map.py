@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxalign.data.bad_rows import FieldError, missing, nearest, show
@@ -31,6 +31,8 @@ class FieldMap:
         ``a[0]`` for one item of a list, ``a[].b`` for all of them. Fields with ``[]``
         are zipped into several records and the others repeated.
 
+      columns: names of ``batch.COLUMNS`` that are fields, too.
+
     Raises:
       ValueError: for a field that does not exist or a path that cannot be read.
 
@@ -40,14 +42,17 @@ class FieldMap:
     [{'prompt': '2+2', 'completion': '4'}]
     """
 
-    def __init__(self, paths: Mapping[str, str] | None = None):
-        self.paths = {f: f for f in FIELDS} | dict(paths or {})
+    def __init__(
+        self, paths: Mapping[str, str] | None = None, columns: Sequence[str] = ()
+    ):
+        known = (*FIELDS, *columns)
+        self.paths = {f: f for f in known} | dict(paths or {})
         self.mapped = frozenset(paths or {})
         for field, path in (paths or {}).items():
-            if field not in FIELDS:
+            if field not in known:
                 raise ValueError(
                     f"FIELD_MAP names the unknown field {field!r}; it maps our fields "
-                    f"{list(FIELDS)} to the file's{nearest(field, FIELDS)}."
+                    f"{list(known)} to the file's{nearest(field, known)}."
                 )
             if not isinstance(path, str) or path.count("[]") > 1 or not _steps(path):
                 raise ValueError(

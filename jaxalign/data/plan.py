@@ -41,7 +41,7 @@ class RowShape:
     pairs: int
 
     def axes(self) -> dict[str, int]:
-        """Sizes by the letters of ``batch.FIELDS``, without the batch's own ``B``."""
+        """Sizes by the letters of ``batch.COLUMNS``, without the batch's own ``B``."""
         return dict(zip("EKDPRQ", dataclasses.astuple(self), strict=True))
 
 

@@ -30,6 +30,7 @@ import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from jaxalign import batch
 from jaxalign.data.bad_rows import (
     BadRow,
     BadRows,
@@ -86,6 +87,7 @@ def convert(
     require: Sequence[str] = (),
     desirable_above: float | None = None,
     pair_serves: bool = True,
+    columns: Sequence[str] = (),
 ) -> list[Record]:
     """Checks one record and gives it the shape of a schema.
 
@@ -98,6 +100,7 @@ def convert(
       desirable_above: rewards above it make a missing label desirable, others
         undesirable.
       pair_serves: whether ``chosen`` may stand in for a missing ``completion``.
+      columns: names of ``batch.COLUMNS`` that the record has a number or a vector for.
 
     Returns:
       One record, or two for a pair that serves as trajectories.
@@ -116,6 +119,8 @@ def convert(
         base["metadata"] = check.mapping("metadata")
     if schema == "prompts":
         return [base]
+    if columns:
+        base["columns"] = check.columns(columns)
     has_pair = pair_serves and "chosen" in record and "completion" not in record
     if schema == "supervised":
         return [
@@ -188,6 +193,25 @@ class _Checker:
             raise FieldError(field, "type", expected, show(value))
         return int(value)
 
+    def columns(self, names: Sequence[str]) -> Record:
+        """The values of those columns that are there; what is null is not."""
+        found: Record = {}
+        for name in names:
+            column = batch.COLUMNS[name]
+            if self.record.get(name) is None and column.optional:
+                continue
+            if not column.vector:
+                found[name] = self.number(name)
+                continue
+            values = self.value(name)
+            if not isinstance(values, list) or len(values) != column.size:
+                raise FieldError(
+                    name, "type", f"a list of {column.size} numbers", show(values)
+                )
+            one = [_Checker({name: v}, {}).number(name) for v in values]
+            found[name] = one
+        return found
+
     def mapping(self, field: str) -> Record:
         value = self.value(field)
         if not isinstance(value, Mapping):
@@ -233,6 +257,7 @@ def examples(
     transform: Transform | None = None,
     require: Sequence[str] = (),
     desirable_above: float | None = None,
+    columns: Sequence[str] = (),
 ) -> Iterator[Example | BadRow]:
     """Turns raw rows of any source into checked examples.
 
@@ -244,10 +269,11 @@ def examples(
       An :class:`Example` or a :class:`BadRow` for every row. An example without
       records is a row that the transform leaves out on purpose.
     """
-    fields = FieldMap(field_map)
+    fields = FieldMap(field_map, columns)
     options = {
         "require": require,
         "desirable_above": desirable_above,
+        "columns": columns,
         # Who says where completions are does not want another field's.
         "pair_serves": "completion" not in fields.mapped,
     }

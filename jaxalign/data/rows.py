@@ -124,6 +124,12 @@ class Index:
         """``T``."""
         return len(self.response_lengths)
 
+    def offsets(self, owner: str) -> np.ndarray:
+        """Where each row's prompts, responses or pairs begin (``Column.owner``)."""
+        if owner == "Q":
+            return np.cumsum([0, *self.num_pairs])
+        return self.prompt_offsets if owner in "PE" else self.response_offsets
+
 
 DTYPES = {
     "prompt_offsets": np.int64,
@@ -234,4 +240,4 @@ def check_row(row: Row, vocab_size: int) -> None:
         if batch_lib.COLUMNS[name].owner in "ED":
             for value, ids in zip(values, places, strict=True):
                 if len(value) != len(ids):
-                    fail(f"column {name} has {len(value)} values for {len(ids)} tokens.")
+                    fail(f"column {name}: {len(value)} values for {len(ids)} tokens.")

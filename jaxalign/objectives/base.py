@@ -49,7 +49,7 @@ class Objective(abc.ABC):
         reference are equal.
     """
 
-    model: models.T5
+    model: models.EncoderDecoder
     dropout: bool = False
 
     schema: ClassVar[str] = ""

@@ -12,7 +12,7 @@ from jaxalign.batch import Batch
 
 @jax.named_scope("reference")
 def reference_columns(
-    model: models.T5, params: Any, batch: Batch, *, mismatched: bool = False
+    model: models.EncoderDecoder, params: Any, batch: Batch, *, mismatched: bool = False
 ) -> dict[str, jax.Array]:
     """Scores every response of a batch under a frozen policy, without dropout.
 

@@ -60,23 +60,18 @@ class DROV(WholeBatchObjective):
             )
 
     def networks(self) -> dict[str, Any]:
-        if self.share_trunk:
-            value = models.ValueHead(config=self.model.config)
-        elif self.value_kind == "token_mean":
-            value = models.TokenValueModel(config=self.model.config)
-        else:
-            value = models.ValueModel(config=self.model.config)
+        read = "response_mean" if self.value_kind == "token_mean" else "prompt_mean"
+        value = models.ScalarModel(
+            config=self.model.config, read=read, trunk=not self.share_trunk
+        )
         return {"policy": self.model, "value": value}
 
     def start_from(self, params: Params, policy_params: Any) -> Params:
         # The value starts from the policy's own trunk, under a fresh head; a copy,
         # because a training step gives up its state's buffers.
-        own = {k: v for k, v in policy_params.items() if k in params["value"]}
-        return {
-            **params,
-            "policy": policy_params,
-            "value": {**params["value"], **jax.tree.map(jnp.copy, own)},
-        }
+        value = models.graft(params["value"], policy_params)
+        value = jax.tree.map(jnp.copy, value)
+        return {**params, "policy": policy_params, "value": value}
 
     def forward(
         self, params: Params, batch: Batch, dropout_key: jax.Array | None = None
@@ -110,7 +105,7 @@ class DROV(WholeBatchObjective):
             states = self.model.apply(
                 {"params": params["policy"]}, batch, encoded, method=_decoder_states
             )
-            return net.apply(own, batch, states, method="of_responses")
+            return net.apply(own, batch, states)
         by_prompt = (
             net.apply(own, batch, encoded)
             if self.share_trunk
@@ -173,7 +168,9 @@ def _targets(batch: Batch, logps: jax.Array, tau: float) -> jax.Array:
     return batch["response_reward"] - tau * ratios
 
 
-def _decoder_states(module: models.T5, batch: Batch, encoded: jax.Array) -> jax.Array:
+def _decoder_states(
+    module: models.EncoderDecoder, batch: Batch, encoded: jax.Array
+) -> jax.Array:
     """``[B, K, Ld, E]``: the states the vocabulary head reads."""
     return module.decode(
         encoded,

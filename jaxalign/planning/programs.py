@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxalign.batch import REFERENCE_FIELDS
+from jaxalign import batch as batch_lib
 from jaxalign.cluster import mesh as meshes
 from jaxalign.data import convert
 from jaxalign.data.plan import RowShape
@@ -71,7 +71,7 @@ def abstract_setup(run: runs.Run, mesh: jax.sharding.Mesh) -> runs.Setup:
 
 def abstract_batch(ready: runs.Setup, *, reference: bool) -> dict[str, Any]:
     """The global batch; with the columns of a reference pass if asked."""
-    columns = [c for c in REFERENCE_FIELDS if c in ready.objective.columns]
+    columns = batch_lib.extra(ready.objective.columns, "pass")
     shape = row_shape(ready.run, ready.objective)
     row = convert.empty_batch(shape, 1, columns if reference else ())
     sharding = meshes.batch_sharding(ready.mesh)

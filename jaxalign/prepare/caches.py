@@ -13,7 +13,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxalign import remote, user_code
+from jaxalign import batch, remote, user_code
 from jaxalign.data import records as records_lib
 from jaxalign.data.cache import TokenizedCache
 from jaxalign.data.field_map import FieldMap
@@ -41,6 +41,7 @@ def prepare(
     on_bad_row: str = "error",
     require: Sequence[str] = (),
     desirable_above: float | None = None,
+    columns: Sequence[str] = (),
     eval_fraction: float = 0.0,
     seed: int = 0,
     max_rows: int | None = None,
@@ -69,6 +70,8 @@ def prepare(
         Both list every bad row in ``bad_rows.jsonl`` in the folder of the splits.
       require: of ``reward`` and ``label``, what trajectories must have.
       desirable_above: rewards above it make a missing label desirable.
+      columns: names of ``batch.COLUMNS`` that the rows hold, under their own names or
+        mapped by ``field_map``.
       eval_fraction: share of *prompts* set aside as ``validation``; all rows with one
         prompt go to one side.
       seed: decides that split, and the order of answers in rationale prompts. Leave it
@@ -119,7 +122,18 @@ def prepare(
             f"TASK_OPTIONS {dict(task_options)} need a data set of jaxalign.tasks, "
             f"and {data!r} is none."
         )
-    FieldMap(field_map)  # says what is wrong with it before any file is read
+    if columns and source.seqio_name:
+        raise ValueError(f"seqio tasks have no columns, got {list(columns)}.")
+    for name in columns:
+        owner = batch.COLUMNS[name].owner
+        single = schema in ("supervised", "trajectory")
+        if owner not in ("PR" if single else "PQ"):
+            raise ValueError(
+                f"Rows of the schema {schema!r} hold columns of prompts and of "
+                f"{'responses' if single else 'pairs'}; {name!r} has the axes "
+                f"{batch.COLUMNS[name].axes!r}."
+            )
+    FieldMap(field_map, columns)  # says what is wrong with it before any file is read
     transform = source.task.transform(schema, task_options) if source.task else None
     if source.seqio_name:
         from jaxalign.prepare import seqio_tasks
@@ -142,6 +156,8 @@ def prepare(
         max_rows=max_rows,
         sequence_length=dict(sequence_length or {}),
     )
+    if columns:
+        parts["columns"] = {n: repr(batch.COLUMNS[n]) for n in columns}
     fingerprint = json_sha256(parts)
     folder = pathlib.Path(cache_dir).expanduser()
     folder = folder / f"{source.name}-{schema}-{fingerprint[:16]}"
@@ -178,6 +194,7 @@ def prepare(
         require=require,
         desirable_above=desirable_above,
         seed=seed,
+        columns=columns,
     )
     if beam_options is not None:
         if not source.files:

@@ -55,6 +55,7 @@ class Recipe:
       require: what trajectories must have.
       desirable_above: rewards above it make a missing label desirable.
       seed: decides the order of answers in rationale prompts.
+      columns: names of ``batch.COLUMNS`` that the rows hold.
     """
 
     schema: str
@@ -65,6 +66,7 @@ class Recipe:
     require: Sequence[str] = ()
     desirable_above: float | None = None
     seed: int = 0
+    columns: Sequence[str] = ()
 
     def examples(
         self, rows: Iterable[tuple[str, int, Mapping[str, Any] | BadRow]]
@@ -77,6 +79,7 @@ class Recipe:
             transform=self.transform,
             require=self.require,
             desirable_above=self.desirable_above,
+            columns=self.columns,
         ):
             try:
                 for record in getattr(item, "records", ()):
@@ -165,6 +168,7 @@ def _build_row(
     builder = _RowBuilder(prompt, vocabulary)
     for i, record in enumerate(group):
         builder.add_metadata(record.get("metadata", {}))
+        builder.add_columns(record.get("columns", {}))
         if schema in ("supervised", "trajectory"):
             builder.add_response(
                 record["completion"],
@@ -198,6 +202,7 @@ class _RowBuilder:
         self.responses: list[dict[str, Any]] = []
         self.pairs: list[tuple[int, int, float]] = []
         self.metadata: dict[str, Any] = {}
+        self.columns: dict[str, list[Any]] = {}
         self._known: dict[str, int] = {}
         if vocabulary.decode(self.prompts[0]) != prompt:
             self.metadata["prompt"] = prompt
@@ -209,6 +214,15 @@ class _RowBuilder:
             self.metadata["metadata.prompt"] = metadata.pop("prompt")
             self.metadata["prompt"] = self.prompt
         self.metadata |= metadata
+
+    def add_columns(self, columns: Mapping[str, Any]) -> None:
+        """Takes in what a record says of its pair, its response or its prompt."""
+        for name, value in columns.items():
+            values = self.columns.setdefault(name, [])
+            if batch.COLUMNS[name].owner != "P":
+                values.append(value)
+            elif not values:  # records with one prompt share it
+                values.append(value)
 
     def encode(self, text: str) -> np.ndarray:
         return np.array(
@@ -242,6 +256,10 @@ class _RowBuilder:
 
     def row(self, key: str) -> Row:
         responses = self.responses
+        for name, values in self.columns.items():
+            column = batch.COLUMNS[name]
+            if column.owner == "P":  # a rationale's prompt has none
+                values += [column.empty] * (len(self.prompts) - len(values))
         return Row(
             key=key,
             prompts=self.prompts,
@@ -252,4 +270,5 @@ class _RowBuilder:
             response_label=[r["label"] for r in responses],
             pairs=self.pairs,
             metadata=self.metadata,
+            columns=self.columns,
         )

@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxalign import batch as batch_lib
 from jaxalign import prepare
-from jaxalign.batch import REFERENCE_FIELDS
 from jaxalign.cluster import mesh as meshes
 from jaxalign.training import announce, checkpoints, inputs
 from jaxalign.training import run as runs
@@ -24,7 +24,7 @@ def describe(run: runs.Run) -> str:
     ready = runs.setup(run)
     shapes = dict(ready.inputs.train.shapes)
     if ready.objective.uses_reference and not ready.online_reference:
-        columns = [c for c in REFERENCE_FIELDS if c in ready.objective.columns]
+        columns = batch_lib.extra(ready.objective.columns, "pass")
         responses = shapes["response_mask"]
         shapes |= {name: responses for name in columns}
     sharding = meshes.batch_sharding(ready.mesh)

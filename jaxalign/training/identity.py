@@ -3,7 +3,7 @@
 A run directory goes on as the same run or not at all. `of` says what this run is:
 objective, architecture, vocabulary, data, order, optimizer, and where it starts. It is
 in every checkpoint, and `check` compares it before anything is written. How a run is
-computed (``models.config.EXECUTION``, the mesh, microbatches), what is looked at
+computed (``models.config.Execution``, the mesh, microbatches), what is looked at
 (evaluation, samples, logs) and how long it lasts are no part of it.
 """
 

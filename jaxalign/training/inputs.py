@@ -156,6 +156,7 @@ def prepare(
         "on_bad_row": dataset.on_bad_row,
         "require": objective.requires,
         "desirable_above": dataset.desirable_above,
+        "columns": batches.extra(objective.columns, "rows"),
         "task_options": dataset.task_options,
         "module": dataset.module,
         "max_rows": dataset.max_rows,
@@ -256,6 +257,7 @@ def build(
             seed=dataset.seed,
             shuffle=dataset.shuffle and split == "train",
             reward_stats=reward_stats if objective.uses_rewards else None,
+            row_columns=batches.extra(objective.columns, "rows"),
         )
     return Inputs(
         train=feeds["train"],

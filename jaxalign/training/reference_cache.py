@@ -22,7 +22,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from jaxalign.batch import REFERENCE_FIELDS
+from jaxalign import batch as batch_lib
 from jaxalign.cluster import distributed
 from jaxalign.cluster import mesh as meshes
 from jaxalign.data import Feed
@@ -59,7 +59,7 @@ def cache_key(
 
 
 def _columns(objective: Objective) -> list[str]:
-    return [name for name in REFERENCE_FIELDS if name in objective.columns]
+    return list(batch_lib.extra(objective.columns, "pass"))
 
 
 def folder_for(cache_dir: str | Path, key: dict[str, Any]) -> Path:

@@ -66,7 +66,7 @@ class Run:
       profile_steps: first and last step to trace; see `jaxalign.training.profiling`.
     """
 
-    model: models.T5
+    model: models.EncoderDecoder
     objective: Callable[..., Objective]
     vocabulary: vocabularies.Vocabulary
     dataset: inputs_lib.Dataset

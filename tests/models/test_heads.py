@@ -9,7 +9,7 @@ from jaxalign import models
 
 @pytest.fixture(scope="module")
 def value(config, random_params):
-    model = models.ValueModel(config)
+    model = models.ScalarModel(config, "prompt_mean")
     return jax.jit(lambda p, b: model.apply({"params": p}, b)), random_params(model)
 
 
@@ -41,7 +41,7 @@ def test_value_packed_equals_unpacked(value, packed, unpacked):
 def test_reward_packed_equals_unpacked(
     config, random_params, packed, unpacked, flatten
 ):
-    module = models.RewardModel(config)
+    module = models.ScalarModel(config)
     params = random_params(module)
     assert "logits_dense" not in params["decoder"]
     forward = jax.jit(lambda p, b: module.apply({"params": p}, b))

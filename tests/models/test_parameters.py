@@ -93,7 +93,7 @@ def test_conversion_is_exact(params):
         )
     chex.assert_trees_all_equal(models.unstack_layers(stacked), params)
     chex.assert_trees_all_equal(models.stack_layers(stacked), stacked)
-    # Works on a ValueModel's parameters, and inside jit.
+    # Works on a ScalarModel's parameters, and inside jit.
     part = {"encoder": params["encoder"], "value_head": {"bias": np.zeros(1)}}
     back = jax.jit(lambda p: models.unstack_layers(models.stack_layers(p)))(part)
     chex.assert_trees_all_equal(back, part)

@@ -186,7 +186,9 @@ def test_dro_v_reaches_its_optimum_whoever_wrote_the_responses(behaviour):
     distance = kl(tilted(REWARDS / tau), params)
     print(f"DROV, {behaviour}: KL to the optimum {distance.max():.2e}")
     assert distance.max() < 1e-4
-    value = models.ValueModel(CONFIG).apply({"params": params["value"]}, batch)[:, 0]
+    value = models.ScalarModel(CONFIG, "prompt_mean").apply(
+        {"params": params["value"]}, batch
+    )[:, 0]
     expected = tau * np.log(np.sum(reference() * np.exp(REWARDS / tau), axis=1))
     np.testing.assert_allclose(value, expected, atol=0.01)
 

@@ -10,15 +10,15 @@ from __future__ import annotations
 import importlib
 import logging
 import os
-import re
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from jaxalign import configs, user_code
 from jaxalign.cli import flags, signatures
 from jaxalign.cli.signatures import PACKAGE, Parameter
+from jaxalign.cli.table import GIN, Verb, known_verbs, parameters, takes_gin
 
 _ENDING = """
 `jaxalign VERB --help` lists a verb's flags; my.module:function and file.py:function are
@@ -26,46 +26,8 @@ verbs, too. Gin files are looked up in the working folder, then in the package.
 """
 
 
-class Verb(NamedTuple):
-    """A function that the command line calls.
-
-    Attributes:
-      function: ``"inference/generation.py:generate"``, or a user's.
-      macros: whether gin's macros give its defaults: ``--gin.TOP_K=4``.
-      job: whether several processes may run it together.
-    """
-
-    function: str
-    macros: bool = False
-    job: bool = False
-
-
-_OWN = ("train", "data", "plan", "tasks", "report", "completion")
-_INFERENCE = {
-    "generate": Verb("inference/generation.py:generate", macros=True, job=True),
-    "steer": Verb("inference/steering.py:steer", macros=True),
-    "serve": Verb("serving/api.py:serve", macros=True),
-    "score": Verb("inference/evaluation.py:score", macros=True, job=True),
-    "eval": Verb("inference/evaluation.py:evaluate", macros=True, job=True),
-}
-# Those whose file is called otherwise.
-# Parameters that take gin's flags.
-_GIN = ("gin", "gin_files", "bindings", "search_paths")
-
 # What a user can mend: shown as one message, without a traceback.
 _MISTAKES = (ValueError, OSError, ImportError)
-
-
-def known_verbs() -> dict[str, Verb]:
-    """Every verb by name; a file of ``pipelines/`` that defines ``run`` is one."""
-    own = {name: Verb(f"cli/verbs.py:{name}") for name in _OWN}
-    files = sorted((PACKAGE / "pipelines").glob("*.py"))
-    pipelines = {
-        path.stem: Verb(f"pipelines/{path.name}:run")
-        for path in files
-        if re.search(r"^def run\(", path.read_text(encoding="utf-8"), re.M)
-    }
-    return {**own, **_INFERENCE, **pipelines}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -138,26 +100,6 @@ def _set_up_logging() -> None:
     logging.getLogger("jaxalign").setLevel(logging.INFO)
 
 
-def parameters(verb: Verb) -> dict[str, dict[str, Parameter]]:
-    """A verb's flags by group: its function's own have the title ``""``."""
-    found = signatures.read(verb.function)
-    own = {n: p for n, p in found.parameters.items() if n not in _GIN}
-    groups = dict(found.groups)
-    if verb.job:
-        groups |= {"job": signatures.read("cli/verbs.py:train").groups["job"]}
-    others = {
-        title: {n: p for n, p in group.items() if n not in own}
-        for title, group in groups.items()
-    }
-    return {"": own, **others}
-
-
-def takes_gin(verb: Verb) -> bool:
-    return verb.macros or any(
-        n in signatures.read(verb.function).parameters for n in _GIN
-    )
-
-
 def _run(name: str, verb: Verb, argv: list[str]) -> int:
     signature, groups = signatures.read(verb.function), parameters(verb)
     if "--help" in argv or "-h" in argv:
@@ -186,7 +128,7 @@ def _run(name: str, verb: Verb, argv: list[str]) -> int:
     made = {"settings": Settings(**parts.get("settings", {}))}
     made["job"] = Job(**parts.get("job", {}))
     passed = (gin.gin_files, gin.gin_bindings, gin.search_paths)
-    made |= {n: v for n, v in zip(_GIN, (gin, *passed), strict=True) if v}
+    made |= {n: v for n, v in zip(GIN, (gin, *passed), strict=True) if v}
     own |= {n: made[n] for n in (*signature.groups, *signature.parameters) if n in made}
     if verb.macros:
         defaults = _defaults(verb, signature.parameters)

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from jaxalign import cli, configs
+from jaxalign import configs
 from jaxalign.cli import flags as command_line
+from jaxalign.cli import table
 
 # One function for both shells: bash splits words at "=", zsh does not.
 _FUNCTION = """\
@@ -45,7 +46,7 @@ bashcompinit
 """
 
 
-def script(shell: str, verbs: Mapping[str, cli.Verb]) -> str:
+def script(shell: str, verbs: Mapping[str, table.Verb]) -> str:
     """The completion script of a shell.
 
     Args:
@@ -55,14 +56,14 @@ def script(shell: str, verbs: Mapping[str, cli.Verb]) -> str:
     flags, values = [], []
     for name, verb in verbs.items():
         words = []
-        for group in cli.parameters(verb).values():
+        for group in table.parameters(verb).values():
             for parameter in group.values():
                 flag = "" if parameter.positional else command_line.flag(parameter)
                 if flag:
                     words.append(flag if parameter.type == "bool" else f"{flag}=")
                 if parameter.choices:
                     values.append((f'"{name} {flag}"', parameter.choices))
-        if cli.takes_gin(verb):
+        if table.takes_gin(verb):
             words += ["--gin_file=", "--gin."]
         flags.append((f'"{name}"', words))
     values.append(('*" --gin_file"', configs.available()))

@@ -210,10 +210,9 @@ def completion(shell: Literal["bash", "zsh"]) -> str:
     Args:
       shell: which shell it is for
     """
-    from jaxalign import cli
-    from jaxalign.cli import completion
+    from jaxalign.cli import completion, table
 
-    return completion.script(shell, cli.known_verbs())
+    return completion.script(shell, table.known_verbs())
 
 
 def _with(gin: configs.GinFlags, settings: Settings, needs: str) -> configs.GinFlags:

@@ -420,7 +420,7 @@ def _check_columns(
             if found != (size,):
                 raise ValueError(
                     f"Column {name!r} is missing for {cache!r}: expected {size} "
-                    f"values, got {found}. Run the pass that computes it over this cache."
+                    f"values, got {found}. Run the pass that makes it over this cache."
                 )
             unknown = sum(int(np.isnan(v).sum()) for v in ([array] if flat else array))
             if unknown:

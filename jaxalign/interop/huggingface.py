@@ -23,7 +23,8 @@ from flax import traverse_util
 
 from jaxalign.models.config import T5Config
 from jaxalign.models.conversion import stack_layers, unstack_layers
-from jaxalign.models.t5 import T5, Params, init_params
+from jaxalign.models.networks import Params, init_params
+from jaxalign.models.t5 import T5
 
 # feed_forward_proj -> mlp_activations. T5's "gelu" is "gelu_new", the tanh form.
 _ACTIVATIONS = {

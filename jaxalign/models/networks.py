@@ -123,8 +123,9 @@ def graft(fresh: Params, trained: Mapping[str, Any]) -> Params:
 
     So a reward model starts from a policy: its trunk is taken over, its head is new.
 
-    >>> fresh = {"encoder": np.zeros(2), "head": np.zeros(3)}
-    >>> graft(fresh, {"encoder": np.ones(2), "decoder": np.ones(5)})
+    >>> import numpy
+    >>> fresh = {"encoder": numpy.zeros(2), "head": numpy.zeros(3)}
+    >>> graft(fresh, {"encoder": numpy.ones(2), "decoder": numpy.ones(5)})
     {'encoder': array([1., 1.]), 'head': array([0., 0., 0.])}
     """
     found = traverse_util.flatten_dict(dict(trained), sep="/")

@@ -30,7 +30,7 @@ def loaded(monkeypatch, kind):
         (models.T5, "likelihood:runs/a"),
         (models.T5, "likelihood:runs/a#mean"),
         (models.T5, "token:runs/a#42"),
-        (models.RewardModel, "reward:runs/a"),
+        (models.ScalarModel, "reward:runs/a"),
     ],
 )
 def test_a_batch_is_as_one_at_a_time(monkeypatch, kind, name):

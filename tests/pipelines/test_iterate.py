@@ -210,7 +210,7 @@ def test_a_verdict_is_asked_for_once(tmp_path):
     assert [r["responses"] for r in rows] == [[f"{i}", f"{i} {i}"] for i in range(6)]
     assert [r["scores"][0] for r in rows] == [1.0, 3.0, 5.0, 9.0, 11.0, 13.0]
     assert judged(noisy).read_text() == found
-    with pytest.raises(ValueError, match="judge=.*noisy of"):
+    with pytest.raises(ValueError, match="judge: .*noisy of"):
         judged(judges.resolve(f"{__file__}:length"))
 
 

@@ -19,12 +19,11 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxalign import world
+from jaxalign import files, world
 from jaxalign.pipelines import compare, quickstart
 from jaxalign.pipelines.study import Study
 from jaxalign.prepare import rationales
 from jaxalign.report.comparison import pyplot
-from jaxalign.training import run_directory
 
 METHODS = ("dpo", "rdpo")
 _TAUGHT_REASONS = 4000
@@ -43,7 +42,7 @@ def _write_taught(output: Path, seed: int) -> None:
             }
         )
     text = "".join(json.dumps(row) + "\n" for row in rows)
-    run_directory.write_atomically(output, text)
+    files.write_atomically(output, text)
 
 
 def teach(study: Study, seed: int, sft: Path) -> Path:

@@ -81,6 +81,11 @@ class Column:
     def vector(self) -> bool:
         return self.axes.endswith("M")
 
+    @property
+    def absent(self) -> Any:
+        """What stands for the value of a row that lacks it."""
+        return [self.empty] * self.size if self.vector else self.empty
+
 
 # Every array a batch may hold is listed here and nowhere else.
 COLUMNS: dict[str, Column] = {
@@ -153,8 +158,7 @@ def extra(columns: Iterable[str], source: str) -> tuple[str, ...]:
             near = difflib.get_close_matches(name, COLUMNS, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else "."
             raise ValueError(
-                f"No batch has a column {name!r}{hint} `jaxalign.batch.add_column` "
-                "adds one."
+                f"Unknown column {name!r}{hint} `jaxalign.batch.add_column` adds one."
             )
     return tuple(name for name in columns if COLUMNS[name].source == source)
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxalign.training import run_directory
+from jaxalign import files
 
 # A ratio may fall by so much before it counts as slower: machines are noisy.
 _TOLERANCE = 0.15
@@ -63,7 +63,7 @@ def write(path: Path, results: Sequence[Result]) -> None:
     """Writes the results; those of other cases in the file stay."""
     kept = {r["case"]: r for r in read(path)}
     kept |= {r.case: dataclasses.asdict(r) for r in results}
-    run_directory.write_atomically(path, json.dumps([*kept.values()], indent=2) + "\n")
+    files.write_atomically(path, json.dumps([*kept.values()], indent=2) + "\n")
 
 
 def read(path: Path) -> list[dict[str, Any]]:

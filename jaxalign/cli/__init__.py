@@ -33,9 +33,10 @@ _MISTAKES = (ValueError, OSError, ImportError)
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a verb; returns the exit status, 2 for a mistake in what was asked."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    verbs = known_verbs()
     if not argv or argv[0] in ("-h", "--help", "help"):
         print("jaxalign VERB [--gin_file=FILE ...] [--gin.NAME=VALUE ...] [flags]\n")
-        for name, verb in known_verbs().items():
+        for name, verb in verbs.items():
             print(f"  {name:<12} {signatures.read(verb.function).summary}")
         print(_ENDING)
         return 0
@@ -45,11 +46,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(f"jaxalign {jaxalign.__version__}")
         return 0
-    verb = Verb(name) if ":" in name else known_verbs().get(name)
+    verb = Verb(name) if ":" in name else verbs.get(name)
     if verb is None:
-        near = configs.nearest(name, known_verbs())
+        near = configs.nearest(name, verbs)
         hint = f"Did you mean {' or '.join(near)}?" if near else ""
-        hint = hint or f"Known: {', '.join(known_verbs())}."
+        hint = hint or f"Known: {', '.join(verbs)}."
         print(f"Unknown verb {name!r}. {hint}", file=sys.stderr)
         return 2
     _set_up_logging()

@@ -40,6 +40,13 @@ def empty_batch(
     return found
 
 
+def vector_size(name: str, values: Sequence[Any]) -> int:
+    """``M`` of a column with these values; 0 where they are no vectors."""
+    if not batch_lib.COLUMNS[name].vector:
+        return 0
+    return np.shape(values if isinstance(values, np.ndarray) else values[0])[-1]
+
+
 def to_arrays(
     rows: Sequence[Row],
     placement: Placement,
@@ -72,7 +79,7 @@ def to_arrays(
     """
     columns = columns or {}
     if out is None:
-        sizes = {k: np.shape(v)[-1] if np.ndim(v) else 0 for k, v in columns.items()}
+        sizes = {name: vector_size(name, v) for name, v in columns.items()}
         out = {k: v[0] for k, v in empty_batch(shape, 1, sizes).items()}
     responses = sum(len(row.responses) for row in rows)
     prompts = sum(len(row.prompts) for row in rows)

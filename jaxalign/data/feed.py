@@ -83,8 +83,8 @@ class Feed:
         self._reward_stats = reward_stats
         rates = [float(rate) for _, _, rate in sources]
         _check_sources(self.caches, self.plans, rates, reward_stats)
-        self._columns = _check_columns(columns or {}, self.caches)
         self._row_columns = tuple(row_columns)
+        self._set_columns(columns or {})
         sizes = [cache.index.num_rows for cache in self.caches]
         self._row_starts = np.cumsum([0, *sizes])
         totals = [cache.index.num_responses for cache in self.caches]
@@ -138,15 +138,13 @@ class Feed:
             for name, a in row.items()
         }
 
-    @property
-    def _extra(self) -> dict[str, int]:
-        """Columns beside those of every batch, with the sizes of their vectors."""
-        known = batch_lib.COLUMNS
-        sizes = {n: known[n].size for n in self._row_columns}
-        for name, (array, *_) in self._columns.items():
-            first = array[0] if known[name].owner in "ED" else array
-            sizes[name] = np.shape(first)[-1] if known[name].vector else 0
-        return sizes
+    def _set_columns(self, columns: Mapping[str, Sequence[np.ndarray]]) -> None:
+        self._columns = _check_columns(columns, self.caches)
+        # Columns beside those of every batch, with the sizes of their vectors.
+        self._extra = {n: batch_lib.COLUMNS[n].size for n in self._row_columns} | {
+            name: convert.vector_size(name, array)
+            for name, (array, *_) in self._columns.items()
+        }
 
     def batch(self, step: int, rows: slice | None = None) -> dict[str, np.ndarray]:
         """The global batch at a step, or some of its rows.
@@ -209,7 +207,7 @@ class Feed:
     def with_columns(self, columns: Mapping[str, Sequence[np.ndarray]]) -> Feed:
         """The same feed with other ``columns``; batches and fingerprint stay."""
         feed = copy.copy(self)
-        feed._columns = _check_columns(columns, self.caches)
+        feed._set_columns(columns)
         return feed
 
     @property
@@ -343,10 +341,13 @@ def _of_rows(name: str, rows: Sequence[Row]) -> list[Any]:
                 f"Row {row.key!r} has no column {name!r}: prepare the data again with "
                 "an objective that asks for it."
             )
-        places = row.places(name)
-        tokens = column.owner in "ED"
-        absent = [np.full(len(p) if tokens else (), column.empty) for p in places]
-        values += row.columns.get(name, absent)
+        if name in row.columns:
+            values += row.columns[name]
+            continue
+        values += [
+            np.full(len(place), column.empty) if column.owner in "ED" else column.absent
+            for place in row.places(name)
+        ]
     return values
 
 

@@ -194,11 +194,12 @@ class _Checker:
         return int(value)
 
     def columns(self, names: Sequence[str]) -> Record:
-        """The values of those columns that are there; what is null is not."""
+        """A value for each of those columns; a null is as if it were not there."""
         found: Record = {}
         for name in names:
             column = batch.COLUMNS[name]
             if self.record.get(name) is None and column.optional:
+                found[name] = column.absent
                 continue
             if not column.vector:
                 found[name] = self.number(name)

@@ -8,6 +8,7 @@ is what planning the packing needs.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import math
 from collections.abc import Iterable, Sized
@@ -124,10 +125,14 @@ class Index:
         """``T``."""
         return len(self.response_lengths)
 
+    @functools.cached_property
+    def _pair_offsets(self) -> np.ndarray:
+        return np.concatenate([[0], np.cumsum(self.num_pairs, dtype=np.int64)])
+
     def offsets(self, owner: str) -> np.ndarray:
         """Where each row's prompts, responses or pairs begin (``Column.owner``)."""
         if owner == "Q":
-            return np.cumsum([0, *self.num_pairs])
+            return self._pair_offsets
         return self.prompt_offsets if owner in "PE" else self.response_offsets
 
 

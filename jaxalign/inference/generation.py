@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jaxalign import models, remote, user_code
+from jaxalign import files, models, remote, user_code
 from jaxalign.cluster import exclusive
 from jaxalign.cluster import mesh as meshes
 from jaxalign.data import jsonl, records
@@ -37,7 +37,7 @@ from jaxalign.decoding import bad_words as forbidden
 from jaxalign.decoding.generate import check_constraint
 from jaxalign.decoding.stops import Stops
 from jaxalign.inference import outputs, searching
-from jaxalign.training import checkpoints, run_directory
+from jaxalign.training import checkpoints
 
 _log = logging.getLogger(__name__)
 
@@ -241,7 +241,7 @@ def load(
         mesh = {}
     meta = checkpoints.newest_meta(checkpoint)
     model = checkpoints.stored_model(meta)
-    shapes = jax.eval_shape(lambda: models.init_params(model, jax.random.key(0)))
+    shapes = models.shapes(model)
     built = meshes.named_mesh(mesh)
     shardings = meshes.param_shardings(built, models.logical_axes(model), shapes)
     policy = checkpoints.newest_policy(checkpoint, shardings)
@@ -359,7 +359,7 @@ class _Writer:
             content = self._partial.read_bytes()
             whole = content[: content.rfind(b"\n") + 1]
         self._file = outputs.open_partial(self._path)  # closed by __exit__
-        run_directory.write_atomically(self._about, json.dumps(asked, indent=2) + "\n")
+        files.write_atomically(self._about, json.dumps(asked, indent=2) + "\n")
         self._file.truncate(len(whole))
         self._file.seek(len(whole))
         count = whole.count(b"\n")

@@ -9,7 +9,6 @@ differs is named. What is made in several stages: `jaxalign.pipelines.study`.
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import logging
 import os
@@ -18,11 +17,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from jaxalign import remote
+from jaxalign import files, remote
 from jaxalign.cluster import exclusive
 from jaxalign.data import jsonl
-from jaxalign.data.cache import file_sha256
-from jaxalign.training import checkpoints, run_directory
+from jaxalign.files import file_sha256
+from jaxalign.training import checkpoints
 
 _log = logging.getLogger(__name__)
 
@@ -113,9 +112,7 @@ def finish(path: Path, key: Key, **noted: Any) -> None:
     with open(partial, "rb") as file:
         lines = sum(1 for _ in file)
     entries = {**noted, "asked": key, "lines": lines, "sha256": file_sha256(partial)}
-    run_directory.write_atomically(
-        settings_path(path), json.dumps(entries, indent=2) + "\n"
-    )
+    files.write_atomically(settings_path(path), json.dumps(entries, indent=2) + "\n")
     os.replace(partial, path)
 
 
@@ -185,10 +182,6 @@ def _no_file(partial: Path) -> ValueError:
         f"{partial} is {kind}, and what is unfinished would be written through it. "
         "Remove it, or write to another place."
     )
-
-
-def text_sha256(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _noted(path: Path) -> dict[str, Any]:

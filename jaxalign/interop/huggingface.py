@@ -16,14 +16,14 @@ import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import jax
 import numpy as np
 import safetensors.numpy
 from flax import traverse_util
 
+from jaxalign.models import networks
 from jaxalign.models.config import T5Config
 from jaxalign.models.conversion import stack_layers, unstack_layers
-from jaxalign.models.networks import Params, init_params
+from jaxalign.models.networks import Params
 from jaxalign.models.t5 import T5
 
 # feed_forward_proj -> mlp_activations. T5's "gelu" is "gelu_new", the tanh form.
@@ -207,9 +207,7 @@ def params_from_huggingface(
         second embedding or head that this network would leave unused.
     """
     unscanned = T5(dataclasses.replace(config, scan_layers=False))
-    shapes = traverse_util.flatten_dict(
-        jax.eval_shape(lambda: init_params(unscanned, jax.random.key(0))), sep="/"
-    )
+    shapes = traverse_util.flatten_dict(networks.shapes(unscanned), sep="/")
     state = dict(state)
     aliases = _ALIASES
     if config.logits_via_embedding:

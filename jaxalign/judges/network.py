@@ -17,7 +17,6 @@ from jaxalign.judges.template import Template
 from jaxalign.training import checkpoints
 
 _BATCH_SIZE = 16
-_MAIN = "main"  # the network that a checkpoint's objective trains first of all
 
 # The encoder's text of MetricX without a reference; it ends without EOS.
 _METRICX = Template("source: {prompt} candidate: {response}", "the token judge's text")
@@ -25,15 +24,13 @@ _METRICX = Template("source: {prompt} candidate: {response}", "the token judge's
 _Forward = Callable[[Any, Any, batches.Batch], jax.Array]
 
 
-def _load(path: str, network: str) -> Any:
-    """``model, params, vocabulary, meta`` of a checkpoint's network."""
-    del network  # checkpoints hold a policy and nothing else to judge with
+def _load(path: str) -> Any:
+    """``model, params, vocabulary, meta`` of a checkpoint."""
     return checkpoints.load_policy(path)
 
 
-def _fingerprint(path: str, network: str) -> str:
-    meta = checkpoints.read_meta(checkpoints.resolve(path))
-    return meta.get("networks", {}).get(network) or meta["policy_fingerprint"]
+def _fingerprint(path: str) -> str:
+    return checkpoints.read_meta(path)["policy_fingerprint"]
 
 
 class NetworkJudge:
@@ -41,7 +38,6 @@ class NetworkJudge:
 
     Args:
       path: a run directory or one of its checkpoints.
-      network: its name there.
       kind: what is read off, for the fingerprint.
       forward: ``(model, params, response batch) -> [B, R]``.
       template: what the encoder reads instead of the prompt, without EOS unless it
@@ -54,15 +50,14 @@ class NetworkJudge:
     def __init__(
         self,
         path: str,
-        network: str,
         kind: str,
         forward: _Forward,
         template: Template | None = None,
     ):
-        self._path, self._network, self._template = path, network, template
-        self._function, self._forward = forward, forward
+        self._path, self._function, self._template = path, forward, template
         self._loaded: Any = None
-        self.fingerprint = f"{kind}:{_fingerprint(path, network)}"
+        self._forward: Any = None  # the function of what is loaded, compiled
+        self.fingerprint = f"{kind}:{_fingerprint(path)}"
         if template is not None:
             self.fingerprint += f"#{template.fingerprint}"
 
@@ -78,7 +73,7 @@ class NetworkJudge:
           ValueError: when a number is not finite: the parameters are damaged.
         """
         if self._loaded is None:
-            loaded = self._loaded = _load(self._path, self._network)
+            loaded = self._loaded = _load(self._path)
             self._forward = jax.jit(lambda p, b: self._function(loaded.model, p, b))
         about = metadata or [None] * len(prompts)
         pairs = [
@@ -117,7 +112,7 @@ def reward(path: str) -> NetworkJudge:
             )
         return rewards
 
-    return NetworkJudge(path, _MAIN, "reward", forward)
+    return NetworkJudge(path, "reward", forward)
 
 
 def likelihood(text: str) -> NetworkJudge:
@@ -140,7 +135,7 @@ def likelihood(text: str) -> NetworkJudge:
         return logps
 
     kind = "mean likelihood" if read == "mean" else "likelihood"
-    return NetworkJudge(path, "policy", kind, forward)
+    return NetworkJudge(path, kind, forward)
 
 
 def token(text: str) -> NetworkJudge:
@@ -177,4 +172,4 @@ def token(text: str) -> NetworkJudge:
         first = jnp.where(segments != before, logits, 0.0)
         return batches.sum_by_response(first, segments, batch["response_mask"].shape[1])
 
-    return NetworkJudge(path, "policy", f"token {number}", forward, template)
+    return NetworkJudge(path, f"token {number}", forward, template)

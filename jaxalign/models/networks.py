@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import math
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ import flax.linen as nn
 import jax
 from flax import traverse_util
 
+from jaxalign import user_code
 from jaxalign.batch import example
 from jaxalign.models.config import T5Config
 from jaxalign.models.conversion import unstack_layers
@@ -107,12 +107,10 @@ def restored(description: Mapping[str, Any]) -> nn.Module:
     """
     kind = description["kind"]
     if kind not in KINDS:
-        near = difflib.get_close_matches(kind, KINDS, n=1)
-        hint = f"; the nearest is {near[0]!r}" if near else ""
         raise ValueError(
             f"The checkpoint holds a network of the kind {kind!r}, which is not "
-            f"registered{hint}. Import the module that defines it, marked with "
-            f"@models.register; known: {sorted(KINDS)}."
+            f"registered.{user_code.hint(kind, KINDS)} Import the module that defines "
+            f"it, marked with @models.register; known: {sorted(KINDS)}."
         )
     config = T5Config.stored(description["shape"], description.get("execution", {}))
     return KINDS[kind](config=config, **description.get("options", {}))

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from jaxalign import judges, world
+from jaxalign import files, judges, world
 from jaxalign import objectives as objective_classes
 from jaxalign.data import jsonl
 from jaxalign.data.bad_rows import nearest
@@ -23,7 +23,7 @@ from jaxalign.inference import evaluation as inference
 from jaxalign.inference import generation
 from jaxalign.pipelines import quickstart
 from jaxalign.pipelines.study import Study
-from jaxalign.training import checkpoints, run_directory
+from jaxalign.training import checkpoints
 
 RESPONSES_PER_STEP = 48
 _ROWS = {"trajectory": 8000, "preference": 4000, "rationale": 4000}
@@ -143,7 +143,7 @@ def run(
                 found[name].append(answers(study, policy, sft, prompts, seed))
         results = collect(found)
         text = jsonl.dumps(results, indent=2) + "\n"
-        run_directory.write_atomically(study.folder / "comparison.json", text)
+        files.write_atomically(study.folder / "comparison.json", text)
         from jaxalign.report import comparison as page
 
         path = study.folder / "comparison.html"
@@ -154,7 +154,7 @@ def run(
 
 
 def _note(output: Path, steps: int) -> None:
-    run_directory.write_atomically(output, jsonl.json_line({"steps": steps}))
+    files.write_atomically(output, jsonl.json_line({"steps": steps}))
 
 
 def supervised(study: Study, seed: int) -> Path:
@@ -221,7 +221,7 @@ def _answer(
         )
         for prompt, (text, tokens), a, b in rows
     ]
-    run_directory.write_atomically(output, "".join(lines))
+    files.write_atomically(output, "".join(lines))
 
 
 def means(paths: Sequence[Path]) -> dict[str, list[float]]:

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import jax
 
-from jaxalign import configs, judges, remote
+from jaxalign import configs, files, judges, remote
 from jaxalign.cluster import mesh as meshes
 from jaxalign.data import records
 from jaxalign.data.jsonl import json_line
@@ -27,7 +27,6 @@ from jaxalign.inference import generation
 from jaxalign.pipelines import verdicts
 from jaxalign.pipelines.study import Study
 from jaxalign.training import run as runs
-from jaxalign.training import run_directory
 
 REFERENCES = ("fixed", "refreshed")
 # Which macros a round sets; a run file reads them.
@@ -146,7 +145,7 @@ def run(
             policy = trained
             if jax.process_index() == 0:
                 lines = "".join(map(json_line, table))
-                run_directory.write_atomically(study.folder / "rounds.jsonl", lines)
+                files.write_atomically(study.folder / "rounds.jsonl", lines)
         study.page("Rounds of judged samples")
     return "\n".join(
         f"round {row['round']}: samples score {row['reward']:.4g}, trained on "
@@ -218,4 +217,4 @@ def _write_rows(output: Path, judged: Path, schema: str) -> None:
             f"{len(found)} prompts apart, so there is nothing to learn from. Give a "
             "higher --temperature or more --num_samples, or look at the judge."
         )
-    run_directory.write_atomically(output, "".join(map(json_line, rows)))
+    files.write_atomically(output, "".join(map(json_line, rows)))

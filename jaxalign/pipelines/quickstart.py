@@ -13,12 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxalign import judges, report, world
+from jaxalign import files, judges, report, world
 from jaxalign.data import jsonl
 from jaxalign.evaluation import compare, mean_reward
 from jaxalign.inference import generation
 from jaxalign.pipelines.study import Study
-from jaxalign.training import run_directory
 
 # The embedded data's lengths in bytes, and a schedule that suits runs of minutes.
 COMMON: dict[str, Any] = {
@@ -95,7 +94,7 @@ def run(
         }
         results = _evaluate(samples)
         text = jsonl.dumps(results, indent=2) + "\n"
-        run_directory.write_atomically(study.folder / "results.json", text)
+        files.write_atomically(study.folder / "results.json", text)
         page = report.write_report(list(policies.values()), None)
         table = _table(results)
         study.page("Quickstart", f"<pre>{table}</pre>")
@@ -168,7 +167,7 @@ def _write_data(output: Path, **asked: Any) -> None:
 def _write_prompts(output: Path, split: str, num_prompts: int, seed: int) -> None:
     texts = world.sample_prompts(split, num_prompts, seed)
     lines = "".join(jsonl.json_line({"prompt": text}) for text in texts)
-    run_directory.write_atomically(output, lines)
+    files.write_atomically(output, lines)
 
 
 def _evaluate(samples: dict[str, Path]) -> dict[str, dict[str, Any]]:

@@ -40,7 +40,7 @@ from tqdm import tqdm
 from jaxalign import remote
 from jaxalign.cluster import exclusive
 from jaxalign.data import jsonl
-from jaxalign.data.cache import file_sha256
+from jaxalign.files import file_sha256, json_sha256
 from jaxalign.inference import outputs
 from jaxalign.training import checkpoints, run_directory
 from jaxalign.training.description import describe
@@ -197,7 +197,7 @@ class Study:
             os.replace(partial, path)
             return 0
 
-        counted = {**inputs, "items": _digest(list(items)), "batch": batch}
+        counted = {**inputs, "items": json_sha256(list(items)), "batch": batch}
         with self._stage(name, path, _function_key(function), counted) as needed:
             if needed:
                 exclusive.in_main(grow)
@@ -389,17 +389,13 @@ def _function_key(function: Callable[..., Any]) -> dict[str, Any]:
     if hasattr(function, "fingerprint"):
         return key | {"function's fingerprint": function.fingerprint}
     with contextlib.suppress(OSError, TypeError):  # typed at a prompt, or built in
-        key["function's source"] = _digest(inspect.getsource(kind))
+        key["function's source"] = json_sha256(inspect.getsource(kind))
     held = vars(function) if kind is not function else {}
     if inspect.isfunction(function):
         held = inspect.getclosurevars(function).nonlocals
     if held:
         key["function's values"] = describe(held)
     return key
-
-
-def _digest(value: Any) -> str:
-    return outputs.text_sha256(json.dumps(value, sort_keys=True))
 
 
 def _flat(key: dict[str, Any]) -> dict[str, Any]:

@@ -259,7 +259,7 @@ class _RowBuilder:
         for name, values in self.columns.items():
             column = batch.COLUMNS[name]
             if column.owner == "P":  # a rationale's prompt has none
-                values += [column.empty] * (len(self.prompts) - len(values))
+                values += [column.absent] * (len(self.prompts) - len(values))
         return Row(
             key=key,
             prompts=self.prompts,

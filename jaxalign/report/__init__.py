@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jaxalign import remote
+from jaxalign.files import write_atomically
 from jaxalign.report import curves, profile, results, samples, sections, style
 from jaxalign.report import runs as run_files
-from jaxalign.training.run_directory import write_atomically
 
 __all__ = ["write_report"]
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from jaxalign.files import write_atomically
 from jaxalign.report import style
-from jaxalign.training.run_directory import write_atomically
 
 
 def write(path: Path, results: Mapping[str, Any], *, steps: int, split: str) -> None:

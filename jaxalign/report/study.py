@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxalign.files import write_atomically
 from jaxalign.report import curves, runs, sections, style
-from jaxalign.training.run_directory import write_atomically
 
 
 def write(

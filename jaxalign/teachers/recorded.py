@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from jaxalign.data.cache import file_sha256
+from jaxalign.files import file_sha256
 
 _log = logging.getLogger(__name__)
 _LONGEST_LINE = 1 << 24  # bytes

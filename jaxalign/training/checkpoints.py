@@ -483,7 +483,7 @@ def load_policy(path: str | Path, shardings: Any = None) -> Policy:
     meta = damage.read_meta(folder)
     model = stored_model(meta)
     _log.info("Network of %s: %s", path, models.describe(model))
-    shapes = jax.eval_shape(lambda: models.init_params(model, jax.random.key(0)))
+    shapes = models.shapes(model)
     if shardings is None:
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         shardings = jax.tree.map(lambda _: device, shapes)

@@ -20,6 +20,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from jaxalign import files
 from jaxalign.files import write_atomically
 from jaxalign.training import fingerprints
 
@@ -61,7 +62,7 @@ def write_meta(folder: Path, meta: dict[str, Any]) -> None:
     )
     meta = {**meta, _FILES: fingerprints.files_sha256(folder, names)}
     meta = json.loads(json.dumps(meta))  # as it will be read: lists, no tuples
-    meta[_OWN] = fingerprints.json_fingerprint(meta)
+    meta[_OWN] = files.json_sha256(meta)
     write_atomically(folder / META_FILE, json.dumps(meta))
 
 
@@ -86,7 +87,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
     if not isinstance(meta, dict):
         raise damaged("it is no JSON object")
     own = meta.pop(_OWN, None)
-    if (own or _FILES in meta) and own != fingerprints.json_fingerprint(meta):
+    if (own or _FILES in meta) and own != files.json_sha256(meta):
         raise damaged(f"its own {_OWN} differs from its content")
     for name, kind in _KINDS.items():
         if not isinstance(meta.get(name), kind):

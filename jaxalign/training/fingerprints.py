@@ -1,9 +1,8 @@
-"""Fingerprints: SHA-256 of parameters, of files and of JSON."""
+"""Fingerprints: SHA-256 of parameters and of files."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +13,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jaxalign.data.cache import file_sha256
+from jaxalign.files import file_sha256
 
 _FILES_AT_A_TIME = 8  # hashing runs without Python's lock
 
@@ -94,9 +93,3 @@ def files_sha256(folder: Path, names: Iterable[str]) -> dict[str, str]:
     with ThreadPoolExecutor(min(_FILES_AT_A_TIME, os.cpu_count() or 1)) as pool:
         digests = pool.map(lambda name: file_sha256(folder / name), names)
         return dict(zip(names, digests, strict=True))
-
-
-def json_fingerprint(value: Any) -> str:
-    """SHA-256 of a value as JSON, whatever the order of its keys."""
-    text = json.dumps(value, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()

@@ -26,7 +26,7 @@ from jaxalign import batch as batch_lib
 from jaxalign.cluster import distributed
 from jaxalign.cluster import mesh as meshes
 from jaxalign.data import Feed
-from jaxalign.data.cache import file_sha256
+from jaxalign.files import file_sha256
 from jaxalign.objectives import Objective, reference_columns
 
 _log = logging.getLogger(__name__)

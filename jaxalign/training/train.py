@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxalign import files
 from jaxalign.cluster import distributed, exclusive, watchdog
 from jaxalign.cluster import mesh as meshes
 from jaxalign.objectives.metrics import Metrics, sample_pairs, summarize
@@ -170,7 +171,7 @@ def train(run: Run, config_text: str = "") -> dict[str, float]:
     if main_process:
         run.vocabulary.save(run_dir)
         if config_text:
-            run_directory.write_atomically(run_dir / "config.gin", config_text)
+            files.write_atomically(run_dir / "config.gin", config_text)
         run_directory.update_manifest(
             run_dir, status="running", **meta, **run_directory.environment()
         )

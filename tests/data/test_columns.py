@@ -13,6 +13,8 @@ from jaxalign import batch as batches
 from jaxalign import models, objectives
 from jaxalign.data.bad_rows import DataError
 from jaxalign.data.feed import Feed
+from jaxalign.data.records import convert
+from jaxalign.prepare.rows import build_rows
 from jaxalign.training import inputs
 from jaxalign.vocabularies import ByteVocabulary
 
@@ -38,6 +40,7 @@ class WeighedDPO(objectives.DPO):
 
 MODEL = models.T5(models.T5Config(259, 8, 1, 8, 8, 1, 1))
 OBJECTIVE = WeighedDPO(MODEL)
+DOUBT = ("pair_doubt",)
 PAIR = {"prompt": "p", "chosen": "good", "rejected": "bad"}
 
 
@@ -72,6 +75,21 @@ def test_a_column_comes_from_the_file_to_the_loss(tmp_path):
     scored = {**batch, "response_ref_logps": logps}
     loss = OBJECTIVE.output(scored, logps).sums["pairs"]
     assert float(loss) == pytest.approx(3.25 * np.log(2), rel=1e-6)
+
+
+def test_records_of_one_prompt_may_lack_what_is_optional(tmp_path):
+    batches.add_column("pair_doubt", "BQ", optional=True, empty=0.5)
+    records = [
+        {"chosen": "good", "rejected": "bad", "pair_doubt": 0.1},
+        {"chosen": "fine", "rejected": "worse"},
+    ]
+    rows = [
+        row
+        for record in records
+        for row in convert({"prompt": "p", **record}, "preference", columns=DOUBT)
+    ]
+    (row,) = build_rows(rows, "preference", ByteVocabulary(), key="k")
+    assert row.columns == {"pair_doubt": [0.1, 0.5]}
 
 
 def test_a_row_without_its_column_is_told(tmp_path):

@@ -271,7 +271,7 @@ def test_mistakes_are_named(caches, tmp_path):
     refused("batch_size must be at least 1, got 0", batch_size=0)
     refused("covers 37 rows with 74 responses, .* has 61", [(a, other[1], 1.0)])
     refused("rate of .* must be positive, got 0", [(a, one[1], 0.0)])
-    refused("No batch has a column 'ref_logps'; did you mean 'response_ref_logps'",
+    refused("Unknown column 'ref_logps'; did you mean 'response_ref_logps'",
             columns={"ref_logps": [np.zeros(122)]})  # fmt: skip
     name = "response_ref_logps"
     refused(f"'{name}' has 1 arrays for 2 sources", [one, other],

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import threading
 
+import echo_server
 import fault_server
 import numpy as np
 import pytest
-import uvicorn
 
 from jaxalign import evaluation, judges
 from jaxalign.judges.template import Template
-from jaxalign.serving import api, server
-from jaxalign.vocabularies import ByteVocabulary
 
 HEADLESS = "Rate the answer {response} to {prompt}."
 
@@ -164,49 +160,9 @@ def test_a_recording_is_a_judge(folder):
     assert found[0] == 3.0 and np.isnan(found[1])
 
 
-class Echo:
-    """A backend that answers each prompt with itself."""
-
-    engines = 1
-
-    def __init__(self):
-        self._running = {}
-
-    def submit(self, prompt, seed, settings, *, max_new_tokens, num_samples):
-        self._running[len(self._running)] = [prompt] * num_samples
-        return len(self._running) - 1
-
-    def step(self):
-        done, self._running = self._running, {}
-        return done
-
-    def progress(self):
-        return {}
-
-    def cancel(self, ticket):
-        pass
-
-    def reset(self):
-        pass
-
-
-@contextlib.contextmanager
-def served():
-    app = api.application(Echo(), ByteVocabulary(), model="tiny")
-    with server.listen("127.0.0.1", 0) as sock:
-        settings = server.configuration(app, log_level="error")
-        running = uvicorn.Server(settings)
-        thread = threading.Thread(target=running.run, args=([sock],))
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{sock.getsockname()[1]}/v1"
-        finally:
-            running.should_exit = True
-            thread.join()
-
-
 def test_our_own_server_judges(folder):
-    with served() as url:
+    with echo_server.running() as port:
+        url = f"http://127.0.0.1:{port}/v1"
         made = judges.resolve(f"text:{url}#tiny#rubric.md")
         found = made(["p", "q", "r"], ["a 3", "b 12", "none"])
     np.testing.assert_array_equal(found, np.float32([3.0, 12.0, np.nan]))

@@ -7,61 +7,17 @@ import http.client
 import json
 import socket
 import sys
-import threading
 import time
 
 import pytest
-import uvicorn
+from echo_server import running
 
 from jaxalign import cli
 from jaxalign.serving import api, guard, server
 from jaxalign.serving.refusals import Refusal
-from jaxalign.vocabularies import ByteVocabulary
 
 JSON = {"Content-Type": "application/json"}
 BODY = json.dumps({"model": "tiny", "prompt": "x", "max_tokens": 5}).encode()
-
-
-class Echo:
-    """A backend that answers each prompt with itself."""
-
-    engines = 2
-
-    def __init__(self):
-        self._running = {}
-
-    def submit(self, prompt, seed, settings, *, max_new_tokens, num_samples):
-        self._running[len(self._running)] = [prompt] * num_samples
-        return len(self._running) - 1
-
-    def step(self):
-        done, self._running = self._running, {}
-        return done
-
-    def progress(self):
-        return {}
-
-    def cancel(self, ticket):
-        pass
-
-    def reset(self):
-        pass
-
-
-@contextlib.contextmanager
-def running(config=None, **options):
-    """A server's port."""
-    app = api.application(Echo(), ByteVocabulary(), model="tiny", **options)
-    with server.listen("127.0.0.1", 0) as sock:
-        settings = {"log_level": "error", **(config or {})}
-        running = uvicorn.Server(server.configuration(app, **settings))
-        thread = threading.Thread(target=running.run, args=([sock],))
-        thread.start()
-        try:
-            yield sock.getsockname()[1]
-        finally:
-            running.should_exit = True
-            thread.join()
 
 
 def ask(port, method="POST", path="/v1/completions", body=BODY, **headers):

@@ -1,0 +1,117 @@
+"""What the values of a column belong to, and where it stands in a feed's batches.
+
+The prefix of a column's name says what one value belongs to, as in `jaxalign.batch`: a
+prompt, a response, a pair, or (``encoder_``, ``decoder_``) a token. Such items are
+numbered over all sources of a feed.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+
+import numpy as np
+
+from jaxalign.data.feed import Feed
+
+# prefix -> the axes that follow ``B`` in an array, and the name of an item.
+_AXES = {
+    "prompt": ("P", "prompt"),
+    "response": ("R", "response"),
+    "pair": ("Q", "pair"),
+    "encoder": ("E", "prompt token"),
+    "decoder": ("KD", "response token"),
+}
+
+
+def item_name(column: str) -> str:
+    """What one value of a column belongs to, in words.
+
+    >>> item_name("decoder_old_logps")
+    'response token'
+    """
+    return _AXES[_prefix(column)][1]
+
+
+class Items:
+    """The items of a feed that a column has a value for.
+
+    Prompts, responses and pairs are numbered in the order of the rows; tokens in the
+    order of these, those that are cut off left out.
+
+    Args:
+      feed: the feed.
+      column: its name.
+
+    Attributes:
+      count: the number of items.
+      shape: of the axes of a batch that hold them, without ``B``.
+
+    Raises:
+      ValueError: when the name's prefix is of no axis.
+    """
+
+    def __init__(self, feed: Feed, column: str):
+        self._feed, self._prefix, self.count = feed, _prefix(column), 0
+        axes = feed.shape.axes()
+        self.shape = tuple(axes[letter] for letter in _AXES[self._prefix][0])
+        self._first_bins = np.cumsum([0, *map(len, feed.plans)])
+        self._first_items: list[np.ndarray] = []  # of each row
+        self._first_tokens: list[np.ndarray] = []  # of each prompt or response
+        for cache, plan in zip(feed.caches, feed.plans, strict=True):
+            index = cache.index
+            if self._prefix in ("prompt", "encoder"):
+                offsets = index.prompt_offsets
+                lengths = np.minimum(index.prompt_lengths, plan.inputs)
+            else:
+                offsets = index.response_offsets
+                lengths = np.minimum(index.response_lengths, plan.targets)
+            if self._prefix == "pair":
+                offsets = _offsets(index.num_pairs)
+            if self._prefix in ("encoder", "decoder"):
+                self._first_items.append(offsets)
+                self._first_tokens.append(self.count + _offsets(lengths))
+                self.count = int(self._first_tokens[-1][-1])
+            else:
+                self._first_items.append(self.count + offsets)
+                self.count = int(self._first_items[-1][-1])
+
+    def of(self, bins: Sequence[int]) -> np.ndarray:
+        """``[B, *shape]`` int64, the items in a batch of these bins; -1: none."""
+        ids = np.full((self._feed.batch_size, *self.shape), -1, np.int64)
+        for row, number in zip(ids, bins, strict=False):
+            source = int(np.searchsorted(self._first_bins, number, side="right")) - 1
+            placement = self._feed.plans[source][number - self._first_bins[source]]
+            first = self._first_items[source]
+            items = [
+                i for r in placement.row_ids for i in range(first[r], first[r + 1])
+            ]
+            if not self._first_tokens:
+                row[: len(items)] = items
+                continue
+            # As `convert` lays them down: side by side, each in its decoder row.
+            rows = row.reshape(-1, row.shape[-1])
+            where = placement.decoder_rows.tolist()
+            if self._prefix == "encoder":
+                where = [0] * len(items)
+            cursor = [0] * len(rows)
+            for k, i in zip(where, items, strict=True):
+                begin, end = self._first_tokens[source][i : i + 2].tolist()
+                rows[k, cursor[k] : cursor[k] + end - begin] = range(begin, end)
+                cursor[k] += end - begin
+        return ids
+
+
+def _prefix(column: str) -> str:
+    prefix = column.partition("_")[0]
+    if prefix not in _AXES:
+        near = difflib.get_close_matches(prefix, _AXES, 1, 0)
+        raise ValueError(
+            f"Column {column!r}: the prefix of a name says what a value belongs to, "
+            f"one of {[f'{known}_' for known in _AXES]}. Did you mean '{near[0]}_'?"
+        )
+    return prefix
+
+
+def _offsets(lengths: np.ndarray) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])

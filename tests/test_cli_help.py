@@ -53,7 +53,7 @@ def test_help_shows_defaults(verb, shown, capsys):
         ("generate", "runs/generate.gin", "inference/generation.py:generate"),
         ("steer", "runs/steer.gin", "inference/steering.py:steer"),
         ("serve", "runs/serve.gin", "serving/api.py:serve"),
-        ("score", "runs/score.gin", "inference/evaluation.py:score"),
+        ("score", "runs/score.gin", "inference/score.py:score"),
         ("eval", "runs/eval.gin", "inference/evaluation.py:evaluate"),
     ],
 )

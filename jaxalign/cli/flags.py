@@ -59,7 +59,7 @@ def verb_parser(
 def signature(function: str) -> dict[str, Any]:
     """The constant defaults of a function's keyword-only parameters, from its source.
 
-    >>> signature("inference/evaluation.py:score")["batch_size"]
+    >>> signature("inference/score.py:score")["batch_size"]
     16
     """
     if not function:

@@ -143,7 +143,7 @@ def score_parser() -> argparse.ArgumentParser:
     parser = verb_parser(
         "score",
         "Log-probabilities of a JSONL file's completions.",
-        "inference/evaluation.py:score",
+        "inference/score.py:score",
     )
     parser.add_argument("--checkpoint", help="run directory or checkpoint")
     parser.add_argument("--data", help='JSONL file with {"prompt", "completion"}')
@@ -155,7 +155,7 @@ def score_parser() -> argparse.ArgumentParser:
 
 def score(argv: list[str]) -> int:
     args = arguments(score_parser(), argv, "runs/score.gin")
-    from jaxalign.inference import evaluation as inference
+    from jaxalign.inference import score as inference
 
     join(args)
     lines = call(inference.score, args, ("checkpoint", "data", "output"))

@@ -23,7 +23,7 @@ from jaxalign.data.bad_rows import nearest
 from jaxalign.decoding import Sampling
 from jaxalign.evaluation import compare
 from jaxalign.inference import evaluation as inference
-from jaxalign.inference import generation, outputs
+from jaxalign.inference import generation, outputs, score
 from jaxalign.pipelines import stages
 from jaxalign.pipelines.stages import COMMON, SFT, Stage
 from jaxalign.training import checkpoints, run_directory
@@ -197,8 +197,8 @@ def answer(
     found = [(g.texts[0], len(g.tokens[0])) for g in generations]
     pairs = list(zip(prompts, [text for text, _ in found], strict=True))
     base = checkpoints.load_policy(folder / f"seed{seed}" / "sft")
-    own, _ = inference.score_pairs(policy, pairs, batch_size=100)
-    reference, _ = inference.score_pairs(base, pairs, batch_size=100)
+    own, _ = score.score_pairs(policy, pairs, batch_size=100)
+    reference, _ = score.score_pairs(base, pairs, batch_size=100)
     inference.write_jsonl(
         path,
         (

@@ -142,10 +142,11 @@ def check(
                 where = np.unravel_index(np.argmax(np.where(off, error, -1)), off.shape)
                 wrong = np.unique(np.nonzero(off)[0]).size
                 raise RuntimeError(
-                    f"{name} of {item_name(name)} {ids[where[0]]} is {kept[where]:.6g}, "
-                    f"and {again[where]:.6g} when scored again ({wrong} of {len(ids)} "
-                    "differ). Delete what keeps it; if the next pass fails too, the "
-                    "device or the scoring program is not to be trusted."
+                    f"{name} of {item_name(name)} {ids[where[0]]} is "
+                    f"{kept[where]:.6g}, and {again[where]:.6g} when scored again "
+                    f"({wrong} of {len(ids)} differ). Delete the file that holds it; "
+                    "if a new pass fails too, the device or the scoring program is "
+                    "not to be trusted."
                 )
 
 
@@ -179,7 +180,8 @@ def score_texts(
       **settings: of `score`.
 
     Returns:
-      ``[n, ...]`` of a function that gives an array, columns of one that gives columns.
+      ``[n, ...]`` of a function that gives an array, columns of one that gives columns;
+      ``[0]`` of no texts.
 
     Example::
 
@@ -188,6 +190,8 @@ def score_texts(
 
         score_texts(logps, params, vocabulary, ["2 + 2"], ["4"])  # [1] float32
     """
+    if not len(prompts):
+        return np.zeros(0, np.float32)
     cache = memory.from_texts(vocabulary, prompts, responses)
     mesh = mesh or meshes.make_mesh(devices=jax.local_devices()[:1])
     feed = memory.feed(cache, lengths=lengths, batch_size=batch_size)
@@ -260,7 +264,7 @@ def _scored(
 
 
 def _check_finite(name: str, ids: np.ndarray, values: np.ndarray) -> None:
-    finite = np.isfinite(values.reshape(len(values), -1)).all(axis=1)
+    finite = np.isfinite(values).all(axis=tuple(range(1, values.ndim)))
     if not finite.all():
         bad = int(np.argmin(finite))
         raise ValueError(

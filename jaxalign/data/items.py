@@ -8,7 +8,9 @@ numbered over all sources of a feed.
 from __future__ import annotations
 
 import difflib
+import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -75,6 +77,24 @@ class Items:
             else:
                 self._first_items.append(self.count + offsets)
                 self.count = int(self._first_items[-1][-1])
+
+    def split(self, values: np.ndarray) -> list[Any]:
+        """A column's values by source, as `Feed` takes them.
+
+        Args:
+          values: ``[count, ...]``.
+
+        Returns:
+          An array for each source; of tokens, a list with one for each text.
+        """
+        if len(values) != self.count:
+            raise ValueError(f"A column of {self.count} values, got {len(values)}.")
+        if self._first_tokens:
+            return [
+                [values[a:b] for a, b in itertools.pairwise(first)]
+                for first in self._first_tokens
+            ]
+        return [values[first[0] : first[-1]] for first in self._first_items]
 
     def of(self, bins: Sequence[int]) -> np.ndarray:
         """``[B, *shape]`` int64, the items in a batch of these bins; -1: none."""

@@ -25,6 +25,7 @@ from jaxalign.batch import REFERENCE_FIELDS
 from jaxalign.cluster import distributed
 from jaxalign.data import Feed
 from jaxalign.data.cache import file_sha256
+from jaxalign.data.items import Items
 from jaxalign.objectives import Objective, reference_columns
 from jaxalign.training import scoring
 
@@ -214,4 +215,4 @@ def join(
         _log.info("Reference log-probabilities read from %s", folder)
         if verify_cached:
             verify(objective, load_params(), feed, mesh, columns)
-    return feed.with_columns({k: feed.split_column(v) for k, v in columns.items()})
+    return feed.with_columns({k: Items(feed, k).split(v) for k, v in columns.items()})

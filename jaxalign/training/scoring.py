@@ -220,7 +220,12 @@ def _empty(
     feed: Feed, function: Function, params: Any, mesh: jax.sharding.Mesh
 ) -> tuple[dict[str, Items], Columns]:
     """What each column has values for, and arrays to fill."""
-    found = jax.eval_shape(compiled(function, mesh), params, feed.shapes)
+    sharding = meshes.batch_sharding(mesh)  # as in the pass, which traces once
+    shapes = {
+        name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
+        for name, a in feed.shapes.items()
+    }
+    found = jax.eval_shape(compiled(function, mesh), params, shapes)
     items, columns = {}, {}
     for name, value in found.items():
         items[name] = Items(feed, name)

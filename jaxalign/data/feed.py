@@ -11,7 +11,7 @@ import copy
 import difflib
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -19,11 +19,14 @@ import jax
 import numpy as np
 
 from jaxalign import batch as batch_lib
+from jaxalign.data import augment as augment_lib
 from jaxalign.data import convert
+from jaxalign.data.augment import Augment
 from jaxalign.data.cache import TokenizedCache
 from jaxalign.data.plan import Plan, common_shape
+from jaxalign.data.rows import Row
 
-_EMPTY_SLOT = (-1, -1)
+_EMPTY_SLOT = (-1, -1, 0)
 _LAST_STEP = 2**31 - 1
 
 
@@ -41,10 +44,12 @@ class Feed:
         answer must have a reward.
       columns: arrays by name (``batch.REFERENCE_FIELDS``), one for each source, indexed
         by flat response id (:class:`jaxalign.data.cache.Index`).
+      augment: makes of a row what is fed in an epoch (:mod:`jaxalign.data.augment`);
+        in :meth:`evaluation_batches` as in the first.
 
     Attributes:
       shape: the :class:`RowShape` of a batch row.
-      batch_size, seed: as given.
+      batch_size, seed, augment: as given.
       fingerprint: SHA-256 over all that determines the batches but ``columns``.
 
     Raises:
@@ -68,6 +73,7 @@ class Feed:
         shuffle: bool = True,
         reward_stats: tuple[float, float] | None = None,
         columns: Mapping[str, Sequence[np.ndarray]] | None = None,
+        augment: Augment | None = None,
     ):
         if not sources:
             raise ValueError("A feed needs at least one (cache, plan, rate).")
@@ -76,7 +82,7 @@ class Feed:
         self.caches = [cache for cache, _, _ in sources]
         self.shape = common_shape([plan for _, plan, _ in sources])
         self.plans = [plan.with_shape(self.shape) for _, plan, _ in sources]
-        self.batch_size, self.seed = batch_size, seed
+        self.batch_size, self.seed, self.augment = batch_size, seed, augment
         self._reward_stats = reward_stats
         rates = [float(rate) for _, _, rate in sources]
         _check_sources(self.caches, self.plans, rates, reward_stats)
@@ -94,7 +100,7 @@ class Feed:
                 # seed apart from those of the next.
                 digest = hashlib.sha256(f"{seed}/{i}".encode()).digest()
                 bins = bins.shuffle(seed=int.from_bytes(digest[:4], "little"))
-            streams.append(bins.repeat().map(lambda bin_id, i=i: (i, int(bin_id))))
+            streams.append(bins.repeat().map_with_index(_slot(i, len(plan))))
         bin_rates = [
             rate * len(plan) / size
             for rate, plan, size in zip(rates, self.plans, sizes, strict=True)
@@ -113,6 +119,8 @@ class Feed:
             "shuffle": shuffle,
             "reward_stats": reward_stats,
         }
+        if augment is not None:
+            identity["augment"] = augment_lib.identity(augment)
         self.fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
     @property
@@ -214,22 +222,22 @@ class Feed:
         """
         return EvaluationBatches(self, rows, bins)
 
-    def _slots(self, step: int, rows: slice | None) -> list[tuple[int, int]]:
-        """(source, bin) of each asked row of a step's batch."""
+    def _slots(self, step: int, rows: slice | None) -> list[tuple[int, int, int]]:
+        """(source, bin, epoch) of each asked row of a step's batch."""
         if step < 0:
             raise ValueError(f"Steps count from 0, got {step}.")
         wanted = range(self.batch_size)[rows or slice(None)]
         return [self._stream[step * self.batch_size + i] for i in wanted]
 
-    def _convert(self, slots: Sequence[tuple[int, int]]) -> dict[str, np.ndarray]:
+    def _convert(self, slots: Sequence[tuple[int, int, int]]) -> dict[str, np.ndarray]:
         batch = convert.empty_batch(self.shape, len(slots), tuple(self._columns))
-        for i, (source, bin_id) in enumerate(slots):
+        for i, (source, bin_id, epoch) in enumerate(slots):
             if bin_id < 0:
                 continue
             cache, placement = self.caches[source], self.plans[source][bin_id]
             flat = _flat_responses(cache, placement.row_ids)
             convert.to_arrays(
-                [cache[row] for row in placement.row_ids.tolist()],
+                [self._row(source, row, epoch) for row in placement.row_ids.tolist()],
                 placement,
                 self.shape,
                 {name: column[source][flat] for name, column in self._columns.items()},
@@ -239,9 +247,23 @@ class Feed:
             )
         return batch
 
-    def _response_ids(self, slots: Sequence[tuple[int, int]]) -> np.ndarray:
+    def _row(self, source: int, number: int, epoch: int) -> Row:
+        cache = self.caches[source]
+        row = cache[number]
+        if self.augment is None:
+            return row
+        return augment_lib.augmented(
+            self.augment,
+            row,
+            seed=self.seed,
+            epoch=epoch,
+            row_id=int(self._row_starts[source]) + number,
+            vocab_size=cache.vocabulary.vocab_size,
+        )
+
+    def _response_ids(self, slots: Sequence[tuple[int, int, int]]) -> np.ndarray:
         ids = np.full((len(slots), self.shape.responses), -1, np.int64)
-        for i, (source, bin_id) in enumerate(slots):
+        for i, (source, bin_id, _) in enumerate(slots):
             if bin_id >= 0:
                 placement = self.plans[source][bin_id]
                 flat = _flat_responses(self.caches[source], placement.row_ids)
@@ -268,7 +290,7 @@ class EvaluationBatches(Sequence):
     ):
         self._feed, self._rows = feed, rows
         self._all = [
-            (source, bin_id)
+            (source, bin_id, 0)
             for source, plan in enumerate(feed.plans)
             for bin_id in range(len(plan))
         ]
@@ -296,13 +318,17 @@ class EvaluationBatches(Sequence):
         pairs = steps.map(lambda i: (self[int(i)], self.response_ids(int(i))))
         return _ahead(pairs, threads)
 
-    def _slots(self, i: int) -> list[tuple[int, int]]:
+    def _slots(self, i: int) -> list[tuple[int, int, int]]:
         if not 0 <= i < len(self):
             raise IndexError(f"Batch {i} of {len(self)}.")
         size = self._feed.batch_size
         slots = self._all[i * size : (i + 1) * size]
         slots = slots + [_EMPTY_SLOT] * (size - len(slots))
         return slots[self._rows or slice(None)]
+
+
+def _slot(source: int, size: int) -> Callable[[int, Any], tuple[int, int, int]]:
+    return lambda n, bin_id: (source, int(bin_id), n // size)
 
 
 def _ahead(dataset: grain.MapDataset, threads: int) -> Iterator[Any]:

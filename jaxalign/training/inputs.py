@@ -14,6 +14,7 @@ import numpy as np
 from jaxalign import batch as batches
 from jaxalign import data as data_lib
 from jaxalign import remote, vocabularies
+from jaxalign.data.augment import Augment
 from jaxalign.objectives import Objective
 
 _log = logging.getLogger(__name__)
@@ -53,6 +54,8 @@ class Dataset:
         prompt held out by one would be trained on by the next.
       beam_options: Apache Beam's pipeline options, to tokenise files on it; None: in
         this process.
+      augment: makes of a row, each time it is fed, another of the same lengths:
+        ``augment(row, rng) -> row`` (`jaxalign.data.augment`).
     """
 
     data: str | Mapping[str, float] | None = None
@@ -78,6 +81,7 @@ class Dataset:
     seed: int = 0
     split_seed: int = 0
     beam_options: str | None = None
+    augment: Augment | None = None
 
     def __post_init__(self) -> None:
         if (self.data is None) == (self.mixture_or_task_name is None):
@@ -256,6 +260,7 @@ def build(
             seed=dataset.seed,
             shuffle=dataset.shuffle and split == "train",
             reward_stats=reward_stats if objective.uses_rewards else None,
+            augment=dataset.augment,
         )
     return Inputs(
         train=feeds["train"],

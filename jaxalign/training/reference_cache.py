@@ -23,7 +23,7 @@ import numpy as np
 
 from jaxalign.batch import REFERENCE_FIELDS
 from jaxalign.cluster import distributed
-from jaxalign.data import Feed
+from jaxalign.data import Feed, augment
 from jaxalign.data.cache import file_sha256
 from jaxalign.data.items import Items
 from jaxalign.objectives import Objective, reference_columns
@@ -49,6 +49,8 @@ def cache_key(
         "columns": _columns(objective),
         "jax": jax.__version__,
     }
+    if feed.augment is not None:
+        key["augment"] = [augment.identity(feed.augment), feed.seed]
     return json.loads(json.dumps(key))  # as it comes back from disk: lists, no tuples
 
 

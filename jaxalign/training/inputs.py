@@ -14,6 +14,7 @@ import numpy as np
 from jaxalign import batch as batches
 from jaxalign import data as data_lib
 from jaxalign import remote, vocabularies
+from jaxalign.data import synthetic
 from jaxalign.data.augment import Augment
 from jaxalign.objectives import Objective
 
@@ -26,7 +27,8 @@ class Dataset:
 
     Attributes:
       data: a JSONL, Parquet or TFRecord file, here or in a bucket, a registered task,
-        ``task:file``, a prepared cache's folder, or a mixture ``{any of these: rate}``.
+        ``task:file``, a prepared cache's folder, or a mixture ``{any of these: rate}``;
+        ``synthetic:TASK`` makes rows on the fly (`jaxalign.data.synthetic`).
       mixture_or_task_name: T5X's name for a registered task; in place of `data`.
       feature_lengths: ``{"inputs": ..., "targets": ...}``, the longest prompt and
         response in tokens; longer ones are truncated and counted.
@@ -108,6 +110,11 @@ class Dataset:
     def cache_folder(self) -> Path:
         return remote.local_only(self.cache_dir, "CACHE_DIR")
 
+    @property
+    def synthetic(self) -> bool:
+        """Whether the rows are made on the fly."""
+        return isinstance(self.data, str) and self.data.startswith(synthetic.PREFIX)
+
     def sources(self) -> dict[str, float]:
         """The training data by name, with mixing rates."""
         if isinstance(self.data, Mapping):
@@ -150,6 +157,20 @@ def prepare(
     The prepare half, and with it TensorFlow for the formats that need it, is imported
     only here and only when `data` is not a prepared cache already.
     """
+    if dataset.synthetic:
+        if dataset.eval_data or dataset.augment:
+            raise ValueError(
+                f"{dataset.data} makes its evaluation data itself, and its rows are "
+                "new ones always: leave out EVAL_DATA and Dataset.augment."
+            )
+        return synthetic.caches(
+            dataset.data,
+            objective.schema,
+            vocabulary,
+            options=dataset.task_options,
+            seed=dataset.seed,
+            split_seed=dataset.split_seed,
+        )
     opened: dict[str, list[data_lib.TokenizedCache]] = {"train": [], "validation": []}
     held_out = dataset.eval_data is None and dataset.eval_split is None
     common = {
@@ -254,7 +275,8 @@ def build(
         if not of_split:
             continue
         weights = rates if split == "train" else [1.0] * len(of_split)
-        feeds[split] = data_lib.Feed(
+        endless = dataset.synthetic and split == "train"
+        feeds[split] = (synthetic.SyntheticFeed if endless else data_lib.Feed)(
             list(zip(caches[split], of_split, weights, strict=True)),
             batch_size=dataset.batch_size,
             seed=dataset.seed,

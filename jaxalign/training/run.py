@@ -234,10 +234,11 @@ def setup(run: Run, reward_stats: tuple[float, float] | None = None) -> Setup:
         that goes on; None fits them on the training split.
     """
     objective = run.objective(model=run.model)
-    if run.dataset.augment and objective.uses_reference and run.reference == "cached":
+    changing = run.dataset.augment or run.dataset.synthetic
+    if changing and objective.uses_reference and run.reference == "cached":
         raise ValueError(
-            "Dataset.augment makes other rows in every epoch, and a reference that is "
-            "scored once knows those of the first only: set REFERENCE='online'."
+            "Dataset.augment and synthetic data make other rows in every epoch, which "
+            "cannot be scored before: set REFERENCE='online'."
         )
     mesh = meshes.named_mesh(run.mesh)
     meshes.check_batch(mesh, run.dataset.batch_size, run.num_microbatches)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny_run
 
-from jaxalign import objectives
+from jaxalign import models, objectives
 from jaxalign.data import synthetic
 from jaxalign.training import inputs, run_directory
 from jaxalign.training import train as loop
@@ -30,7 +30,7 @@ def feed_of(name="reverse", objective="SFT", **changes):
         "batch_size": 4,
         **changes,
     }
-    objective = objectives.OBJECTIVES[objective](model=loop.models.T5(tiny_run.CONFIG))
+    objective = objectives.OBJECTIVES[objective](model=models.T5(tiny_run.CONFIG))
     return inputs.build(inputs.Dataset(**settings), objective, VOCABULARY)
 
 

@@ -42,7 +42,7 @@ def score(
       data: rows with ``prompt`` and ``completion``.
       output: a JSON Lines file: each row as it was read, with ``logp`` (the summed
         log-probability of the completion, EOS included) and ``num_tokens``. Nothing is
-        truncated.
+        truncated. An unfinished one goes on, a finished one is kept.
       batch_size: encoder rows at a time.
       mesh: sizes ``{"data", "fsdp", "tensor"}`` as in training; None: one device, or
         all devices of a job of several processes, which must divide `batch_size`.

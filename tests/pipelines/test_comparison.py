@@ -80,7 +80,7 @@ def compare(tmp_path, monkeypatch):
     monkeypatch.setattr(comparison.checkpoints, "read_meta", lambda path: meta)
     zeros = np.zeros(100)
     monkeypatch.setattr(
-        comparison.inference, "score_pairs", lambda _, p, **__: (zeros[: len(p)], None)
+        comparison.score, "score_pairs", lambda _, p, **__: (zeros[: len(p)], None)
     )
     monkeypatch.setattr(page, "write", lambda *_, **__: None)
 

@@ -112,12 +112,31 @@ COLUMNS: dict[str, Column] = {
     "response_ref_kl_logps": Column("BR", source="pass"),
 }
 _OWNERS = {
-    "prompt": ("BP", "BPM"),
-    "response": ("BR", "BRM"),
-    "pair": ("BQ", "BQM"),
-    "encoder": ("BE", "BEM"),
-    "decoder": ("BKD", "BKDM"),
+    "prompt": "BP",
+    "response": "BR",
+    "pair": "BQ",
+    "encoder": "BE",
+    "decoder": "BKD",
 }
+
+
+def axes_of(name: str) -> str:
+    """The axes of a column's values, vectors apart, which its name's prefix says.
+
+    Raises:
+      ValueError: for a name that says none, with the nearest prefix.
+
+    >>> axes_of("decoder_old_logps")
+    'BKD'
+    """
+    prefix = name.partition("_")[0]
+    if prefix not in _OWNERS:
+        near = difflib.get_close_matches(prefix, _OWNERS, 1, 0)
+        raise ValueError(
+            f"Column {name!r}: the prefix of a name says what a value belongs to, one "
+            f"of {[f'{known}_' for known in _OWNERS]}. Did you mean '{near[0]}_'?"
+        )
+    return _OWNERS[prefix]
 
 
 def add_column(name: str, axes: str, dtype: type = np.float32, **settings: Any) -> None:
@@ -137,11 +156,10 @@ def add_column(name: str, axes: str, dtype: type = np.float32, **settings: Any) 
     'Q'
     """
     column = Column(axes, dtype, **settings)
-    allowed = _OWNERS.get(name.split("_")[0], ())
-    if axes not in allowed:
+    if axes.removesuffix("M") != axes_of(name):
         raise ValueError(
             f"The column {name!r} has the axes {axes!r}; names and axes go together: "
-            + ", ".join(f"{prefix}_* {' or '.join(v)}" for prefix, v in _OWNERS.items())
+            + ", ".join(f"{prefix}_* {v} or {v}M" for prefix, v in _OWNERS.items())
         )
     if COLUMNS.setdefault(name, column) != column:
         raise ValueError(f"There is another column {name!r}: {COLUMNS[name]}.")

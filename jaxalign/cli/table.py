@@ -28,7 +28,7 @@ _INFERENCE = {
     "generate": Verb("inference/generation.py:generate", macros=True, job=True),
     "steer": Verb("inference/steering.py:steer", macros=True),
     "serve": Verb("serving/api.py:serve", macros=True),
-    "score": Verb("inference/evaluation.py:score", macros=True, job=True),
+    "score": Verb("inference/score.py:score", macros=True, job=True),
     "eval": Verb("inference/evaluation.py:evaluate", macros=True, job=True),
 }
 # Parameters that take gin's flags.

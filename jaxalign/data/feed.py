@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -18,12 +18,14 @@ import jax
 import numpy as np
 
 from jaxalign import batch as batch_lib
+from jaxalign.data import augment as augment_lib
 from jaxalign.data import convert
+from jaxalign.data.augment import Augment
 from jaxalign.data.cache import TokenizedCache
 from jaxalign.data.plan import Plan, common_shape
 from jaxalign.data.rows import Row
 
-_EMPTY_SLOT = (-1, -1)
+_EMPTY_SLOT = (-1, -1, 0)
 _LAST_STEP = 2**31 - 1
 
 
@@ -43,10 +45,12 @@ class Feed:
         each prompt, response or pair of the cache, in the order of its index; of a
         column of tokens, a list of arrays.
       row_columns: names of columns that the rows themselves hold.
+      augment: makes of a row what is fed in an epoch (:mod:`jaxalign.data.augment`);
+        in :meth:`evaluation_batches` as in the first.
 
     Attributes:
       shape: the :class:`RowShape` of a batch row.
-      batch_size, seed: as given.
+      batch_size, seed, augment: as given.
       fingerprint: SHA-256 over all that determines the batches but ``columns``.
 
     Raises:
@@ -71,6 +75,7 @@ class Feed:
         reward_stats: tuple[float, float] | None = None,
         columns: Mapping[str, Sequence[np.ndarray]] | None = None,
         row_columns: Sequence[str] = (),
+        augment: Augment | None = None,
     ):
         if not sources:
             raise ValueError("A feed needs at least one (cache, plan, rate).")
@@ -79,7 +84,7 @@ class Feed:
         self.caches = [cache for cache, _, _ in sources]
         self.shape = common_shape([plan for _, plan, _ in sources])
         self.plans = [plan.with_shape(self.shape) for _, plan, _ in sources]
-        self.batch_size, self.seed = batch_size, seed
+        self.batch_size, self.seed, self.augment = batch_size, seed, augment
         self._reward_stats = reward_stats
         rates = [float(rate) for _, _, rate in sources]
         _check_sources(self.caches, self.plans, rates, reward_stats)
@@ -87,8 +92,6 @@ class Feed:
         self._set_columns(columns or {})
         sizes = [cache.index.num_rows for cache in self.caches]
         self._row_starts = np.cumsum([0, *sizes])
-        totals = [cache.index.num_responses for cache in self.caches]
-        self._response_starts = np.cumsum([0, *totals])
 
         streams = []
         for i, plan in enumerate(self.plans):
@@ -98,7 +101,7 @@ class Feed:
                 # seed apart from those of the next.
                 digest = hashlib.sha256(f"{seed}/{i}".encode()).digest()
                 bins = bins.shuffle(seed=int.from_bytes(digest[:4], "little"))
-            streams.append(bins.repeat().map(lambda bin_id, i=i: (i, int(bin_id))))
+            streams.append(bins.repeat().map_with_index(_slot(i, len(plan))))
         bin_rates = [
             rate * len(plan) / size
             for rate, plan, size in zip(rates, self.plans, sizes, strict=True)
@@ -117,17 +120,14 @@ class Feed:
             "shuffle": shuffle,
             "reward_stats": reward_stats,
         }
+        if augment is not None:
+            identity["augment"] = augment_lib.identity(augment)
         self.fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
     @property
     def steps_per_epoch(self) -> int:
         """Steps that hold as many bins as there are, rounded up."""
         return -(-self.num_bins // self.batch_size)
-
-    @property
-    def num_responses(self) -> int:
-        """Responses of all sources: the length of a whole column."""
-        return int(self._response_starts[-1])
 
     @property
     def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -171,39 +171,6 @@ class Feed:
         steps = grain.MapDataset.range(start_step, _LAST_STEP)
         return _ahead(steps.map(lambda step: self.batch(int(step), rows)), threads)
 
-    def response_ids(self, step: int, rows: slice | None = None) -> np.ndarray:
-        """``[B, R]`` int64 flat response ids of a batch; -1: no response.
-
-        Ids of later sources continue those of earlier ones (:meth:`split_column`).
-        """
-        return self._response_ids(self._slots(step, rows))
-
-    def row_ids(self, step: int, rows: slice | None = None) -> np.ndarray:
-        """``[B, R, 2]``: of which row each response is, and its number there; or -1.
-
-        Rows count over all sources, as in the batch's ``prompt_id``.
-        """
-        flat = self.response_ids(step, rows)
-        starts = np.concatenate(
-            [
-                cache.index.response_offsets[:-1] + start
-                for cache, start in zip(
-                    self.caches, self._response_starts[:-1], strict=True
-                )
-            ]
-        )
-        row = np.searchsorted(starts, flat, side="right") - 1
-        pairs = np.stack([row, flat - starts[row]], axis=-1)
-        return np.where(flat[..., None] < 0, -1, pairs)
-
-    def split_column(self, values: np.ndarray) -> list[np.ndarray]:
-        """Splits ``[num_responses]`` values by source, as ``columns`` takes them."""
-        if len(values) != self.num_responses:
-            raise ValueError(
-                f"A column has {self.num_responses} entries, got {len(values)}."
-            )
-        return np.split(np.asarray(values), self._response_starts[1:-1])
-
     def with_columns(self, columns: Mapping[str, Sequence[np.ndarray]]) -> Feed:
         """The same feed with other ``columns``; batches and fingerprint stay."""
         feed = copy.copy(self)
@@ -226,20 +193,20 @@ class Feed:
         """
         return EvaluationBatches(self, rows, bins)
 
-    def _slots(self, step: int, rows: slice | None) -> list[tuple[int, int]]:
-        """(source, bin) of each asked row of a step's batch."""
+    def _slots(self, step: int, rows: slice | None) -> list[tuple[int, int, int]]:
+        """(source, bin, epoch) of each asked row of a step's batch."""
         if step < 0:
             raise ValueError(f"Steps count from 0, got {step}.")
         wanted = range(self.batch_size)[rows or slice(None)]
         return [self._stream[step * self.batch_size + i] for i in wanted]
 
-    def _convert(self, slots: Sequence[tuple[int, int]]) -> dict[str, np.ndarray]:
+    def _convert(self, slots: Sequence[tuple[int, int, int]]) -> dict[str, np.ndarray]:
         batch = convert.empty_batch(self.shape, len(slots), self._extra)
-        for i, (source, bin_id) in enumerate(slots):
+        for i, (source, bin_id, epoch) in enumerate(slots):
             if bin_id < 0:
                 continue
             cache, placement = self.caches[source], self.plans[source][bin_id]
-            rows = [cache[row] for row in placement.row_ids.tolist()]
+            rows = [self._row(source, r, epoch) for r in placement.row_ids.tolist()]
             columns = {n: _of_rows(n, rows) for n in self._row_columns}
             for name, column in self._columns.items():
                 ids = _flat(cache, placement.row_ids, batch_lib.COLUMNS[name].owner)
@@ -260,25 +227,26 @@ class Feed:
             )
         return batch
 
-    def _response_ids(self, slots: Sequence[tuple[int, int]]) -> np.ndarray:
-        ids = np.full((len(slots), self.shape.responses), -1, np.int64)
-        for i, (source, bin_id) in enumerate(slots):
-            if bin_id >= 0:
-                placement = self.plans[source][bin_id]
-                flat = _flat(self.caches[source], placement.row_ids, "R")
-                ids[i, : len(flat)] = flat + self._response_starts[source]
-        return ids
+    def _row(self, source: int, number: int, epoch: int) -> Row:
+        cache = self.caches[source]
+        row = cache[number]
+        if self.augment is None:
+            return row
+        return augment_lib.augmented(
+            self.augment,
+            row,
+            seed=self.seed,
+            epoch=epoch,
+            row_id=int(self._row_starts[source]) + number,
+            vocab_size=cache.vocabulary.vocab_size,
+        )
 
 
 class EvaluationBatches(Sequence):
     """Every bin of a feed once (or some of them), in batches of the training shape.
 
-    A finite sequence of batches. The reference pass runs over it too: results scatter
-    to ``response_ids``::
-
-        column = np.full(feed.num_responses, np.nan, np.float32)
-        for batch, ids in batches.with_response_ids():
-            column[ids[ids >= 0]] = logps(batch)[ids >= 0]
+    A finite sequence of batches; :class:`jaxalign.data.items.Items` says what stands
+    where in them.
     """
 
     def __init__(
@@ -289,7 +257,7 @@ class EvaluationBatches(Sequence):
     ):
         self._feed, self._rows = feed, rows
         self._all = [
-            (source, bin_id)
+            (source, bin_id, 0)
             for source, plan in enumerate(feed.plans)
             for bin_id in range(len(plan))
         ]
@@ -303,27 +271,20 @@ class EvaluationBatches(Sequence):
         return self._feed._convert(self._slots(i))
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
-        return (batch for batch, _ in self.with_response_ids())
-
-    def response_ids(self, i: int) -> np.ndarray:
-        """``[B, R]`` int64 flat response ids of batch ``i``; -1: no response."""
-        return self._feed._response_ids(self._slots(i))
-
-    def with_response_ids(
-        self, threads: int = 2
-    ) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:
-        """``(batch, response ids)`` in order, prepared ahead by threads."""
         steps = grain.MapDataset.range(len(self))
-        pairs = steps.map(lambda i: (self[int(i)], self.response_ids(int(i))))
-        return _ahead(pairs, threads)
+        return _ahead(steps.map(lambda i: self[int(i)]), 2)
 
-    def _slots(self, i: int) -> list[tuple[int, int]]:
+    def _slots(self, i: int) -> list[tuple[int, int, int]]:
         if not 0 <= i < len(self):
             raise IndexError(f"Batch {i} of {len(self)}.")
         size = self._feed.batch_size
         slots = self._all[i * size : (i + 1) * size]
         slots = slots + [_EMPTY_SLOT] * (size - len(slots))
         return slots[self._rows or slice(None)]
+
+
+def _slot(source: int, size: int) -> Callable[[int, Any], tuple[int, int, int]]:
+    return lambda n, bin_id: (source, int(bin_id), n // size)
 
 
 def _ahead(dataset: grain.MapDataset, threads: int) -> Iterator[Any]:

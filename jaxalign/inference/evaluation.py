@@ -1,8 +1,4 @@
-"""What a checkpoint is used for: score and evaluate. Files in, files out.
-
-A checkpoint carries its network's shape and its vocabulary, so these functions need a
-path and nothing else; none of them imports TensorFlow.
-"""
+"""``jaxalign eval``: generates for a file of prompts and judges the result."""
 
 from __future__ import annotations
 
@@ -13,161 +9,17 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
-from tqdm import tqdm
 
-from jaxalign import batch as batches
-from jaxalign import data as data_lib
-from jaxalign import judges, models, remote, user_code
+from jaxalign import judges, remote, user_code
 from jaxalign.cluster import exclusive
-from jaxalign.cluster import mesh as meshes
 from jaxalign.data import jsonl, records
 from jaxalign.data.jsonl import json_line
 from jaxalign.decoding import Sampling
 from jaxalign.evaluation import compare, metrics
 from jaxalign.inference import generation, outputs
-from jaxalign.training import checkpoints
 
 # How it is computed, which is no part of what was asked for.
 _EXECUTION = ("batch_size", "mesh")
-
-
-@exclusive.one_output_at_a_time
-def score(
-    *,
-    checkpoint: str,
-    data: str,
-    output: str,
-    batch_size: int = 16,
-    mesh: Mapping[str, int] | None = None,
-    field_map: Mapping[str, str] | None = None,
-    on_bad_row: str = "error",
-) -> int:
-    """Scores the completions of a JSON Lines file.
-
-    Args:
-      checkpoint: a run directory or one of its checkpoints.
-      data: rows with ``prompt`` and ``completion``.
-      output: a JSON Lines file: each row as it was read, with ``logp`` (the summed
-        log-probability of the completion, EOS included) and ``num_tokens``. Nothing is
-        truncated.
-      batch_size: encoder rows at a time.
-      mesh: sizes ``{"data", "fsdp", "tensor"}`` as in training; None: one device, or
-        all devices of a job of several processes, which must divide `batch_size`.
-      field_map: our field names to the file's.
-      on_bad_row: ``"error"`` or ``"skip"``.
-
-    Returns:
-      The number of lines in the file.
-
-    Raises:
-      ValueError: when a finished output was made with other settings.
-    """
-    asked = {"verb": "score", "field_map": field_map, "on_bad_row": on_bad_row}
-    asked["data"] = outputs.input_key(data)
-    count = outputs.kept(
-        output, lambda: {**asked, "checkpoint": outputs.policy_key(checkpoint)}
-    )
-    if count >= 0:
-        return count
-    policy, sharding = generation.load(checkpoint, mesh)
-    examples, _ = records.load(
-        data,
-        "supervised",
-        field_map=field_map,
-        on_bad_row=on_bad_row,
-        listing=generation.bad_rows_beside(output),
-    )
-    pairs = [(e.raw, record) for e in examples for record in e.records]
-    logps, lengths = score_pairs(
-        policy,
-        [(r["prompt"], r["completion"]) for _, r in pairs],
-        batch_size=batch_size,
-        sharding=sharding,
-    )
-    return write_jsonl(
-        output,
-        (
-            {**raw, "logp": float(logp), "num_tokens": int(length)}
-            for (raw, _), logp, length in zip(pairs, logps, lengths, strict=True)
-        ),
-        key={**asked, "checkpoint": policy.meta["policy_fingerprint"]},
-    )
-
-
-def score_pairs(
-    policy: checkpoints.Policy,
-    pairs: Sequence[tuple[str, str]],
-    *,
-    batch_size: int = 16,
-    sharding: jax.sharding.NamedSharding | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """``log p(completion | prompt)`` and target lengths of text pairs, ``[n]`` each.
-
-    `sharding` places rows on several devices; every process gets all numbers.
-
-    Raises:
-      ValueError: naming a row, when the network's logits are not finite.
-    """
-    if sharding is not None:
-        meshes.check_batch(sharding.mesh, batch_size, 1)
-    if not pairs:
-        return np.zeros(0, np.float32), np.zeros(0, np.int64)
-    rows = [_row(i, p, c, policy.vocabulary) for i, (p, c) in enumerate(pairs)]
-    index = data_lib.build_index(rows)
-    plan = data_lib.pack(
-        index,
-        inputs=_rounded(int(index.prompt_lengths.max())),
-        targets=_rounded(int(index.response_lengths.max())),
-        packing=1,
-    )
-    forward = jax.jit(lambda p, b: models.response_logps(policy.model, p, b))
-    logps = np.zeros(len(rows), np.float32)
-    for start in tqdm(
-        range(0, len(plan), batch_size), "score", disable=None, leave=False
-    ):
-        placements = [plan[i] for i in range(start, min(start + batch_size, len(plan)))]
-        arrays = [
-            data_lib.to_arrays([rows[i] for i in p.row_ids], p, plan.shape)
-            for p in placements
-        ]
-        # Fill the last batch with copies of its first row: one compiled shape.
-        padded = arrays + [arrays[0]] * (batch_size - len(arrays))
-        batch = {k: np.stack([a[k] for a in padded]) for k in arrays[0]}
-        if sharding is not None:
-            batch = meshes.put_batch(sharding.mesh, batch)
-        scored = multihost_utils.process_allgather(
-            forward(policy.params, batch), tiled=True
-        )
-        for placement, found in zip(placements, scored, strict=False):
-            if np.isnan(found[: len(placement.row_ids)]).any():
-                raise ValueError(
-                    f"The network's logits for row {placement.row_ids[0]} are not "
-                    "finite (log-probability NaN): the checkpoint's parameters are "
-                    "damaged, or overflow in this dtype."
-                )
-            logps[placement.row_ids] = found[: len(placement.row_ids)]
-    return logps, np.asarray(index.response_lengths)
-
-
-def _rounded(length: int) -> int:
-    """The next power of two, so that files of similar lengths share a compilation."""
-    return max(16, 1 << (length - 1).bit_length())
-
-
-def _row(i: int, prompt: str, completion: str, vocabulary: Any) -> data_lib.Row:
-    def ids(text: str) -> np.ndarray:
-        return np.array([*vocabulary.encode(text), vocabulary.eos_id], np.int32)
-
-    return data_lib.Row(
-        key=str(i),
-        prompts=[ids(prompt)],
-        responses=[ids(completion)],
-        response_prompt=[0],
-        response_kind=[batches.ANSWER],
-        response_reward=[float("nan")],
-        response_label=[batches.NO_LABEL],
-    )
 
 
 @exclusive.one_output_at_a_time

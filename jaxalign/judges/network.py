@@ -12,9 +12,8 @@ import numpy as np
 from jaxalign import batch as batches
 from jaxalign import models
 from jaxalign.evaluation.judging import Metadata
-from jaxalign.judges import scored
 from jaxalign.judges.template import Template
-from jaxalign.training import checkpoints
+from jaxalign.training import checkpoints, scoring
 
 _BATCH_SIZE = 16
 
@@ -56,7 +55,7 @@ class NetworkJudge:
     ):
         self._path, self._function, self._template = path, forward, template
         self._loaded: Any = None
-        self._forward: Any = None  # the function of what is loaded, compiled
+        self._forward: Any = None  # the function of what is loaded, compiled once
         self.fingerprint = f"{kind}:{_fingerprint(path)}"
         if template is not None:
             self.fingerprint += f"#{template.fingerprint}"
@@ -74,20 +73,22 @@ class NetworkJudge:
         """
         if self._loaded is None:
             loaded = self._loaded = _load(self._path)
-            self._forward = jax.jit(lambda p, b: self._function(loaded.model, p, b))
+            self._forward = lambda p, b: self._function(loaded.model, p, b)
         about = metadata or [None] * len(prompts)
         pairs = [
             self._ids(prompt, response, more)
             for prompt, response, more in zip(prompts, responses, about, strict=True)
         ]
-        found = scored.score(self._forward, self._loaded.params, pairs, _BATCH_SIZE)
-        for i in np.flatnonzero(~np.isfinite(found)):
-            raise ValueError(
-                f"The network of {self._path} gives {found[i]} for prompt "
-                f"{prompts[i][:80]!r}: its parameters are damaged, or overflow in this "
-                "dtype."
-            )
-        return found
+        if not pairs:
+            return np.zeros(0, np.float32)
+        return scoring.score_texts(
+            self._forward,
+            self._loaded.params,
+            self._loaded.vocabulary,
+            *zip(*pairs, strict=True),
+            batch_size=_BATCH_SIZE,
+            title=self._path,
+        )
 
     def _ids(self, prompt: str, response: str, more: Any) -> tuple[list[int], ...]:
         vocabulary = self._loaded.vocabulary

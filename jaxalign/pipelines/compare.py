@@ -19,8 +19,7 @@ from jaxalign.data import jsonl
 from jaxalign.data.bad_rows import nearest
 from jaxalign.decoding import Sampling
 from jaxalign.evaluation import compare
-from jaxalign.inference import evaluation as inference
-from jaxalign.inference import generation
+from jaxalign.inference import generation, score
 from jaxalign.pipelines import quickstart
 from jaxalign.pipelines.study import Study
 from jaxalign.training import checkpoints
@@ -206,8 +205,8 @@ def _answer(
     given = [(g.texts[0], len(g.tokens[0])) for g in generations]
     pairs = list(zip(texts, [text for text, _ in given], strict=True))
     base = checkpoints.load_policy(reference)
-    own, _ = inference.score_pairs(network, pairs, batch_size=batch_size)
-    other, _ = inference.score_pairs(base, pairs, batch_size=batch_size)
+    own, _ = score.score_pairs(network, pairs, batch_size=batch_size)
+    other, _ = score.score_pairs(base, pairs, batch_size=batch_size)
     rows = zip(texts, given, own, other, strict=True)
     lines = [
         jsonl.json_line(

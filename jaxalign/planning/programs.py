@@ -19,7 +19,7 @@ from jaxalign.data import convert
 from jaxalign.data.plan import RowShape
 from jaxalign.decoding import Sampling, generate
 from jaxalign.objectives import Objective
-from jaxalign.training import reference_cache
+from jaxalign.training import reference_cache, scoring
 from jaxalign.training import run as runs
 
 STEPS = ("train", "score", "decode")
@@ -98,7 +98,8 @@ def program(ready: runs.Setup, step: str) -> Program:
         return Program(ready.train_step(), arguments)
     if step == "score":
         batch = abstract_batch(ready, reference=False)
-        score = reference_cache.score_step(ready.objective, ready.mesh)
+        function = reference_cache.scorer(ready.objective)
+        score = scoring.compiled(function, ready.mesh)
         return Program(score, (policy, batch))
     return _decode(ready, policy)
 

@@ -86,6 +86,8 @@ def describe(run: Any, ready: Any, step: int) -> list[str]:
 
 
 def _data(feed: Any) -> str:
+    if getattr(feed, "endless", False):
+        return "rows made on the fly"
     rows = sum(len(cache) for cache in feed.caches)
     indices = [cache.index for cache in feed.caches]
     prompts = sum(int(index.prompt_lengths.sum()) for index in indices)

@@ -17,6 +17,7 @@ from typing import Any
 import optax
 
 import jaxalign
+from jaxalign.data import augment
 from jaxalign.training import description
 from jaxalign.training.run import Setup
 
@@ -66,6 +67,8 @@ def of(ready: Setup, parents: Mapping[str, str | None]) -> dict[str, Any]:
         "described_by": f"jaxalign {jaxalign.__version__}, optax {optax.__version__}",
         "initial_checkpoint": parents.get("initial"),
     }
+    if feed.augment is not None:
+        found["augment"] = augment.identity(feed.augment)
     if objective.uses_reference:
         moving = ready.moving_reference
         named = run.reference_checkpoint_path or run.initial_checkpoint_path

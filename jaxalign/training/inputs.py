@@ -14,6 +14,8 @@ import numpy as np
 from jaxalign import batch as batches
 from jaxalign import data as data_lib
 from jaxalign import remote, vocabularies
+from jaxalign.data import synthetic
+from jaxalign.data.augment import Augment
 from jaxalign.objectives import Objective
 
 _log = logging.getLogger(__name__)
@@ -25,7 +27,8 @@ class Dataset:
 
     Attributes:
       data: a JSONL, Parquet or TFRecord file, here or in a bucket, a registered task,
-        ``task:file``, a prepared cache's folder, or a mixture ``{any of these: rate}``.
+        ``task:file``, a prepared cache's folder, or a mixture ``{any of these: rate}``;
+        ``synthetic:TASK`` makes rows on the fly (`jaxalign.data.synthetic`).
       mixture_or_task_name: T5X's name for a registered task; in place of `data`.
       feature_lengths: ``{"inputs": ..., "targets": ...}``, the longest prompt and
         response in tokens; longer ones are truncated and counted.
@@ -53,6 +56,8 @@ class Dataset:
         prompt held out by one would be trained on by the next.
       beam_options: Apache Beam's pipeline options, to tokenise files on it; None: in
         this process.
+      augment: makes of a row, each time it is fed, another of the same lengths:
+        ``augment(row, rng) -> row`` (`jaxalign.data.augment`).
     """
 
     data: str | Mapping[str, float] | None = None
@@ -78,6 +83,7 @@ class Dataset:
     seed: int = 0
     split_seed: int = 0
     beam_options: str | None = None
+    augment: Augment | None = None
 
     def __post_init__(self) -> None:
         if (self.data is None) == (self.mixture_or_task_name is None):
@@ -103,6 +109,11 @@ class Dataset:
     @property
     def cache_folder(self) -> Path:
         return remote.local_only(self.cache_dir, "CACHE_DIR")
+
+    @property
+    def synthetic(self) -> bool:
+        """Whether the rows are made on the fly."""
+        return isinstance(self.data, str) and self.data.startswith(synthetic.PREFIX)
 
     def sources(self) -> dict[str, float]:
         """The training data by name, with mixing rates."""
@@ -146,6 +157,20 @@ def prepare(
     The prepare half, and with it TensorFlow for the formats that need it, is imported
     only here and only when `data` is not a prepared cache already.
     """
+    if dataset.synthetic:
+        if dataset.eval_data or dataset.augment:
+            raise ValueError(
+                f"{dataset.data} makes its evaluation data itself, and its rows are "
+                "new ones always: leave out EVAL_DATA and Dataset.augment."
+            )
+        return synthetic.caches(
+            dataset.data,
+            objective.schema,
+            vocabulary,
+            options=dataset.task_options,
+            seed=dataset.seed,
+            split_seed=dataset.split_seed,
+        )
     opened: dict[str, list[data_lib.TokenizedCache]] = {"train": [], "validation": []}
     held_out = dataset.eval_data is None and dataset.eval_split is None
     common = {
@@ -251,13 +276,15 @@ def build(
         if not of_split:
             continue
         weights = rates if split == "train" else [1.0] * len(of_split)
-        feeds[split] = data_lib.Feed(
+        endless = dataset.synthetic and split == "train"
+        feeds[split] = (synthetic.SyntheticFeed if endless else data_lib.Feed)(
             list(zip(caches[split], of_split, weights, strict=True)),
             batch_size=dataset.batch_size,
             seed=dataset.seed,
             shuffle=dataset.shuffle and split == "train",
             reward_stats=reward_stats if objective.uses_rewards else None,
             row_columns=batches.extra(objective.columns, "rows"),
+            augment=dataset.augment,
         )
     return Inputs(
         train=feeds["train"],

@@ -8,34 +8,28 @@ before a cache is written, a random 1 % of the rows is scored again, in other co
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
 import os
 import shutil
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from jaxalign import batch as batch_lib
 from jaxalign.cluster import distributed
-from jaxalign.cluster import mesh as meshes
-from jaxalign.data import Feed
+from jaxalign.data import Feed, augment
+from jaxalign.data.items import Items
 from jaxalign.files import file_sha256
 from jaxalign.objectives import Objective, reference_columns
+from jaxalign.training import scoring
 
 _log = logging.getLogger(__name__)
-
-SAVE_SECONDS = 60.0  # between two saves of an unfinished pass
-VERIFIED_SHARE = 0.01  # of the rows, at least one batch
-# How far a value may lie from its recomputation, relative to ``1 + |value|``: rounding
-# that depends on a row's place in its batch, or on how many devices share it.
-_TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}
 
 
 def cache_key(
@@ -55,6 +49,8 @@ def cache_key(
         "columns": _columns(objective),
         "jax": jax.__version__,
     }
+    if feed.augment is not None:
+        key["augment"] = [augment.identity(feed.augment), feed.seed]
     return json.loads(json.dumps(key))  # as it comes back from disk: lists, no tuples
 
 
@@ -127,42 +123,17 @@ def write(folder: Path, key: dict[str, Any], columns: dict[str, np.ndarray]) -> 
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def score_step(objective: Objective, mesh: jax.sharding.Mesh) -> Callable[..., Any]:
-    """The compiled scoring pass: ``(policy parameters, batch) -> columns``."""
-
-    def score(params: Any, batch: Any) -> dict[str, jax.Array]:
-        return reference_columns(
-            objective.model, params, batch, mismatched=objective.uses_mismatched
-        )
-
-    return jax.jit(
-        meshes.with_activation_rules(mesh, score),
-        out_shardings=meshes.replicated(mesh),
-    )
+def scorer(objective: Objective) -> scoring.Function:
+    """What the pass computes: ``(policy parameters, batch) -> columns``."""
+    return _scorer(objective.model, objective.uses_mismatched)
 
 
-def _scored(
-    score: Callable[..., Any],
-    params: Any,
-    feed: Feed,
-    bins: Iterable[int],
-    mesh: jax.sharding.Mesh,
-    title: str,
-) -> Iterable[tuple[np.ndarray, dict[str, np.ndarray]]]:
-    """``(flat response ids, columns)`` of each batch of some bins."""
-    batches = feed.evaluation_batches(bins=list(bins))
-    rows = meshes.process_rows(mesh, feed.batch_size)
-    for batch, ids in tqdm(
-        batches.with_response_ids(),
-        title,
-        total=len(batches),
-        disable=None,
-        leave=False,
-    ):
-        local = {name: array[rows] for name, array in batch.items()}
-        placed = meshes.put_batch(mesh, local, feed.batch_size)
-        scored = jax.device_get(score(params, placed))
-        yield ids[ids >= 0], {name: v[ids >= 0] for name, v in scored.items()}
+@functools.lru_cache(maxsize=4)  # the same object is compiled once
+def _scorer(model: Any, mismatched: bool) -> scoring.Function:
+    def columns(params: Any, batch: Any) -> dict[str, jax.Array]:
+        return reference_columns(model, params, batch, mismatched=mismatched)
+
+    return columns
 
 
 def compute(
@@ -172,88 +143,27 @@ def compute(
     mesh: jax.sharding.Mesh,
     unfinished: Path | None = None,
 ) -> dict[str, np.ndarray]:
-    """Scores every response of a feed once, and a random 1 % of them again.
+    """Scores every response of a feed (`jaxalign.training.scoring.score`).
 
     Args:
       objective: says which columns it needs.
       params: the reference policy's.
       feed: the feed whose responses are scored.
       mesh: the device mesh.
-      unfinished: a file where a pass that takes long saves what it has, and where it
-        looks for what an earlier, killed one left; its name has to hold the key.
+      unfinished: where a pass that takes long saves; its name has to hold the key.
 
     Returns:
       Float32 arrays over the feed's flat response ids, one per column.
-
-    Raises:
-      ValueError: when a value is not finite.
-      RuntimeError: when a value differs from its recomputation.
     """
-    score = score_step(objective, mesh)
-    names = _columns(objective)
-    done = 0
-    columns = {n: np.full(feed.num_responses, np.nan, np.float32) for n in names}
-    if unfinished is not None and unfinished.exists():
-        columns, done = _read_unfinished(unfinished, columns, feed.num_bins)
-    first = distributed.smallest(done)  # what every process has
-    if first:
-        _log.info("The reference pass goes on after %d of %d", first, feed.num_bins)
-    rest = range(first, feed.num_bins)
-    last_save = time.monotonic()
-    title = "reference log-probabilities"
-    for i, (ids, scored) in enumerate(
-        _scored(score, params, feed, rest, mesh, title), start=1
-    ):
-        for name, column in columns.items():
-            column[ids] = scored[name]
-        if unfinished is not None and time.monotonic() - last_save > SAVE_SECONDS:
-            done = min(first + i * feed.batch_size, feed.num_bins)
-            _save(unfinished, columns, done)
-            last_save = time.monotonic()
-    for name, column in columns.items():
-        if not np.isfinite(column).all():
-            bad = int(np.argmin(np.isfinite(column)))
-            raise ValueError(
-                f"{name} of response {bad} is {column[bad]}: the reference policy's "
-                "logits are not finite. Give another REFERENCE_CHECKPOINT_PATH."
-            )
-    verify(objective, params, feed, mesh, columns, score)
-    return columns
-
-
-def _read_unfinished(
-    path: Path, empty: dict[str, np.ndarray], num_bins: int
-) -> tuple[dict[str, np.ndarray], int]:
-    """What a killed pass left; nothing, with a warning, if that is damaged.
-
-    Raises:
-      OSError: when it cannot be read.
-    """
-    try:
-        with open(path, "rb") as file, np.load(file) as saved:
-            columns = {name: saved[name] for name in empty}
-            done = int(saved["bins"])
-    except OSError:
-        raise
-    except Exception as error:  # noqa: BLE001 - zipfile, zlib and NumPy have their own
-        problem = str(error)
-    else:
-        if 0 <= done <= num_bins and all(
-            columns[name].shape == values.shape and columns[name].dtype == values.dtype
-            for name, values in empty.items()
-        ):
-            return columns, done
-        problem = "its arrays do not have the shapes of this pass"
-    _log.warning("%s is damaged (%s): the reference pass starts over.", path, problem)
-    return empty, 0
-
-
-def _save(path: Path, columns: dict[str, np.ndarray], done: int) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Another run may be making the same cache: each writes a file of its own.
-    temporary = path.with_suffix(f".{os.getpid()}.tmp.npz")
-    np.savez(temporary, bins=np.int64(done), **columns)
-    os.replace(temporary, path)
+    return scoring.score(
+        feed,
+        scorer(objective),
+        params,
+        mesh,
+        unfinished=unfinished,
+        dtype=str(objective.model.config.dtype),
+        title="reference log-probabilities",
+    )
 
 
 def verify(
@@ -262,33 +172,10 @@ def verify(
     feed: Feed,
     mesh: jax.sharding.Mesh,
     columns: dict[str, np.ndarray],
-    score: Callable[..., Any] | None = None,
 ) -> None:
-    """Scores a random 1 % of the rows again, in batches of their own.
-
-    Raises:
-      RuntimeError: naming the response and both values, when one differs by more than
-        rounding.
-    """
-    count = min(
-        feed.num_bins, max(round(VERIFIED_SHARE * feed.num_bins), feed.batch_size)
-    )
-    bins = np.random.default_rng(feed.seed).permutation(feed.num_bins)[:count]
-    allowed = _TOLERANCE[str(objective.model.config.dtype)]
-    score = score or score_step(objective, mesh)  # one that is compiled, if there is
-    title = "verifying 1 % of them"
-    for ids, scored in _scored(score, params, feed, bins.tolist(), mesh, title):
-        for name, again in scored.items():
-            cached = columns[name][ids]
-            off = np.abs(cached - again) > allowed * (1 + np.abs(again))
-            if off.any() or not np.isfinite(cached).all():
-                i = int(np.argmax(np.abs(cached - again)))
-                raise RuntimeError(
-                    f"{name} of response {ids[i]} is {cached[i]:.6g} in the cache and "
-                    f"{again[i]:.6g} when scored again ({int(off.sum())} of {len(ids)} "
-                    "differ). Delete the cache; if a new one fails too, the device or "
-                    "the scoring program is not to be trusted."
-                )
+    """Scores a random 1 % of the rows again (`jaxalign.training.scoring.check`)."""
+    dtype = str(objective.model.config.dtype)
+    scoring.check(feed, scorer(objective), params, mesh, columns, dtype=dtype)
 
 
 def join(
@@ -330,4 +217,4 @@ def join(
         _log.info("Reference log-probabilities read from %s", folder)
         if verify_cached:
             verify(objective, load_params(), feed, mesh, columns)
-    return feed.with_columns({k: feed.split_column(v) for k, v in columns.items()})
+    return feed.with_columns({k: Items(feed, k).split(v) for k, v in columns.items()})

@@ -234,6 +234,12 @@ def setup(run: Run, reward_stats: tuple[float, float] | None = None) -> Setup:
         that goes on; None fits them on the training split.
     """
     objective = run.objective(model=run.model)
+    changing = run.dataset.augment or run.dataset.synthetic
+    if changing and objective.uses_reference and run.reference == "cached":
+        raise ValueError(
+            "Dataset.augment and synthetic data make other rows in every epoch, which "
+            "cannot be scored before: set REFERENCE='online'."
+        )
     mesh = meshes.named_mesh(run.mesh)
     meshes.check_batch(mesh, run.dataset.batch_size, run.num_microbatches)
     state = abstract_state(run, objective, mesh)

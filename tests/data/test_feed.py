@@ -12,6 +12,7 @@ import pytest
 
 from jaxalign import batch as batch_lib
 from jaxalign.data import CacheWriter, Feed, Row, TokenizedCache, pack
+from jaxalign.data.items import Items
 from jaxalign.vocabularies import ByteVocabulary
 
 NAN = float("nan")
@@ -90,9 +91,6 @@ def test_processes_read_rows_of_the_same_batch(source):
         joined = {k: np.concatenate([p[k] for p in parts]) for k in whole}
         assert_equal(joined, whole)
     assert_equal(next(feed.iterate(5, rows=slice(2, 4))), parts[1])
-    np.testing.assert_array_equal(
-        feed.response_ids(5, slice(2, 4)), feed.response_ids(5)[2:4]
-    )
 
 
 def epoch_of_bins(feed, plan, epoch):
@@ -157,8 +155,10 @@ def test_reference_columns_are_joined_by_response(caches):
     names = ("response_ref_logps", "response_ref_kl_logps")
     bare = Feed(sources, batch_size=4)
     # The reference pass: every response once, scattered to its flat id.
-    columns = {name: np.full(bare.num_responses, NAN, np.float32) for name in names}
-    for batch, ids in bare.evaluation_batches().with_response_ids():
+    items = Items(bare, names[0])
+    columns = {name: np.full(items.count, NAN, np.float32) for name in names}
+    for i, batch in enumerate(bare.evaluation_batches()):
+        ids = items.of(range(4 * i, min(4 * i + 4, bare.num_bins)))
         np.testing.assert_array_equal(ids >= 0, batch["response_mask"] > 0)
         real = ids >= 0
         first_tokens = np.stack(
@@ -177,7 +177,7 @@ def test_reference_columns_are_joined_by_response(caches):
         columns[names[1]][ids[real]] = -first_tokens[real]
     assert not np.isnan(columns[names[0]]).any()
     assert columns[names[0]][2 * 61] == b[0].responses[0][:8].sum()
-    split = {name: bare.split_column(c) for name, c in columns.items()}
+    split = {name: items.split(c) for name, c in columns.items()}
     assert [len(c) for c in split[names[0]]] == [122, 74]
     feed = Feed(sources, batch_size=4, seed=9, columns=split)
     assert set(feed.shapes) - set(bare.shapes) == set(names)
@@ -189,18 +189,6 @@ def test_reference_columns_are_joined_by_response(caches):
             sums[:, r] = (batch["decoder_target_tokens"] * member).sum((1, 2))
         np.testing.assert_array_equal(batch["response_ref_logps"], sums)
         np.testing.assert_array_equal(batch["response_ref_kl_logps"], -sums)
-
-
-def test_row_ids_name_row_and_response(caches):
-    a, b = caches["a"], caches["b"]
-    feed = Feed([(a, plan_of(a), 1.0), (b, plan_of(b), 1.0)], batch_size=4)
-    batch, rows, flat = feed.batch(2), feed.row_ids(2), feed.response_ids(2)
-    prompts = np.take_along_axis(batch["prompt_id"], batch["response_prompt"], axis=1)
-    real = batch["response_mask"] > 0
-    np.testing.assert_array_equal(rows[..., 0][real], prompts[real])
-    # Two responses a row in both caches.
-    np.testing.assert_array_equal(rows[real] @ [2, 1], flat[real])
-    assert (rows[~real] == -1).all() and (flat[~real] == -1).all()
 
 
 def test_evaluation_covers_everything_once_in_order(source):
@@ -292,8 +280,8 @@ def test_mistakes_are_named(caches, tmp_path):
     feed = Feed([one], batch_size=4)
     with pytest.raises(ValueError, match="Steps count from 0, got -1"):
         feed.batch(-1)
-    with pytest.raises(ValueError, match="column has 122 entries, got 3"):
-        feed.split_column(np.zeros(3))
+    with pytest.raises(ValueError, match="column of 122 values, got 3"):
+        Items(feed, "response_score").split(np.zeros(3))
 
 
 def test_kto_bins_hold_mismatched_prompts(caches):

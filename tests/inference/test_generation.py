@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import types
@@ -17,7 +18,7 @@ from jaxalign import decoding, locks, models
 from jaxalign import vocabularies as vocabs
 from jaxalign.decoding import Sampling
 from jaxalign.inference import evaluation as inference
-from jaxalign.inference import generation
+from jaxalign.inference import generation, score
 from jaxalign.training import checkpoints
 
 SETTINGS = {
@@ -222,7 +223,7 @@ def test_log_probabilities_equal_scoring(run, policy):
         if tokens[-1] == vocabulary.eos_id and text == text.strip()
     ]
     assert len(rows) > 5
-    logps, _ = inference.score_pairs(policy, [row[:2] for row in rows])
+    logps, _ = score.score_pairs(policy, [row[:2] for row in rows])
     assert [row[2] for row in rows] == pytest.approx(logps.tolist(), abs=1e-4)
 
 
@@ -274,7 +275,7 @@ def test_beams_equal_beam_search_on_arrays(run, policy):
     # Scoring the same text gives the same log-probability.
     pair = (lines[20]["prompt"], lines[20]["response"])
     if found.tokens[0, 0, int(found.lengths[0, 0]) - 1] == 1:
-        logps, _ = inference.score_pairs(policy, [pair])
+        logps, _ = score.score_pairs(policy, [pair])
         assert logps[0] == pytest.approx(lines[20]["logp"], abs=1e-3)
 
 
@@ -329,15 +330,12 @@ def test_settings_that_would_not_count_are_refused(run, changes, message):
 
 
 def test_logits_that_are_not_finite_are_refused_before_a_line_is_written(
-    policy, monkeypatch
+    policy,
 ):
     broken = types.SimpleNamespace(texts=[""], logp=[float("nan")], tokens=[[1]])
     with pytest.raises(ValueError, match="logits are not finite"):
         list(generation._lines({}, broken))
-    monkeypatch.setattr(
-        inference.models,
-        "response_logps",
-        lambda model, params, batch: jnp.full(batch["response_mask"].shape, jnp.nan),
-    )
-    with pytest.raises(ValueError, match="logits for row 0 are not finite"):
-        inference.score_pairs(policy, [("a", "b")], batch_size=2)
+    params = jax.tree.map(lambda x: x * jnp.nan, policy.params)
+    damaged = dataclasses.replace(policy, params=params)
+    with pytest.raises(ValueError, match="response_logps of response 0 is nan"):
+        score.score_pairs(damaged, [("a", "b")], batch_size=2)

@@ -78,7 +78,7 @@ def compare(tmp_path, monkeypatch):
     monkeypatch.setattr(comparison.checkpoints, "load_policy", lambda path: None)
     zeros = np.zeros(100)
     monkeypatch.setattr(
-        comparison.inference, "score_pairs", lambda _, p, **__: (zeros[: len(p)], None)
+        comparison.score, "score_pairs", lambda _, p, **__: (zeros[: len(p)], None)
     )
     monkeypatch.setattr(page, "write", lambda *_, **__: None)
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import tiny_run
 
-from jaxalign.training import reference_cache
+from jaxalign.data.items import Items
+from jaxalign.training import reference_cache, scoring
 from jaxalign.training.run import setup
 
 
@@ -47,9 +48,10 @@ def test_every_response_is_scored_once_as_the_policy_scores_it(ready):
     params = ready.init_state(jax.random.key(0)).params["policy"]
     feed = ready.inputs.train
     columns = reference_cache.compute(ready.objective, params, feed, ready.mesh)
-    scored = columns["response_ref_logps"]
-    assert scored.shape == (feed.num_responses,) and np.isfinite(scored).all()
-    batch, ids = feed.batch(3), feed.response_ids(3)
+    scored, items = columns["response_ref_logps"], Items(feed, "response_ref_logps")
+    assert scored.shape == (items.count,) and np.isfinite(scored).all()
+    batch = feed.evaluation_batches()[1]
+    ids = items.of(range(feed.batch_size, 2 * feed.batch_size))
     own = jax.jit(lambda p, b: ready.objective.response_logps({"policy": p}, b))(
         params, batch
     )
@@ -81,45 +83,13 @@ def params(ready):
     return ready.init_state(jax.random.key(0)).params["policy"]
 
 
-def test_a_killed_pass_goes_on(ready, params, tmp_path, monkeypatch):
-    """Killed in the second batch; the second pass scores only what is missing."""
-    feed, path = ready.inputs.train, tmp_path / "reference" / "key.unfinished-0.npz"
-    compute = reference_cache.compute
-    whole = compute(ready.objective, params, feed, ready.mesh)
-    monkeypatch.setattr(reference_cache, "SAVE_SECONDS", 0.0)
-    made = []
-
-    def counted(objective, mesh):
-        score = real(objective, mesh)
-
-        def one(params, batch):
-            made.append(1)
-            if len(made) == 2 and kill:
-                raise KeyboardInterrupt
-            return score(params, batch)
-
-        return one
-
-    real, kill = reference_cache.score_step, True
-    monkeypatch.setattr(reference_cache, "score_step", counted)
-    monkeypatch.setattr(reference_cache, "verify", lambda *args: None)
-    with pytest.raises(KeyboardInterrupt):
-        compute(ready.objective, params, feed, ready.mesh, path)
-    made.clear()
-    kill = False
-    resumed = compute(ready.objective, params, feed, ready.mesh, path)
-    assert len(made) == len(feed.evaluation_batches()) - 1 > 0
-    for name, column in whole.items():
-        np.testing.assert_array_equal(resumed[name], column)
-
-
-def test_one_wrong_value_among_those_scored_again_is_found(ready, params, monkeypatch):
-    monkeypatch.setattr(reference_cache, "VERIFIED_SHARE", 1.0)
+def test_one_wrong_value_among_those_scored_again_is_found(ready, params):
     feed = ready.inputs.train
     columns = reference_cache.compute(ready.objective, params, feed, ready.mesh)
     columns["response_ref_logps"][7] *= 1.01
+    function = reference_cache.scorer(ready.objective)
     with pytest.raises(RuntimeError, match="of response 7 is .* when scored again"):
-        reference_cache.verify(ready.objective, params, feed, ready.mesh, columns)
+        scoring.check(feed, function, params, ready.mesh, columns, share=1.0)
 
 
 def test_a_cache_that_is_read_is_verified_on_demand(ready, params, tmp_path):
@@ -150,29 +120,6 @@ def test_a_damaged_key_is_named(ready, tmp_path, content):
         reference_cache.read(folder, key)
 
 
-@pytest.mark.parametrize("damage", ["cut", "flip", "other", "npy"])
-def test_a_damaged_unfinished_pass_starts_over(tmp_path, caplog, damage):
-    path = tmp_path / "key.unfinished-0.npz"
-    empty = {"response_ref_logps": np.full(40, np.nan, np.float32)}
-    done = {"response_ref_logps": np.arange(40, dtype=np.float32)}
-    reference_cache._save(path, done, 3)
-    found, bins = reference_cache._read_unfinished(path, empty, 5)
-    assert bins == 3
-    np.testing.assert_array_equal(found["response_ref_logps"], np.arange(40))
-    content = path.read_bytes()
-    if damage == "cut":
-        path.write_bytes(content[: len(content) // 2])
-    elif damage == "flip":
-        at = content.index(np.float32(20).tobytes())
-        path.write_bytes(content[:at] + b"\x01" + content[at + 1 :])
-    elif damage == "other":
-        reference_cache._save(path, {"response_ref_logps": np.zeros(7)}, 3)
-    else:
-        path.write_bytes(b"\x93NUMPY\x01\x00")
-    assert reference_cache._read_unfinished(path, empty, 5) == (empty, 0)
-    assert f"{path} is damaged" in caplog.text
-
-
 def test_a_column_that_is_gone_is_named(ready, tmp_path):
     key = key_of(ready)
     folder = reference_cache.folder_for(tmp_path, key)
@@ -182,12 +129,9 @@ def test_a_column_that_is_gone_is_named(ready, tmp_path):
         reference_cache.read(folder, key)
 
 
-def test_a_reference_whose_logits_are_not_finite_is_refused(ready, monkeypatch):
-    def scored(score, params, feed, bins, mesh, title):
-        ids = np.arange(feed.num_responses)
-        logps = np.where(ids == 5, np.nan, 0.0).astype(np.float32)
-        yield ids, {"response_ref_logps": logps}
+def test_a_reference_whose_logits_are_not_finite_is_refused(ready, params):
+    import jax
 
-    monkeypatch.setattr(reference_cache, "_scored", scored)
-    with pytest.raises(ValueError, match="of response 5 is nan"):
-        reference_cache.compute(ready.objective, None, ready.inputs.train, ready.mesh)
+    broken = jax.tree.map(lambda x: x * np.nan, params)
+    with pytest.raises(ValueError, match="response_ref_logps of response .* is nan"):
+        reference_cache.compute(ready.objective, broken, ready.inputs.train, ready.mesh)

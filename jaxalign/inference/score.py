@@ -1,0 +1,149 @@
+"""``jaxalign score``: log-probabilities of a file's completions.
+
+A checkpoint carries its network's shape and its vocabulary, so that its path is enough.
+The same command, started again after a kill, goes on where it last saved.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxalign import batch as batches
+from jaxalign import models, remote
+from jaxalign.cluster import exclusive
+from jaxalign.data import records
+from jaxalign.files import json_sha256
+from jaxalign.inference import generation, outputs
+from jaxalign.inference.evaluation import write_jsonl
+from jaxalign.training import checkpoints, scoring
+
+
+@exclusive.one_output_at_a_time
+def score(
+    *,
+    checkpoint: str,
+    data: str,
+    output: str,
+    batch_size: int = 16,
+    mesh: Mapping[str, int] | None = None,
+    field_map: Mapping[str, str] | None = None,
+    on_bad_row: str = "error",
+) -> int:
+    """Scores the completions of a JSON Lines file.
+
+    Args:
+      checkpoint: a run directory or one of its checkpoints.
+      data: rows with ``prompt`` and ``completion``.
+      output: a JSON Lines file: each row as it was read, with ``logp`` (the summed
+        log-probability of the completion, EOS included) and ``num_tokens``. Nothing is
+        truncated. An unfinished one goes on, a finished one is kept.
+      batch_size: encoder rows at a time.
+      mesh: sizes ``{"data", "fsdp", "tensor"}`` as in training; None: one device, or
+        all devices of a job of several processes, which must divide `batch_size`.
+      field_map: our field names to the file's.
+      on_bad_row: ``"error"`` or ``"skip"``.
+
+    Returns:
+      The number of lines in the file.
+
+    Raises:
+      ValueError: when a finished output was made with other settings.
+    """
+    asked = {"verb": "score", "field_map": field_map, "on_bad_row": on_bad_row}
+    asked["data"] = outputs.input_key(data)
+    count = outputs.kept(
+        output, lambda: {**asked, "checkpoint": outputs.policy_key(checkpoint)}
+    )
+    if count >= 0:
+        return count
+    policy, sharding = generation.load(checkpoint, mesh)
+    examples, _ = records.load(
+        data,
+        "supervised",
+        field_map=field_map,
+        on_bad_row=on_bad_row,
+        listing=generation.bad_rows_beside(output),
+    )
+    rows = [(e.raw, record) for e in examples for record in e.records]
+    key = {**asked, "checkpoint": policy.meta["policy_fingerprint"]}
+    unfinished = _unfinished(output, key)
+    logps, lengths = score_pairs(
+        policy,
+        [(r["prompt"], r["completion"]) for _, r in rows],
+        batch_size=batch_size,
+        sharding=sharding,
+        unfinished=unfinished,
+        verify=scoring.VERIFIED_SHARE,
+    )
+    count = write_jsonl(
+        output,
+        (
+            {**raw, "logp": float(logp), "num_tokens": int(length)}
+            for (raw, _), logp, length in zip(rows, logps, lengths, strict=True)
+        ),
+        key=key,
+    )
+    if unfinished is not None:
+        unfinished.unlink(missing_ok=True)
+    return count
+
+
+def score_pairs(
+    policy: checkpoints.Policy,
+    pairs: Sequence[tuple[str, str]],
+    *,
+    batch_size: int = 16,
+    sharding: jax.sharding.NamedSharding | None = None,
+    **settings: Any,
+) -> tuple[np.ndarray, np.ndarray]:
+    """``log p(completion | prompt)`` and target lengths of text pairs, ``[n]`` each.
+
+    Args:
+      policy: whose log-probabilities.
+      pairs: ``(prompt, completion)``; nothing is cut.
+      batch_size: encoder rows at a time.
+      sharding: places rows on several devices; every process gets all numbers.
+      **settings: of `jaxalign.training.scoring.score`.
+
+    Raises:
+      ValueError: naming a response, when the network's logits are not finite.
+    """
+    if not pairs:
+        return np.zeros(0, np.float32), np.zeros(0, np.int32)
+    columns = scoring.score_texts(
+        _scorer(policy.model),
+        policy.params,
+        policy.vocabulary,
+        *zip(*pairs, strict=True),
+        batch_size=batch_size,
+        mesh=sharding.mesh if sharding else None,
+        dtype=str(policy.model.config.dtype),
+        **settings,
+    )
+    return columns["response_logps"], columns["response_tokens"]
+
+
+@functools.lru_cache(maxsize=4)  # the same object is compiled once
+def _scorer(model: Any) -> scoring.Function:
+    def columns(params: Any, batch: batches.Batch) -> dict[str, jax.Array]:
+        return {
+            "response_logps": models.response_logps(model, params, batch),
+            "response_tokens": batches.response_lengths(batch).astype("int32"),
+        }
+
+    return columns
+
+
+def _unfinished(output: str, key: Mapping[str, Any]) -> Path | None:
+    """Where this process saves what it has of an output, if that is here."""
+    if remote.is_remote(output):
+        return None
+    path = Path(output)
+    digest = json_sha256({**key, "jax": jax.__version__})[:16]
+    return path.with_name(f"{path.name}.{digest}.unfinished-{jax.process_index()}.npz")

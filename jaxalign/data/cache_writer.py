@@ -17,7 +17,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from jaxalign import remote
 from jaxalign.data.cache import FORMAT, INDEX, META, META_DIGEST, VERSION, meta_digest
-from jaxalign.data.rows import DTYPES, Columns, Row, check_row
+from jaxalign.data.rows import DTYPES, Columns, Index, Row, check_row
 from jaxalign.data.temporary import remove_stale, temporary_folder
 from jaxalign.files import file_sha256
 
@@ -114,6 +114,10 @@ class CacheWriter:
         self._shard_rows[-1] += 1
         self._shard_bytes += len(record)
 
+    def index(self) -> Index:
+        """The index of the rows so far."""
+        return self._columns.index()
+
     def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
         try:
             if kind is None:
@@ -154,7 +158,7 @@ class CacheWriter:
             name = f"rows-{i:05d}-of-{len(self._shard_rows):05d}.array_record"
             path = (self._temporary / f"{i}").rename(self._temporary / name)
             shards.append({"name": name, "rows": rows, "bytes": path.stat().st_size})
-        index = self._columns.index()
+        index = self.index()
         np.savez(
             self._temporary / INDEX, **{name: getattr(index, name) for name in DTYPES}
         )

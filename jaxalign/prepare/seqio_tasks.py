@@ -18,6 +18,7 @@ from jaxalign.data.bad_rows import BadRow, BadRows, DataError, FieldError, neare
 from jaxalign.data.rows import Row
 from jaxalign.prepare import late_imports, rationales, sources
 from jaxalign.prepare import tasks as tasks_lib
+from jaxalign.prepare.rows import Encoded
 from jaxalign.vocabularies import ByteVocabulary, SentencePieceVocabulary, Vocabulary
 
 # The token features a seqio task needs to serve a schema.
@@ -124,10 +125,9 @@ def _same_ids(a: Vocabulary, b: Vocabulary) -> bool:
 def token_rows(
     name: str,
     schema: str,
-    *,
-    split: str = "train",
-    sequence_length: Mapping[str, int] | None = None,
-) -> Iterator[list[Row] | BadRow]:
+    split: str,
+    sequence_length: Mapping[str, int] | None,
+) -> Iterator[Encoded | BadRow]:
     """The rows of a seqio task or mixture, its token ids taken as they are.
 
     Args:
@@ -158,7 +158,7 @@ def token_rows(
     )
     for line, example in enumerate(dataset.as_numpy_iterator(), start=1):
         try:
-            yield [_token_row(example, schema, f"{name}:{line}")]
+            yield Encoded([_token_row(example, schema, f"{name}:{line}")], 0)
         except FieldError as error:
             yield error.at(name, line)
 

@@ -27,9 +27,8 @@ class NoFunctionError(TypeError, ValueError):
 def resolve_callable(spec: str) -> Callable[..., Any]:
     """The callable that a gin file or the command line names.
 
-    Args:
-      spec: ``"package.module:function"`` (``module:Class.method`` too) or
-        ``"path/to/file.py:function"``.
+    It is named as ``"package.module:function"`` (``module:Class.method`` too) or as
+    ``"path/to/file.py:function"``.
 
     Raises:
       ValueError: saying which part was not found, and the nearest names there are.
@@ -68,21 +67,30 @@ def function_key(spec: str, function: Callable[..., Any] | None = None) -> str:
     >>> function_key("math:sqrt")
     'math:sqrt'
     """
-    function = function or resolve_callable(spec)
-    try:
-        source = inspect.getsource(inspect.getmodule(function) or function)
-    except (OSError, TypeError):  # built in, or made at run time
+    digest = source_digest(function or resolve_callable(spec))
+    if digest == _NO_SOURCE:
         return spec
-    digest = hashlib.sha256(source.encode("utf-8", "surrogatepass")).hexdigest()
     return f"{spec.rpartition(':')[2]} of {digest[:16]}"
 
 
+def source_digest(function: Callable[..., Any]) -> str:
+    """SHA-256 of the module a function is written in; of nothing if it is built in."""
+    try:
+        source = inspect.getsource(inspect.getmodule(function) or function)
+    except (OSError, TypeError):  # built in, or made at run time
+        return _NO_SOURCE
+    return hashlib.sha256(source.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+_NO_SOURCE = hashlib.sha256().hexdigest()
+
+
 def load_module(name: str, *, asked_as: str | None = None) -> ModuleType:
-    """The module that a user named.
+    """The module ``package.module`` or ``path/to/file.py`` that a user named.
+
+    A file is run once as long as its content stays the same.
 
     Args:
-      name: ``package.module`` or ``path/to/file.py``. A file is run once as long as its
-        content stays the same.
       asked_as: what the user wrote, for messages; `name` if None.
 
     Raises:
@@ -126,18 +134,15 @@ def _import(asked_as: str, module: str) -> ModuleType:
             raise  # the module is there; something that it imports is not
         parent, _, name = missing.rpartition(".")
         path = None  # the top level
-        names: list[str] = []
         if parent:
-            package = importlib.import_module(parent)
-            if not hasattr(package, "__path__"):
+            path = getattr(importlib.import_module(parent), "__path__", None)
+            if path is None:
                 raise ValueError(
                     f"Cannot resolve {asked_as!r}: {parent!r} is a module, not a "
                     f"package; use '{parent}:function'."
                 ) from error
-            path = package.__path__
-        else:
-            names += sys.stdlib_module_names
-        names += [found.name for found in pkgutil.iter_modules(path)]
+        names = [found.name for found in pkgutil.iter_modules(path)]
+        names += [] if parent else sys.stdlib_module_names
         raise ValueError(
             f"Cannot resolve {asked_as!r}: no module named {missing!r}."
             f"{hint(name, names)} Modules are looked up on the Python path and in the "

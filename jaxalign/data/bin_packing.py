@@ -15,8 +15,6 @@ bins.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
 _POOL = 1024  # responses of the waiting items that a bin chooses from
@@ -79,47 +77,48 @@ class Packer:
         total = (int(self._encoder.sum()), max(int(self._decoder.sum()), 1))
         order = np.argsort(_mix(np.arange(count, dtype=np.uint64)), kind="stable")
         size = min(count, max(_POOL // self._responses.shape[1], 256))
+        of_items = (
+            self._encoder,
+            self._prompts,
+            self._decoder,
+            self._responses[:, 0],
+            self._groups,
+        )
         pool, waiting = order[:size].copy(), np.arange(size)
-        encoder, prompts = self._encoder[pool], self._prompts[pool]
-        decoder, first = self._decoder[pool], self._responses[pool, 0]
-        groups = self._groups[pool]
+        of_pool = [values[pool] for values in of_items]
+        encoder, prompts, decoder, first, groups = of_pool
         upcoming = size
         placed = 0
         while placed < count:
             self._open()
-            b, room = len(self.bins) - 1, self._room[-1]
+            members, room = self.bins[-1], self._room[-1]
             while True:
                 left, longest = int(room[1].sum()), int(room[1].max())
                 fits = (encoder <= room[0]) & (prompts <= room[2])
                 fits &= (decoder <= left) & (first <= longest)
-                if two_groups and len(self.bins[b]) == 1:
-                    fits &= groups != self._groups[self.bins[b][0]]
+                if two_groups and len(members) == 1:
+                    fits &= groups != self._groups[members[0]]
                 slots = fits.nonzero()[0]
                 if min(room[0] * count / total[0], left * count / total[1]) > _FAR:
                     score = waiting[slots]
                 else:
-                    residuals = room[0] - encoder[slots], left - decoder[slots]
-                    score = residuals[0] ** 2 * weights[0]
-                    score += residuals[1] ** 2 * weights[1]
+                    score = (room[0] - encoder[slots]) ** 2 * weights[0]
+                    score += (left - decoder[slots]) ** 2 * weights[1]
                 best = self._best(pool[slots], score, room[1])
                 if best is None:
                     break
                 slot = int(slots[best[0]])
-                self._place(b, int(pool[slot]), best[1])
+                self._place(-1, int(pool[slot]), best[1])
                 placed += 1
                 if upcoming < count:
-                    item = pool[slot] = order[upcoming]
-                    waiting[slot] = upcoming
-                    encoder[slot] = self._encoder[item]
-                    prompts[slot] = self._prompts[item]
-                    decoder[slot] = self._decoder[item]
-                    first[slot] = self._responses[item, 0]
-                    groups[slot] = self._groups[item]
+                    pool[slot], waiting[slot] = order[upcoming], upcoming
+                    for mine, values in zip(of_pool, of_items, strict=True):
+                        mine[slot] = values[pool[slot]]
                     upcoming += 1
                 else:
                     encoder[slot] = _NEVER
-            if two_groups and len(self.bins[b]) == 1:
-                self.alone.append(b)
+            if two_groups and len(members) == 1:
+                self.alone.append(len(self.bins) - 1)
 
     def match_lonely(self) -> None:
         """Finds company for the items of ``alone`` by moving as few as possible."""
@@ -131,8 +130,7 @@ class Packer:
         lonely = self._take_from_others(lonely)
         lonely = self._split_others(lonely)
         for item in lonely:
-            self._open()
-            self._place(len(self.bins) - 1, item)
+            self._open(item)
         kept = [b for b, items in enumerate(self.bins) if items]
         self.bins = [self.bins[b] for b in kept]
         self._room = [self._room[b] for b in kept]
@@ -142,16 +140,17 @@ class Packer:
         """Scales squared residuals: by capacity, and more where demand is higher."""
         capacity = self._capacity[0], self._capacity[1] * self._rows
         demand = self._encoder.sum() / capacity[0], self._decoder.sum() / capacity[1]
-        first, second = (
+        return tuple(
             max(int(d / max(demand) * 2**40 / c**2), 1)
             for d, c in zip(demand, capacity, strict=True)
         )
-        return first, second
 
-    def _open(self) -> None:
+    def _open(self, *items: int) -> None:
         self.bins.append([])
         rows = np.full(self._rows, self._capacity[1], np.int64)
         self._room.append([self._capacity[0], rows, self._max_prompts])
+        for item in items:
+            self._place(-1, item)
 
     def _best(
         self, items: np.ndarray, score: np.ndarray, room: np.ndarray
@@ -193,7 +192,7 @@ class Packer:
                 return True
         return False
 
-    def _pair_up(self, items: Sequence[int]) -> list[int]:
+    def _pair_up(self, items: list[int]) -> list[int]:
         """Opens bins of two lonely items each; returns the items left."""
         waiting = np.array(items, np.int64)
         left = []
@@ -205,13 +204,11 @@ class Packer:
             if not len(partners):
                 left.append(item)
                 continue
-            self._open()
-            self._place(len(self.bins) - 1, item)
-            self._place(len(self.bins) - 1, int(waiting[partners[0]]))
+            self._open(item, int(waiting[partners[0]]))
             waiting = np.delete(waiting, partners[0])
         return left
 
-    def _take_from_others(self, items: Sequence[int]) -> list[int]:
+    def _take_from_others(self, items: list[int]) -> list[int]:
         """Opens bins of a lonely item and one that its bin can spare."""
         rich = [b for b, members in enumerate(self.bins) if len(members) > 2]
         bin_of = np.array([b for b in rich for _ in self.bins[b]], np.int64)
@@ -224,28 +221,24 @@ class Packer:
                 # It may have moved for an earlier item.
                 if other in self.bins[b] and len(staying) > 1:
                     self._remove(b, other)
-                    self._open()
-                    self._place(len(self.bins) - 1, item)
-                    self._place(len(self.bins) - 1, other)
+                    self._open(item, other)
                     break
             else:
                 left.append(item)
         return left
 
-    def _split_others(self, items: Sequence[int]) -> list[int]:
+    def _split_others(self, left: list[int]) -> list[int]:
         """Gives two lonely items the halves of a bin; returns the items left.
 
         What is lonely now is of one group, the commonest, and every bin without that
         group can company two of it.
         """
-        left = list(items)
         for b in range(len(self.bins)):
             if len(left) < 2:
                 break
             first, second = left[-2:]
-            others = {self._groups[first], self._groups[second]}
             staying = {self._groups[i] for i in self.bins[b]}
-            if not staying or others & staying:
+            if not staying or {self._groups[first], self._groups[second]} & staying:
                 continue
             moved = self.bins[b][-1]
             if not self._fits_beside(first, np.array([moved]))[0]:
@@ -255,9 +248,7 @@ class Packer:
                 self._place(b, moved)
                 continue
             self._place(b, second)
-            self._open()
-            self._place(len(self.bins) - 1, first)
-            self._place(len(self.bins) - 1, moved)
+            self._open(first, moved)
             del left[-2:]
         return left
 
@@ -289,7 +280,7 @@ def assign_rows(
     """Puts each item's responses into decoder rows, each as if it were alone.
 
     Args:
-      lengths: ``[n, R]`` of ``n`` items, placed in the order given.
+      lengths: ``[n, R]``, placed in the order given.
       room: ``[K]`` tokens that the rows have left.
       level: into the emptiest row; otherwise into the fullest that holds the response.
 

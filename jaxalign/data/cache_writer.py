@@ -34,8 +34,7 @@ class CacheWriter:
     Args:
       directory: where the cache appears; anything there but a cache or an empty
         folder is refused.
-      fingerprint: identity of what the rows are made from (source, field map,
-        vocabulary, preprocessing).
+      fingerprint: identity of what the rows are made from.
       summary: JSON-ready counts; ``writer.summary`` may change until the end.
 
     Example::
@@ -131,8 +130,8 @@ class CacheWriter:
             shutil.rmtree(self._temporary, ignore_errors=True)
 
     def _close_shard(self) -> None:
-        if self._writer is not None:
-            writer, self._writer = self._writer, None
+        writer, self._writer = self._writer, None
+        if writer is not None:
             writer.close()
 
     @contextlib.contextmanager

@@ -40,10 +40,9 @@ def remove_stale(directory: str | os.PathLike[str]) -> None:
     for path in directory.parent.glob(f".{directory.name}.tmp-*"):
         pid = re.match(r"\d+", path.name.removeprefix(here))
         if path.name.startswith(here) and pid:
-            dead = int(pid[0]) != os.getpid() and not _alive(int(pid[0]))
+            dead = not _alive(int(pid[0]))
         else:
-            files = list(path.iterdir()) or [path]
-            newest = max(p.stat().st_mtime for p in files)
+            newest = max(p.stat().st_mtime for p in list(path.iterdir()) or [path])
             dead = now - newest > _STALE_SECONDS
         if dead:
             shutil.rmtree(path, ignore_errors=True)
@@ -56,8 +55,6 @@ def _mark(directory: pathlib.Path) -> str:
 def _alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
+    except OSError as error:
+        return isinstance(error, PermissionError)
     return True

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from jaxalign.data.bad_rows import BadRow
 from jaxalign.data.records import Example
 from jaxalign.data.temporary import private_folder, remove_stale
-from jaxalign.prepare import late_imports, pieces
+from jaxalign.prepare import pieces
 from jaxalign.prepare.rows import Encoded, Recipe
 
 _Job = tuple[Recipe, list[pieces.Piece]]  # what every worker is told
@@ -61,7 +61,13 @@ def encoded(
     # What lies there is unpickled: nobody else may put anything into it.
     folder = private_folder(beside)
     try:
-        _run(_store(job, folder), len(found), beam_options)
+        import cloudpickle
+
+        # A new name, as workers keep what they loaded. By value what cannot be
+        # imported: functions of a notebook or a script.
+        stored = folder / f"job-{uuid.uuid4().hex}"
+        stored.write_bytes(cloudpickle.dumps(job))
+        _run(str(stored), len(found), beam_options)
         missing = [i for i in range(len(found)) if not _part(folder, i).is_file()]
         if missing:
             raise RuntimeError(
@@ -76,7 +82,14 @@ def encoded(
 
 def _run(stored: str, count: int, beam_options: str) -> None:
     """Runs the pipeline to its end."""
-    beam = late_imports.apache_beam()
+    try:
+        import apache_beam as beam
+    except ImportError as error:
+        raise ImportError(
+            "beam_options need Apache Beam, which is not installed here: `pip install "
+            "'jaxalign[beam]'` brings it. Without beam_options the data is prepared "
+            "by this process alone, with the same result."
+        ) from error
     from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
 
     options = PipelineOptions(shlex.split(beam_options))
@@ -125,16 +138,6 @@ def _noticing_dead_workers() -> Iterator[None]:
         ) from deaths[0]
     finally:
         threading.excepthook = usual
-
-
-def _store(job: _Job, folder: pathlib.Path) -> str:
-    """Writes what workers load; the name is new, as they keep what they loaded."""
-    import cloudpickle
-
-    path = folder / f"job-{uuid.uuid4().hex}"
-    # By value what cannot be imported: functions of a notebook or a script.
-    path.write_bytes(cloudpickle.dumps(job))
-    return str(path)
 
 
 # One job at a time; a worker takes up many of its pieces.

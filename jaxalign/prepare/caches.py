@@ -46,7 +46,6 @@ def prepare(
     eval_fraction: float = 0.0,
     seed: int = 0,
     max_rows: int | None = None,
-    sequence_length: Mapping[str, int] | None = None,
     beam_options: str | None = None,
 ) -> dict[str, pathlib.Path]:
     """Prepares DATA for the feed, or finds what an earlier call prepared.
@@ -78,7 +77,6 @@ def prepare(
       seed: decides that split, and the order of answers in rationale prompts. Leave it
         alone from run to run, or what one holds out another trains on.
       max_rows: reads only the first so many rows.
-      sequence_length: for seqio tasks whose preprocessors ask for it.
       beam_options: tokenises JSONL and Parquet files on Apache Beam with these pipeline
         options, such as ``"--direct_num_workers=4
         --direct_running_mode=multi_processing"``; the cache is the same bytes. None:
@@ -155,7 +153,7 @@ def prepare(
         eval_fraction=eval_fraction,
         seed=seed,
         max_rows=max_rows,
-        sequence_length=dict(sequence_length or {}),
+        sequence_length={},  # folders keep the names that they had with it
     )
     if columns:
         parts["columns"] = {n: repr(batch.COLUMNS[n]) for n in columns}
@@ -193,11 +191,7 @@ def prepare(
             make_items = stack.enter_context(encoded)
         elif source.seqio_name:
             make_items = functools.partial(
-                seqio_tasks.token_rows,
-                source.seqio_name,
-                schema,
-                split,
-                sequence_length,
+                seqio_tasks.token_rows, source.seqio_name, schema, split
             )
         else:
 

@@ -60,9 +60,14 @@ class Recipe:
         for item in records_lib.examples(rows, self.schema, **self.options):
             try:
                 for record in getattr(item, "records", ()):
-                    check_metadata(record.get("metadata"))
-            except FieldError as error:
-                yield error.at(item.file, item.line)
+                    msgpack.packb([record.get("metadata")])
+            except (TypeError, ValueError, OverflowError, RecursionError) as error:
+                expected = (
+                    "JSON values: texts that UTF-8 can hold, integers of at most 64 "
+                    "bits, numbers, true, false, null, lists and objects"
+                )
+                what = FieldError("metadata", "not storable", expected, str(error))
+                yield what.at(item.file, item.line)
             else:
                 yield item
 
@@ -83,22 +88,6 @@ class Recipe:
                 yield item
             else:
                 yield Encoded(self.build(item), item.left_out)
-
-
-def check_metadata(metadata: Any) -> None:
-    """Raises FieldError for metadata that a cache cannot hold."""
-    if not metadata:
-        return
-    try:
-        msgpack.packb([metadata])
-    except (TypeError, ValueError, OverflowError, RecursionError) as error:
-        raise FieldError(
-            "metadata",
-            "not storable",
-            "JSON values: texts that UTF-8 can hold, integers of at most 64 bits, "
-            "numbers, true, false, null, lists and objects",
-            str(error),
-        ) from None
 
 
 def build_rows(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import dataclasses
 import hashlib
 import itertools
 import pathlib
@@ -23,12 +22,8 @@ from jaxalign.prepare.summary import summarise, unknown_tokens
 Item = Example | Encoded | BadRow
 
 
-@dataclasses.dataclass
 class _EmptySplit(Exception):
     """Leaves the writers without a trace when one side of a split got no row."""
-
-    lowest: float
-    highest: float
 
 
 def write_splits(
@@ -121,15 +116,15 @@ def write_splits(
     try:
         attempt(eval_fraction)
     except _EmptySplit as empty:
-        if empty.lowest == empty.highest:
+        lowest, highest = empty.args
+        if lowest == highest:
             data = cache["source"].get("data")
             raise ValueError(
                 f"EVAL_FRACTION={eval_fraction} needs two distinct prompts, and {data} "
                 "has one: add rows, or set EVAL_FRACTION=0."
             ) from None
-        too_low = empty.lowest >= eval_fraction
-        just_above = empty.lowest + 2.0**-49
-        attempt(just_above if too_low else empty.highest)
+        just_above = lowest + 2.0**-49
+        attempt(just_above if lowest >= eval_fraction else highest)
 
 
 def prompt_fraction(row: Row, seed: int) -> float:

@@ -54,11 +54,7 @@ class Verdict(NamedTuple):
 
 
 def judge(prompt: str, response: str) -> Verdict:
-    """Judges any text as a response to a prompt of this world.
-
-    Args:
-      response: any text; case and punctuation do not matter.
-    """
+    """Judges any text as a response to a prompt; case and punctuation do not matter."""
     question = parse(prompt)
     words = _words(response)
     said = set(words)

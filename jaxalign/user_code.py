@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterable
 from types import ModuleType
 from typing import Any
 
+from jaxalign.files import file_sha256
+
 
 class NoFunctionError(TypeError, ValueError):
     """What a user named is there, and cannot be called."""
@@ -114,8 +116,7 @@ def load_module(name: str, *, asked_as: str | None = None) -> ModuleType:
 def fingerprint(module: ModuleType) -> str:
     """SHA-256 of a module's own file: it changes when its code does."""
     file = getattr(module, "__file__", None)
-    content = pathlib.Path(file).read_bytes() if file else b""
-    return hashlib.sha256(content).hexdigest()
+    return file_sha256(file) if file else _NO_SOURCE
 
 
 def hint(name: str, names: Iterable[str]) -> str:
@@ -165,8 +166,7 @@ def _run_file(asked_as: str, path: pathlib.Path) -> ModuleType:
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
     except BaseException:

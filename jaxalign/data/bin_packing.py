@@ -15,6 +15,8 @@ bins.
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 
 _POOL = 1024  # responses of the waiting items that a bin chooses from
@@ -26,17 +28,9 @@ _NEVER = 2**40  # the size of an empty slot of the pool
 _FAR = 3
 
 
+@dataclasses.dataclass
 class Packer:
     """Packs items into bins.
-
-    Args:
-      encoder: ``[N]`` encoder tokens of each item.
-      responses: ``[N, R]`` decoder tokens of its responses, descending.
-      prompts: ``[N]`` prompts of each item.
-      groups: ``[N]`` items of one group share their prompt.
-      capacity: encoder tokens and tokens of each decoder row.
-      decoder_rows: ``K`` of a bin.
-      max_prompts: prompts of a bin.
 
     Attributes:
       bins: items of each bin, in the order placed.
@@ -44,24 +38,19 @@ class Packer:
       alone: bins whose items are all of one group, when two groups were asked for.
     """
 
-    def __init__(
-        self,
-        encoder: np.ndarray,
-        responses: np.ndarray,
-        prompts: np.ndarray,
-        groups: np.ndarray,
-        *,
-        capacity: tuple[int, int],
-        decoder_rows: int,
-        max_prompts: int,
-    ):
-        self._encoder = encoder.astype(np.int64)
-        self._responses = responses.astype(np.int64)
-        self._decoder = self._responses.sum(1)
-        self._prompts, self._groups = prompts.astype(np.int64), groups
-        self._capacity, self._max_prompts = capacity, max_prompts
-        self._rows = decoder_rows
-        self.decoder_row = np.zeros(responses.shape, np.int32)
+    encoder: np.ndarray  # [N] encoder tokens of each item
+    responses: np.ndarray  # [N, R] decoder tokens of its responses, descending
+    prompts: np.ndarray  # [N] prompts of each item
+    groups: np.ndarray  # [N]; items of one group share their prompt
+    capacity: tuple[int, int]  # encoder tokens, and tokens of each decoder row
+    decoder_rows: int  # K of a bin
+    max_prompts: int  # of a bin
+
+    def __post_init__(self) -> None:
+        for name in ("encoder", "responses", "prompts"):
+            setattr(self, name, getattr(self, name).astype(np.int64))
+        self.decoder = self.responses.sum(1)
+        self.decoder_row = np.zeros(self.responses.shape, np.int32)
         self.bins: list[list[int]] = []
         self.alone: list[int] = []
         # What each bin still offers: encoder tokens, tokens by decoder row, prompts.
@@ -72,17 +61,17 @@ class Packer:
 
         Bins that found no second group are listed in ``alone``.
         """
-        count = len(self._encoder)
+        count = len(self.encoder)
         weights = self._weights()
-        total = (int(self._encoder.sum()), max(int(self._decoder.sum()), 1))
+        total = (int(self.encoder.sum()), max(int(self.decoder.sum()), 1))
         order = np.argsort(_mix(np.arange(count, dtype=np.uint64)), kind="stable")
-        size = min(count, max(_POOL // self._responses.shape[1], 256))
+        size = min(count, max(_POOL // self.responses.shape[1], 256))
         of_items = (
-            self._encoder,
-            self._prompts,
-            self._decoder,
-            self._responses[:, 0],
-            self._groups,
+            self.encoder,
+            self.prompts,
+            self.decoder,
+            self.responses[:, 0],
+            self.groups,
         )
         pool, waiting = order[:size].copy(), np.arange(size)
         of_pool = [values[pool] for values in of_items]
@@ -97,7 +86,7 @@ class Packer:
                 fits = (encoder <= room[0]) & (prompts <= room[2])
                 fits &= (decoder <= left) & (first <= longest)
                 if two_groups and len(members) == 1:
-                    fits &= groups != self._groups[members[0]]
+                    fits &= groups != self.groups[members[0]]
                 slots = fits.nonzero()[0]
                 if min(room[0] * count / total[0], left * count / total[1]) > _FAR:
                     score = waiting[slots]
@@ -138,8 +127,8 @@ class Packer:
 
     def _weights(self) -> tuple[int, int]:
         """Scales squared residuals: by capacity, and more where demand is higher."""
-        capacity = self._capacity[0], self._capacity[1] * self._rows
-        demand = self._encoder.sum() / capacity[0], self._decoder.sum() / capacity[1]
+        capacity = self.capacity[0], self.capacity[1] * self.decoder_rows
+        demand = self.encoder.sum() / capacity[0], self.decoder.sum() / capacity[1]
         return tuple(
             max(int(d / max(demand) * 2**40 / c**2), 1)
             for d, c in zip(demand, capacity, strict=True)
@@ -147,8 +136,8 @@ class Packer:
 
     def _open(self, *items: int) -> None:
         self.bins.append([])
-        rows = np.full(self._rows, self._capacity[1], np.int64)
-        self._room.append([self._capacity[0], rows, self._max_prompts])
+        rows = np.full(self.decoder_rows, self.capacity[1], np.int64)
+        self._room.append([self.capacity[0], rows, self.max_prompts])
         for item in items:
             self._place(-1, item)
 
@@ -159,7 +148,7 @@ class Packer:
         order = score.argsort(kind="stable")
         # One of the first few nearly always fits.
         for some in (order[:_FEW], order[_FEW:]):
-            rows, fits = assign_rows(self._responses[items[some]], room)
+            rows, fits = assign_rows(self.responses[items[some]], room)
             fitting = fits.nonzero()[0]
             if len(fitting):
                 return int(some[fitting[0]]), rows[fitting[0]]
@@ -168,23 +157,23 @@ class Packer:
     def _place(self, b: int, item: int, rows: np.ndarray | None = None) -> None:
         room = self._room[b]
         if rows is None:
-            rows = assign_rows(self._responses[[item]], room[1])[0][0]
+            rows = assign_rows(self.responses[[item]], room[1])[0][0]
         self.decoder_row[item] = rows
-        np.subtract.at(room[1], rows, self._responses[item])
-        room[0] -= int(self._encoder[item])
-        room[2] -= int(self._prompts[item])
+        np.subtract.at(room[1], rows, self.responses[item])
+        room[0] -= int(self.encoder[item])
+        room[2] -= int(self.prompts[item])
         self.bins[b].append(item)
 
     def _remove(self, b: int, item: int) -> None:
         room = self._room[b]
-        np.add.at(room[1], self.decoder_row[item], self._responses[item])
-        room[0] += int(self._encoder[item])
-        room[2] += int(self._prompts[item])
+        np.add.at(room[1], self.decoder_row[item], self.responses[item])
+        room[0] += int(self.encoder[item])
+        room[2] += int(self.prompts[item])
         self.bins[b].remove(item)
 
     def _join(self, item: int) -> bool:
         """Puts an item into the fullest bin of two groups that has room."""
-        need = int(self._encoder[item])
+        need = int(self.encoder[item])
         room = [(r[0], b) for b, r in enumerate(self._room) if r[0] >= need]
         for _, b in sorted(room):
             if self.bins[b] and self._has_room(b, item):
@@ -197,7 +186,7 @@ class Packer:
         waiting = np.array(items, np.int64)
         left = []
         while len(waiting):
-            if (self._groups[waiting] == self._groups[waiting[0]]).all():
+            if (self.groups[waiting] == self.groups[waiting[0]]).all():
                 return [*left, *waiting.tolist()]
             item, waiting = int(waiting[0]), waiting[1:]
             partners = np.flatnonzero(self._fits_beside(item, waiting))
@@ -217,7 +206,7 @@ class Packer:
         for item in items:
             for j in np.flatnonzero(self._fits_beside(item, others)).tolist():
                 b, other = int(bin_of[j]), int(others[j])
-                staying = {self._groups[i] for i in self.bins[b] if i != other}
+                staying = {self.groups[i] for i in self.bins[b] if i != other}
                 # It may have moved for an earlier item.
                 if other in self.bins[b] and len(staying) > 1:
                     self._remove(b, other)
@@ -237,8 +226,8 @@ class Packer:
             if len(left) < 2:
                 break
             first, second = left[-2:]
-            staying = {self._groups[i] for i in self.bins[b]}
-            if not staying or {self._groups[first], self._groups[second]} & staying:
+            staying = {self.groups[i] for i in self.bins[b]}
+            if not staying or {self.groups[first], self.groups[second]} & staying:
                 continue
             moved = self.bins[b][-1]
             if not self._fits_beside(first, np.array([moved]))[0]:
@@ -255,22 +244,22 @@ class Packer:
     def _has_room(self, b: int, item: int) -> bool:
         encoder, rows, prompts = self._room[b]
         return bool(
-            self._encoder[item] <= encoder
-            and self._prompts[item] <= prompts
-            and assign_rows(self._responses[[item]], rows)[1][0]
+            self.encoder[item] <= encoder
+            and self.prompts[item] <= prompts
+            and assign_rows(self.responses[[item]], rows)[1][0]
         )
 
     def _fits_beside(self, item: int, others: np.ndarray) -> np.ndarray:
         """Which of ``others`` are of another group and fit into a bin with ``item``."""
-        encoder, decoder = self._capacity
-        room = np.full(self._rows, decoder, np.int64)
-        rows, _ = assign_rows(self._responses[[item]], room)
-        np.subtract.at(room, rows[0], self._responses[item])
+        encoder, decoder = self.capacity
+        room = np.full(self.decoder_rows, decoder, np.int64)
+        rows, _ = assign_rows(self.responses[[item]], room)
+        np.subtract.at(room, rows[0], self.responses[item])
         return (
-            (self._groups[others] != self._groups[item])
-            & (self._encoder[others] + self._encoder[item] <= encoder)
-            & (self._prompts[others] + self._prompts[item] <= self._max_prompts)
-            & assign_rows(self._responses[others], room)[1]
+            (self.groups[others] != self.groups[item])
+            & (self.encoder[others] + self.encoder[item] <= encoder)
+            & (self.prompts[others] + self.prompts[item] <= self.max_prompts)
+            & assign_rows(self.responses[others], room)[1]
         )
 
 

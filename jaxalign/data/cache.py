@@ -102,7 +102,7 @@ class TokenizedCache:
             # A range: reading a list of positions costs time in proportion to the file.
             (record,) = self._readers[shard].read(position, position + 1)
             return Row.from_bytes(record)
-        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        except (RuntimeError, ValueError, LookupError, TypeError) as error:
             raise _damaged(
                 self.path, f"{file.name}, row {position}: {error}"
             ) from error

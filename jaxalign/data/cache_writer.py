@@ -97,15 +97,13 @@ class CacheWriter:
             raise ValueError(
                 f"Row {row.key!r}: key and metadata must be JSON values ({error})."
             ) from error
-        if self._writer is None or self._shard_bytes > _SHARD_BYTES:
-            with self._telling_disk_errors():
-                self._close_shard()
-                self._writer = ArrayRecordWriter(
-                    str(self._temporary / f"{len(self._shard_rows)}"), "group_size:1"
-                )
-            self._shard_rows.append(0)
-            self._shard_bytes = 0
         with self._telling_disk_errors():
+            if self._writer is None or self._shard_bytes > _SHARD_BYTES:
+                self._close_shard()
+                shard = self._temporary / f"{len(self._shard_rows)}"
+                self._writer = ArrayRecordWriter(str(shard), "group_size:1")
+                self._shard_rows.append(0)
+                self._shard_bytes = 0
             self._writer.write(record)
         self._keys.add(row.key)
         self._columns.add(row)

@@ -175,7 +175,20 @@ def pack(
     )
     empty = np.full(decoder_rows, capacity[1], np.int64)
     decoder_row, fits = assign_rows(lengths, empty, level=not packing)
-    _check_fit(encoder, lengths, fits, capacity, decoder_rows, packing)
+    _check_fit(
+        encoder,
+        encoder <= capacity[0],
+        "encoder tokens for its prompts, an encoder row holds "
+        f"{capacity[0]} (packing={packing})",
+        "Raise packing, or lower TASK_FEATURE_LENGTHS['inputs']",
+    )
+    _check_fit(
+        lengths.sum(1),
+        fits,
+        "decoder tokens for its responses, its decoder rows hold "
+        f"{decoder_rows} x {capacity[1]} (packing={packing})",
+        "Raise packing or decoder_rows, or lower TASK_FEATURE_LENGTHS['targets']",
+    )
 
     groups = index.prompt_hash if seen is None else seen.prompt_hash
     different = len(np.unique(groups))
@@ -183,16 +196,9 @@ def pack(
         bins_at_least = max(
             1, encoder.sum() / capacity[0], lengths.sum() / capacity[1] / decoder_rows
         )
-        packer = Packer(
-            encoder,
-            lengths,
-            prompts,
-            groups,
-            capacity=capacity,
-            decoder_rows=decoder_rows,
-            # P and R are set by the fullest bin: four times what an average one holds.
-            max_prompts=max(8, widest, int(4 * prompts.sum() / bins_at_least)),
-        )
+        # P and R are set by the fullest bin: four times what an average one holds.
+        most = max(8, widest, int(4 * prompts.sum() / bins_at_least))
+        packer = Packer(encoder, lengths, prompts, groups, capacity, decoder_rows, most)
         packer.fill(two_groups=min_prompts == 2)
         if packer.alone:
             packer.match_lonely()
@@ -262,32 +268,14 @@ def _by_length(index: Index, targets: int) -> tuple[np.ndarray, np.ndarray]:
     return sorted_lengths, slots
 
 
-def _check_fit(
-    encoder: np.ndarray,
-    lengths: np.ndarray,
-    fits: np.ndarray,
-    capacity: tuple[int, int],
-    decoder_rows: int,
-    packing: int | None,
-) -> None:
-    decoder = lengths.sum(1)
-    sides = (
-        ("encoder", "inputs", encoder, encoder > capacity[0], "its prompts",
-         f"an encoder row holds {capacity[0]}", "Raise packing"),
-        ("decoder", "targets", decoder, ~fits, "its responses",
-         f"its decoder rows hold {decoder_rows} x {capacity[1]}",
-         "Raise packing or decoder_rows"),
-    )  # fmt: skip
-    for side, feature, needs, refused, what, offer, change in sides:
-        over = np.flatnonzero(refused)
-        if len(over):
-            row = int(over[np.argmax(needs[over])])
-            raise ValueError(
-                f"{len(over)} of {len(needs)} rows do not fit: row {row} of the cache "
-                f"needs {needs[row]} {side} tokens for {what}, {offer} "
-                f"(packing={packing}). {change}, or lower "
-                f"TASK_FEATURE_LENGTHS[{feature!r}]."
-            )
+def _check_fit(needs: np.ndarray, fits: np.ndarray, what: str, change: str) -> None:
+    over = np.flatnonzero(~fits)
+    if len(over):
+        row = int(over[np.argmax(needs[over])])
+        raise ValueError(
+            f"{len(over)} of {len(needs)} rows do not fit: row {row} of the cache needs "
+            f"{needs[row]} {what}. {change}."
+        )
 
 
 def _ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:

@@ -51,10 +51,10 @@ class Row:
             self.key,
             [np.asarray(ids, "<i4").tobytes() for ids in self.prompts],
             [np.asarray(ids, "<i4").tobytes() for ids in self.responses],
-            [int(p) for p in self.response_prompt],
-            [int(k) for k in self.response_kind],
-            [float(r) for r in self.response_reward],
-            [int(v) for v in self.response_label],
+            list(map(int, self.response_prompt)),
+            list(map(int, self.response_kind)),
+            list(map(float, self.response_reward)),
+            list(map(int, self.response_label)),
             [(int(c), int(r), float(m)) for c, r, m in self.pairs],
             self.metadata,
         )
@@ -64,19 +64,11 @@ class Row:
     @classmethod
     def from_bytes(cls, record: bytes) -> Row:
         """The inverse of :meth:`to_bytes`; token arrays are read-only."""
-        key, prompts, responses, *numbers, pairs, metadata, columns = (
-            *(fields := msgpack.unpackb(record, strict_map_key=False)),
-            *({},)[: 10 - len(fields)],
-        )
-        return cls(
-            key,
-            [np.frombuffer(ids, "<i4") for ids in prompts],
-            [np.frombuffer(ids, "<i4") for ids in responses],
-            *numbers,
-            [tuple(pair) for pair in pairs],
-            metadata,
-            columns,
-        )
+        fields = msgpack.unpackb(record, strict_map_key=False)
+        for i in (1, 2):  # prompts and responses
+            fields[i] = [np.frombuffer(ids, "<i4") for ids in fields[i]]
+        fields[7] = [tuple(pair) for pair in fields[7]]
+        return cls(*fields)
 
     def places(self, column: str) -> list[Sized]:
         """What a column has one value for (or, of tokens, one list), in order."""
@@ -157,8 +149,7 @@ class Columns:
 
     def __init__(self) -> None:
         self.lists: dict[str, list[Any]] = {name: [] for name in DTYPES}
-        self.lists["prompt_offsets"].append(0)
-        self.lists["response_offsets"].append(0)
+        self.lists |= {"prompt_offsets": [0], "response_offsets": [0]}
 
     def add(self, row: Row) -> None:
         """Takes in the next row."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import glob
+import itertools
 import pathlib
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -44,12 +45,9 @@ class Source:
     files: Sequence[str] = ()
 
     def guarded(self, items: Iterable[Any]) -> Iterator[Any]:
-        """What was read of the source, unless its files changed meanwhile.
+        """The items; a ValueError behind the last if the source's files have changed.
 
         A cache's name says what they held when they were looked up.
-
-        Raises:
-          ValueError: behind the last item, naming the files that changed.
         """
         yield from items
         found = zip(self.files, self.identity.get("files", ()), strict=True)
@@ -90,12 +88,10 @@ def find_source(data: str, split: str = "train", task: str | None = None) -> Sou
     # Whoever registered a task has imported seqio to do so. Importing it here would
     # take half a minute, TensorFlow with it, to find nothing.
     if seqio := sys.modules.get("seqio"):
-        registered = [*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()]
+        registered += [*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()]
     if data in registered:
         return Source(data, {"seqio": data, "split": split}, seqio_name=data)
-    hint = (
-        nearest(data, [*known, *sorted(registered)]) or f"; tasks: {', '.join(known)}"
-    )
+    hint = nearest(data, [*known, *registered]) or f"; tasks: {', '.join(known)}"
     raise FileNotFoundError(
         f"No file, task or seqio task is called {data!r}{hint}. A seqio task of your "
         "own needs its module or file in MIXTURE_OR_TASK_MODULE."
@@ -148,22 +144,22 @@ def _digest(file: str) -> str:
 
 
 def _expand(pattern: str) -> list[str]:
+    path = pathlib.Path(pattern).expanduser()
+    found: list[str] = []
     if remote.is_remote(pattern):
         found = remote.expand(pattern)
-        return found if found == [pattern] else _data_files(found)
-    path = pathlib.Path(pattern).expanduser()
-    if path.is_file():
-        return [str(path)]
-    found = glob.glob(str(path)) if any(c in pattern for c in "*?[") else []
-    return _data_files(str(p) for p in sorted(map(pathlib.Path, found)) if p.is_file())
+    elif path.is_file():
+        found = [pattern]
+    elif glob.has_magic(pattern):
+        paths = sorted(map(pathlib.Path, glob.glob(str(path))))
+        found = [str(path) for path in paths if path.is_file()]
+    if found == [pattern]:  # asked for by its name
+        return [pattern if remote.is_remote(pattern) else str(path)]
+    return [file for file in found if not file.endswith(_BESIDE)]
 
 
 # What `generate` and others leave beside a file of rows: no rows, whatever a glob says.
 _BESIDE = (".settings.json", ".bad_rows.jsonl", ".partial", ".partial.json")
-
-
-def _data_files(files: Iterable[str]) -> list[str]:
-    return [file for file in files if not file.endswith(_BESIDE)]
 
 
 def _no_file(data: str) -> str:
@@ -181,12 +177,13 @@ def _reader(file: str) -> Callable[[str], Iterator[Any]]:
     suffix = path.suffix if path.suffix != ".gz" else pathlib.PurePath(path.stem).suffix
     if suffix.lower() in TABLES:
         check_format(file)  # says what to do with a table
-    if suffix not in _READERS or (path.suffix == ".gz" and suffix in _PACKED):
+    reader = _READERS.get(suffix)
+    if reader is None or (path.suffix == ".gz" and reader is not read_jsonl):
         raise ValueError(
             f"{file} is of no known kind; expected one of {sorted(_READERS)}"
             f"{nearest(suffix, _READERS)}."
         )
-    return _READERS[suffix]
+    return reader
 
 
 def read_parquet(
@@ -195,17 +192,15 @@ def read_parquet(
     """``(row number, row or BadRow)`` of a Parquet file, or of some row groups of it.
 
     Args:
-      groups: consecutive row groups; None for all.
-      before: how many rows stand before the first of them.
+      before: how many rows stand before the first of the row groups.
     """
     import pyarrow.parquet
 
-    line = before
     with pyarrow.parquet.ParquetFile(remote.copy(path)) as file:
-        for batch in file.iter_batches(batch_size=1024, row_groups=groups):
-            for row in batch.to_pylist():
-                line += 1
-                yield line, plain_row(row, path, line)
+        batches = file.iter_batches(batch_size=1024, row_groups=groups)
+        rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
+        for line, row in enumerate(rows, start=before + 1):
+            yield line, plain_row(row, path, line)
 
 
 def _read_tfrecord(path: str) -> Iterator[tuple[int, Any]]:
@@ -235,7 +230,6 @@ _READERS = {
     ".tfrecord": _read_tfrecord,
     ".tfrecords": _read_tfrecord,
 }
-_PACKED = (".parquet", ".tfrecord", ".tfrecords")
 
 
 def _tfds(name: str, split: str, task: tasks_lib.Task | None) -> Source:

@@ -14,7 +14,6 @@ from jaxalign.data.cache import TokenizedCache
 from jaxalign.data.rows import Index, Row
 from jaxalign.vocabularies import UNK_ID
 
-_PERCENTILES = (50, 90, 99)
 _SHOWN_PROBLEMS = 20
 
 
@@ -52,9 +51,10 @@ def summarise(
 
 def lengths_summary(lengths: np.ndarray) -> dict[str, int]:
     """Percentiles, maximum and total of token counts, EOS included."""
-    found = np.percentile(lengths, _PERCENTILES, method="higher")
-    result = {f"p{p}": int(v) for p, v in zip(_PERCENTILES, found, strict=True)}
-    return result | {"max": int(lengths.max()), "total": int(lengths.sum())}
+    found = {
+        f"p{p}": int(np.percentile(lengths, p, method="higher")) for p in (50, 90, 99)
+    }
+    return found | {"max": int(lengths.max()), "total": int(lengths.sum())}
 
 
 def describe(

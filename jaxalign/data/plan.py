@@ -273,8 +273,8 @@ def _check_fit(needs: np.ndarray, fits: np.ndarray, what: str, change: str) -> N
     if len(over):
         row = int(over[np.argmax(needs[over])])
         raise ValueError(
-            f"{len(over)} of {len(needs)} rows do not fit: row {row} of the cache needs "
-            f"{needs[row]} {what}. {change}."
+            f"{len(over)} of {len(needs)} rows do not fit: row {row} of the cache "
+            f"needs {needs[row]} {what}. {change}."
         )
 
 

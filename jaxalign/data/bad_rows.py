@@ -23,16 +23,12 @@ def quoted(text: str, length: int = _TEXT_LENGTH) -> str:
     >>> print(quoted("a\\x1b[31m\\nb"))
     a\\x1b[31m\\nb
     """
-    if len(text) > length + len(_CUT):
-        text = text[:length] + _CUT
-    if text.isprintable():
-        return text
+    cut = "... (cut)"
+    if len(text) > length + len(cut):
+        text = text[:length] + cut
     return "".join(
         c if c.isprintable() else c.encode("unicode_escape").decode() for c in text
     )
-
-
-_CUT = "... (cut)"
 
 
 def listed(names: Iterable[Any]) -> str:

@@ -111,17 +111,15 @@ def convert(
         base["columns"] = check.columns(columns)
     has_pair = pair_serves and "chosen" in record and "completion" not in record
     if schema == "supervised":
-        return [
-            base | {"completion": check.text("chosen" if has_pair else "completion")}
-        ]
+        field = "chosen" if has_pair else "completion"
+        return [base | {"completion": check.text(field)}]
     if schema == "trajectory" and not has_pair:
         completion = {"completion": check.text("completion")}
         return [base | completion | check.feedback(require, desirable_above)]
     pair = {"chosen": check.text("chosen"), "rejected": check.text("rejected")}
     if pair["chosen"] == pair["rejected"]:
-        raise FieldError(
-            "rejected", "identical", "another text than chosen", "the same text"
-        )
+        expected, got = "another text than chosen", "the same text"
+        raise FieldError("rejected", "identical", expected, got)
     if schema == "trajectory":
         return [
             base | {"completion": pair[name], "label": label, "reward": float(label)}

@@ -128,11 +128,7 @@ def token_rows(
             f"{nearest(split, provider.splits)}."
         )
     dataset = provider.get_dataset(
-        sequence_length=None,
-        split=split,
-        shuffle=False,
-        num_epochs=1,
-        seed=0,
+        sequence_length=None, split=split, shuffle=False, num_epochs=1, seed=0
     )
     for line, example in enumerate(dataset.as_numpy_iterator(), start=1):
         try:
@@ -222,11 +218,6 @@ def register(
     seqio = late_imports.seqio()
 
     name = name or f"{task}_{schema}"
-    if schema not in _TOKENS:
-        raise ValueError(
-            f"No seqio features are defined for the schema {schema!r}; expected one "
-            f"of {list(_TOKENS)}."
-        )
     transform = tasks_lib.get_task(task).transform(schema)
     numbers = {"supervised": {}, "trajectory": _TRAJECTORY}.get(schema, _MARGIN)
     words = {_TEXT_OF[feature]: feature for feature in _TOKENS[schema]}
@@ -240,11 +231,10 @@ def register(
         signature |= {f: tf.TensorSpec((), dtype) for f, (dtype, _) in numbers.items()}
 
         def generate() -> Iterator[dict[str, Any]]:
-            bad = BadRows()
-            for item in records_lib.examples(
-                source.rows(), schema, transform=transform
-            ):
+            rows = source.rows()
+            for item in records_lib.examples(rows, schema, transform=transform):
                 if isinstance(item, BadRow):
+                    bad = BadRows()
                     bad.add(item)
                     raise DataError(bad)
                 for i, record in enumerate(item.records):
@@ -272,11 +262,10 @@ def register(
         features[feature] = seqio.Feature(
             seqio.PassThroughVocabulary(size=0), add_eos=False, dtype=dtype, rank=0
         )
+    splits = ("train", "validation", "test")
     seqio.TaskRegistry.add(
         name,
-        source=seqio.FunctionDataSource(
-            dataset_fn, splits=("train", "validation", "test")
-        ),
+        source=seqio.FunctionDataSource(dataset_fn, splits=splits),
         preprocessors=[
             functools.partial(seqio.preprocessors.tokenize, copy_pretokenized=False),
             seqio.preprocessors.append_eos,

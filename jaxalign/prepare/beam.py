@@ -21,8 +21,8 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 
 from jaxalign.data.bad_rows import BadRow
+from jaxalign.data.cache_writer import private_folder, remove_stale
 from jaxalign.data.records import Example
-from jaxalign.data.temporary import private_folder, remove_stale
 from jaxalign.prepare import pieces
 from jaxalign.prepare.rows import Encoded, Recipe
 

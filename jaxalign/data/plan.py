@@ -251,10 +251,9 @@ def pack(
 
 
 def _by_length(index: Index, targets: int) -> tuple[np.ndarray, np.ndarray]:
-    """Each row's response lengths, longest first.
+    """``[N, R]`` response lengths of each row, longest first, and zeros at the end.
 
-    Returns:
-      ``[N, R]`` tokens, zeros at the end, and ``[T]`` where each response stands there.
+    Beside them ``[T]`` where each response stands there.
     """
     lengths = np.minimum(index.response_lengths, targets).astype(np.int64)
     counts = np.diff(index.response_offsets)

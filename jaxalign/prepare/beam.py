@@ -38,20 +38,14 @@ def encoded(
 ) -> Iterator[Callable[[], Iterator[Example | Encoded | BadRow]]]:
     """Tokenises files on Apache Beam; the parts are there inside the ``with`` block.
 
+    What it yields makes a fresh iterator over the rows, in the order of the files.
+
     Args:
       files: JSON Lines and Parquet, under these paths on every worker.
       beside: the cache's folder. The parts lie in a hidden folder beside it, on a
         disk that every worker sees, as the same user: nobody else may enter it.
       beam_options: Beam's pipeline options as on a command line; empty for Beam's
         defaults, which is one worker in this process.
-
-    Yields:
-      A function that makes a fresh iterator over the rows, in the order of the files.
-
-    Raises:
-      ImportError: where Apache Beam is not installed.
-      ValueError: for a file that cannot be cut into pieces.
-      RuntimeError: when the pipeline or a worker failed.
     """
     found = list(pieces.cut(files))
     job = recipe, found

@@ -47,12 +47,7 @@ _MARGIN = {"margin": ("float32", 0.0)}
 def vocabulary_of(name: str, vocabulary: Vocabulary | None = None) -> Vocabulary:
     """The vocabulary of a seqio task's features, as one of ours.
 
-    Args:
-      vocabulary: what the model is configured with, to be compared.
-
-    Raises:
-      ValueError: when features differ in vocabulary, or it is of another kind than
-        bytes and SentencePiece, or its ids are not those of ``vocabulary``.
+    It has to have the ids of ``vocabulary``, with which the model is configured.
     """
     seqio = late_imports.seqio()
 
@@ -99,18 +94,11 @@ def _ours(vocabulary: Any, name: str) -> Vocabulary:
     )
 
 
-def token_rows(
-    name: str,
-    schema: str,
-    split: str,
-) -> Iterator[Encoded | BadRow]:
+def token_rows(name: str, schema: str, split: str) -> Iterator[Encoded | BadRow]:
     """The rows of a seqio task or mixture, its token ids taken as they are.
 
     ``trajectory`` also reads ``reward`` or ``label``, and ``preference`` and
     ``rationale`` a ``margin`` where there is one. Nothing is cut.
-
-    Raises:
-      ValueError: when the task lacks the features of the schema.
     """
     provider = late_imports.seqio().get_mixture_or_task(name)
     features = provider.output_features

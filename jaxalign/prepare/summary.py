@@ -30,9 +30,8 @@ def summarise(
 ) -> dict[str, Any]:
     """The JSON-ready summary that is stored with the cache.
 
-    Args:
-      unknown: the sum of :func:`unknown_tokens` over its rows.
-      source: counts over the rows read, shared by all splits.
+    ``unknown`` is the sum of :func:`unknown_tokens` over its rows; ``source`` counts
+    the rows read, for all splits.
     """
     tokens = {"prompts": index.prompt_lengths, "responses": index.response_lengths}
     return {

@@ -61,12 +61,7 @@ class Task:
     def transform(
         self, schema: str, options: Mapping[str, Any] | None = None
     ) -> records_lib.Transform:
-        """The record function for a schema, options bound.
-
-        Raises:
-          ValueError: for a schema that the data set cannot serve, or an option that it
-            does not have.
-        """
+        """The record function for a schema, options bound."""
         serving = self._serving(schema)
         if serving is None:
             raise ValueError(

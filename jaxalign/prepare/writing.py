@@ -40,20 +40,15 @@ def write_splits(
 ) -> None:
     """Writes a cache for each split, all or none.
 
+    Of a source so small that chance gives one side of a split nothing, that side gets
+    one prompt.
+
     Args:
       make_items: a fresh iterator over examples, tokenised or not, and bad rows.
       build: tokenises an example.
       targets: split name to folder: ``train``, and ``validation`` if wanted.
       cache: what `CacheWriter` is told of all splits.
-      eval_fraction: share of prompts for ``validation``. Of a source so small that
-        chance gives one side nothing, that side gets one prompt.
-      seed: of the split.
-      max_rows: reads only the first so many rows.
       listing: a JSON Lines file for all bad rows, if there are any.
-
-    Raises:
-      DataError: when there are bad rows and they are not to be skipped.
-      ValueError: when no row is left.
     """
 
     def attempt(cut: float) -> None:

@@ -21,11 +21,7 @@ Augment = Callable[[Row, np.random.Generator], Row]
 def augmented(
     augment: Augment, row: Row, *, seed: int, epoch: int, row_id: int, vocab_size: int
 ) -> Row:
-    """What the network is fed for a row in an epoch.
-
-    Raises:
-      ValueError: when the function changes a length, or makes what is no row.
-    """
+    """What the network is fed for a row in an epoch; all lengths as they were."""
     rng = np.random.default_rng([seed % 2**63, epoch, row_id])
     made = augment(row, rng)
     name = getattr(augment, "__name__", repr(augment))

@@ -86,11 +86,7 @@ class CacheWriter:
         return self
 
     def write(self, row: Row) -> None:
-        """Appends a row.
-
-        Raises:
-          ValueError: naming the key and the field that breaks the schema.
-        """
+        """Appends a row; a ValueError names the field that breaks the schema."""
         check_row(row, self._vocabulary.vocab_size)
         if row.key in self._keys:
             raise ValueError(f"Row {row.key!r}: the key was written before.")

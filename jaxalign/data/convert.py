@@ -72,7 +72,7 @@ def to_arrays(
       The arrays of ``batch.COLUMNS`` without their leading axis.
 
     Raises:
-      ValueError: when rows, placement, columns and shape do not belong together.
+      ValueError: when rows, placement and shape do not belong together.
     """
     if out is None:
         sizes = {name: vector_size(name, v) for name, v in (columns or {}).items()}

@@ -37,12 +37,11 @@ class Seen:
     """A cache as the network sees it.
 
     Attributes:
-      prompt_hash: ``[N]`` of each row's cut prompt.
       equal: ``{"prompts": n, "pairs": m}``: rows whose prompt is another one's, and
         pairs whose responses are each other's, once they are cut.
     """
 
-    prompt_hash: np.ndarray
+    prompt_hash: np.ndarray  # [N] of each row's cut prompt
     equal: dict[str, int]
 
 

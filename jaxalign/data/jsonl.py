@@ -31,11 +31,7 @@ def read_jsonl(
 
 
 def check_format(path: str | pathlib.PurePath) -> None:
-    """Refuses what is not JSON Lines, before a complaint about every line of it.
-
-    Raises:
-      ValueError: for a folder, a table, or JSON that is not one object a line.
-    """
+    """Refuses folders, tables and other JSON, before a complaint about every line."""
     name = pathlib.PurePath(str(path).removesuffix(".gz"))
     if name.suffix.lower() in TABLES:
         raise ValueError(
@@ -113,14 +109,10 @@ def parse_lines(
 
 
 def parse_object(line: bytes, first: bool = False) -> dict[str, Any]:
-    """Parses one line of JSON Lines.
+    """One UTF-8 JSON object with distinct keys; a FieldError says what else it is.
 
-    Args:
-      line: bytes; without a final newline it is taken for the end of a file.
-      first: whether a byte order mark may lead it.
-
-    Raises:
-      FieldError: for anything but one UTF-8 JSON object with distinct keys.
+    Without a final newline a line is taken for the end of a file; a byte order mark may
+    lead the first.
     """
     try:
         text = line.decode("utf-8-sig" if first else "utf-8")
@@ -194,11 +186,7 @@ def nulled(value: Any) -> Any:
 
 
 def read_json(path: str | pathlib.Path) -> Any:
-    """The JSON value in a file.
-
-    Raises:
-      ValueError: naming the file, when it holds something else.
-    """
+    """The JSON value in a file; a ValueError names a file that holds something else."""
     path = pathlib.Path(path)
     try:
         return json.loads(path.read_text(encoding="utf-8"))

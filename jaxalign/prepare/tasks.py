@@ -148,11 +148,7 @@ def known_tasks() -> dict[str, Task]:
 
 
 def get_task(name: str) -> Task:
-    """The task of that name.
-
-    Raises:
-      ValueError: listing the known names, the nearest first.
-    """
+    """The task of that name; a ValueError lists the known names, the nearest first."""
     tasks = known_tasks()
     if name not in tasks:
         hint = nearest(name, tasks) or f"; known: {', '.join(tasks)}"

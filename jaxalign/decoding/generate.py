@@ -1,9 +1,4 @@
-"""N samples for each of B prompts, in one compiled call on arrays.
-
-The encoder runs once per prompt, and so do the cross-attention keys and values, which
-the prompt's N samples share without copies. The loop (``jaxalign.decoding.loop``) ends
-as soon as every response has ended.
-"""
+"""N samples for each of B prompts, in one compiled call on arrays."""
 
 from __future__ import annotations
 
@@ -60,10 +55,6 @@ def generate(
       prefixes: for each prompt and sample the tokens its response begins with (empty:
         none), part of the response and of ``max_new_tokens``.
       entropy: also return the full distribution's entropy at each token.
-
-    Raises:
-      ValueError: on a size below 1, prompts that are not right-padded, prefixes that
-        do not fit or break the constraint, or a constraint that needs more tokens.
     """
     slots = num_samples if slots is None else min(slots, num_samples)
     check_sizes(num_samples=num_samples, max_new_tokens=max_new_tokens, slots=slots)

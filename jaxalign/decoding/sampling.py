@@ -31,12 +31,9 @@ class Draw(NamedTuple):
     """One token per row; all arrays ``[...]``."""
 
     tokens: jax.Array  # int32 ids
-    logps: jax.Array  # log-probability under the model's full, untempered distribution
-    # log-probability under the distribution drawn from; 0 for greedy and for forced
-    # tokens
-    sampler_logps: jax.Array
-    # of the full distribution, in nats; None unless asked for
-    entropies: jax.Array | None = None
+    logps: jax.Array  # under the model's full, untempered distribution
+    sampler_logps: jax.Array  # under that drawn from; 0 where greedy or forced
+    entropies: jax.Array | None = None  # of the full one, in nats, if asked for
 
 
 class RowSettings(NamedTuple):
@@ -149,14 +146,10 @@ def sample(
         in the batch. Unused when greedy.
       sampling: temperature and truncation.
       ruled: ``[..., V]``, the logits after ``history.apply_rules`` or any other
-        change; what is drawn from after temperature and truncation. Default:
-        ``logits``.
+        change, which are then tempered and truncated; default: ``logits``.
       forced: int32 ``[...]``, the token to take instead of a draw; negative: none.
       entropy: whether to return the full distribution's.
       rows: temperature and top-p of each row, in place of `sampling`'s.
-
-    Returns:
-      A ``Draw`` with arrays ``[...]``.
 
     >>> key = jax.random.key(0)
     >>> sample(jnp.log(jnp.array([0.2, 0.5, 0.3])), key, Sampling(top_k=1)).tokens
@@ -169,8 +162,7 @@ def sample(
         return jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
 
     ruled = logits if ruled is None else ruled
-    unchanged = ruled is logits
-    own_total = None
+    tempered = None
     if sampling.temperature == 0.0 and rows is None:
         tokens = jnp.argmax(ruled, axis=-1).astype(jnp.int32)
     else:
@@ -179,15 +171,13 @@ def sample(
             draw_uniform = jax.vmap(draw_uniform)
         tempered = sampler_logits(ruled, sampling, rows)
         tokens, own_total = _categorical(draw_uniform(keys), tempered)
-        unchanged &= tempered is logits
     if forced is not None:
         tokens = jnp.where(forced >= 0, forced, tokens)
     # Where nothing was changed, spare a pass over the vocabulary.
-    total = own_total if unchanged and own_total is not None else None
-    if total is None:
-        total = jax.nn.logsumexp(logits, axis=-1)
+    unchanged = tempered is logits
+    total = own_total if unchanged else jax.nn.logsumexp(logits, axis=-1)
     logps = chosen(tokens, logits) - total
-    if own_total is None:
+    if tempered is None:
         own = jnp.zeros_like(logps)
     else:
         own = logps if unchanged else chosen(tokens, tempered) - own_total

@@ -26,7 +26,8 @@ def top_k_values(logits: jax.Array, k: int) -> jax.Array:
 def nucleus_floor(logits: jax.Array, p: float | jax.Array) -> jax.Array:
     """The smallest logit of the nucleus, ``[..., 1]``; ``p`` is one, or one a row.
 
-    The nucleus is {token: prob >= t} for the largest t that leaves enough mass.
+    The nucleus (Holtzman et al. 2020, arXiv 1904.09751) is {token: prob >= t} for the
+    largest t that leaves the mass ``p``; never empty.
     """
     if not isinstance(p, jax.Array) and p >= 1.0:
         # min() and not the last of the sorted values: XLA turns a slice of top_k
@@ -76,18 +77,6 @@ def apply_top_k(logits: jax.Array, k: int) -> jax.Array:
     return keep_from(logits, nucleus_floor(top_k_values(logits, k), 1.0))
 
 
-def apply_top_p(logits: jax.Array, p: float) -> jax.Array:
-    """Keeps the smallest set of most probable tokens with mass at least ``p``.
-
-    Nucleus sampling (Holtzman et al. 2020, arXiv 1904.09751); at least one token.
-
-    Args:
-      logits: ``[..., V]``; ``-inf`` entries have no mass.
-      p: the mass to keep, in ``(0, 1]``; 1 keeps all.
-    """
-    return keep_from(logits, nucleus_floor(logits, p))
-
-
 def apply_min_p(logits: jax.Array, p: float) -> jax.Array:
     """Keeps tokens at least ``p`` times as probable as the most probable one.
 
@@ -100,14 +89,10 @@ def apply_min_p(logits: jax.Array, p: float) -> jax.Array:
 
 
 def apply_typical(logits: jax.Array, p: float) -> jax.Array:
-    """Keeps the tokens closest to the entropy with mass at least ``p``.
+    """Keeps the tokens closest to the entropy with mass at least ``p``; 1 keeps all.
 
     Locally typical sampling (Meister et al. 2022, arXiv 2202.00666): tokens in order
     of ``|-log prob - entropy|``, equally close ones together.
-
-    Args:
-      logits: ``[..., V]``; ``-inf`` entries have no mass.
-      p: the mass to keep, in ``(0, 1]``; 1 keeps all.
     """
     if p >= 1.0:
         return logits

@@ -17,7 +17,6 @@ import numpy as np
 from jaxalign import batch as batches
 from jaxalign import models, remote
 from jaxalign.cluster import exclusive
-from jaxalign.data import records
 from jaxalign.files import json_sha256
 from jaxalign.inference import generation, outputs
 from jaxalign.inference.evaluation import write_jsonl
@@ -57,20 +56,11 @@ def score(
     """
     asked = {"verb": "score", "field_map": field_map, "on_bad_row": on_bad_row}
     asked["data"] = outputs.input_key(data)
-    count = outputs.kept(
-        output, lambda: {**asked, "checkpoint": outputs.policy_key(checkpoint)}
-    )
+    count = outputs.kept(output, asked, checkpoint=checkpoint)
     if count >= 0:
         return count
     policy, sharding = generation.load(checkpoint, mesh)
-    examples, _ = records.load(
-        data,
-        "supervised",
-        field_map=field_map,
-        on_bad_row=on_bad_row,
-        listing=generation.bad_rows_beside(output),
-    )
-    rows = [(e.raw, record) for e in examples for record in e.records]
+    rows = generation.read_rows(data, "supervised", output, field_map, on_bad_row)
     key = {**asked, "checkpoint": policy.meta["policy_fingerprint"]}
     unfinished = _unfinished(output, key)
     logps, lengths = score_pairs(

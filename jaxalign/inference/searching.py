@@ -40,23 +40,14 @@ def check(asked: Mapping[str, Any]) -> None:
         raise ValueError("num_groups and diversity_penalty need num_beams above 1.")
     if not (beams or contrastive):
         return
-    idle = {
-        "temperature": 1.0,
-        "top_p": 1.0,
-        "min_p": 0.0,
-        "typical_p": 1.0,
-        "regex": None,
-        "slots": None,
-        "mesh": None,
-    }
+    idle: dict[str, Any] = dict.fromkeys(("temperature", "top_p", "typical_p"), 1.0)
+    idle |= dict.fromkeys(("regex", "slots", "mesh"))
+    idle |= {"min_p": 0.0, "include": (), "stop": ()}
     if beams:
         idle["top_k"] = 0
     else:
-        idle |= {"repetition_penalty": 1.0, "min_new_tokens": 0}
-    set_ = [n for n, off in idle.items() if asked[n] != off]
-    set_ += [n for n in ("include", "stop") if asked[n]]
-    if contrastive and asked["bad_words"]:
-        set_.append("bad_words")
+        idle |= {"repetition_penalty": 1.0, "min_new_tokens": 0, "bad_words": ()}
+    set_ = [n for n, off in idle.items() if asked[n] != off and asked[n] != []]
     if set_:
         name = "Beam" if beams else "Contrastive"
         raise ValueError(f"{name} search has no {', '.join(set_)}: leave out.")
@@ -107,6 +98,7 @@ def search(
       constraint: of a beam search.
       start: the first prompt.
     """
+    network = policy.model, policy.params
     vocabulary, eos = policy.vocabulary, policy.vocabulary.eos_id
     tokens = [[*vocabulary.encode(text), eos] for text in prompts]
     limit = max_prompt_length or max(map(len, tokens), default=1)
@@ -122,48 +114,36 @@ def search(
                 padded[row, : len(ids)] = ids
             if contrastive:
                 k, alpha = contrastive
-                samples = jax.device_get(
-                    contrastive_search(
-                        policy.model,
-                        policy.params,
-                        padded,
-                        max_new_tokens=max_new_tokens,
-                        top_k=k,
-                        penalty_alpha=alpha,
-                    )
+                found = contrastive_search(
+                    *network,
+                    padded,
+                    max_new_tokens=max_new_tokens,
+                    top_k=k,
+                    penalty_alpha=alpha,
                 )
-                found, lengths = samples.tokens, samples.lengths
-                logps = samples.logps.sum(-1, dtype=np.float64)
-                scores = None
+                found = jax.device_get(found)
+                logps = found.logps.sum(-1, dtype=np.float64)
             else:
-                result = jax.device_get(
-                    beam_search(
-                        policy.model,
-                        policy.params,
-                        padded,
-                        max_new_tokens=max_new_tokens,
-                        search=beams,
-                        num_return=num_samples,
-                        constraint=constraint,
-                    )
+                found = beam_search(
+                    *network,
+                    padded,
+                    max_new_tokens=max_new_tokens,
+                    search=beams,
+                    num_return=num_samples,
+                    constraint=constraint,
                 )
-                found, lengths, scores = result.tokens, result.lengths, result.scores
-                logps = scores.astype(np.float64) * np.asarray(
-                    beams.normalizer(lengths), np.float64
-                )
-            for row in range(len(rows)):
-                if first + row < start:
-                    continue
-                texts = [found[row, n, :m] for n, m in enumerate(lengths[row])]
+                found = jax.device_get(found)
+                norms = np.asarray(beams.normalizer(found.lengths), np.float64)
+                logps = found.scores.astype(np.float64) * norms
+            for row in range(max(0, start - first), len(rows)):
+                sizes = enumerate(found.lengths[row])
+                ids = [found.tokens[row, n, :size] for n, size in sizes]
+                more = [{}] * len(ids)
+                if beams:
+                    more = [{"score": float(s)} for s in found.scores[row]]
+                texts = [vocabulary.decode(own.tolist()) for own in ids]
                 bar.update(1)
-                yield Found(
-                    [vocabulary.decode(ids.tolist()) for ids in texts],
-                    texts,
-                    logps[row],
-                    [{"score": float(s)} for s in scores[row]]
-                    if scores is not None
-                    else [{}] * len(texts),
-                )
+                yield Found(texts, ids, logps[row], more)
 
 
 # Sentence-level, ``(hypothesis, reference) -> larger is better``, by sacrebleu.
@@ -206,9 +186,8 @@ def choose(
             texts = [generation.texts[i] for i in fit]
             utilities = mbr.expected_utilities(texts, metric)
             best, utility = fit[int(np.argmax(utilities))], float(max(utilities))
+        one = slice(best, best + 1)
         yield Found(
-            [generation.texts[best]],
-            [generation.tokens[best]],
-            generation.logp[best : best + 1],
+            *(generation.texts[one], generation.tokens[one], generation.logp[one]),
             [{"utility": utility}],
         )

@@ -7,33 +7,30 @@ import uuid
 from typing import Any
 
 from jaxalign.decoding.rules import EOS_ID
-from jaxalign.serving.batching import Samples
-from jaxalign.serving.requests import ParsedRequest
+from jaxalign.serving.batching import Samples, Work
 
 
 class Answer:
     """The answer to one request, which is a chat completion or a plain one."""
 
-    def __init__(
-        self, request: ParsedRequest, vocabulary: Any, *, chat: bool, model: str
-    ):
-        self.request = request
+    def __init__(self, work: Work, vocabulary: Any, *, chat: bool, model: str):
+        self.work = work
         self._vocabulary = vocabulary
         self._chat = chat
         self._id = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
         self._created = int(time.time())
         self._model = model
 
-    def head(self, chunk: bool = False) -> dict[str, Any]:
-        """What every event of an answer shares."""
-        kind = "text_completion"
-        if self._chat:
-            kind = "chat.completion.chunk" if chunk else "chat.completion"
+    def event(self, choices: list[dict], chunk: bool = False, **more: Any) -> dict:
+        """An answer in the API's format, or a chunk of one."""
+        kind = "chat.completion.chunk" if chunk else "chat.completion"
         return {
             "id": self._id,
-            "object": kind,
+            "object": kind if self._chat else "text_completion",
             "created": self._created,
             "model": self._model,
+            "choices": choices,
+            **more,
         }
 
     def text(self, tokens: list[int], complete: bool) -> tuple[str, str | None]:
@@ -42,7 +39,7 @@ class Answer:
         Of a sample that goes on, what may still change is held back: half a character,
         an open escape, and what may be the beginning of a stop sequence.
         """
-        work = self.request.work
+        work = self.work
         complete |= work.ended(tokens)
         cut = work.stops.cut(tokens, complete) if work.stops else None
         if cut:
@@ -67,7 +64,7 @@ class Answer:
 
     def usage(self, found: list[Samples]) -> dict[str, int]:
         """Tokens read and written."""
-        read = sum(map(len, self.request.work.prompts))
+        read = sum(map(len, self.work.prompts))
         written = sum(len(tokens) for samples in found for tokens in samples)
         return {
             "prompt_tokens": read,
@@ -85,4 +82,4 @@ class Answer:
                 own = {"message": {"role": "assistant", "content": text}}
             choice = {"index": len(choices), "finish_reason": reason, "logprobs": None}
             choices.append({**choice, **own})
-        return {**self.head(), "choices": choices, "usage": self.usage(found)}
+        return self.event(choices, usage=self.usage(found))

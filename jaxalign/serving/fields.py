@@ -52,11 +52,7 @@ _CHAT = (*_COMPLETION[:-2], "messages", "max_tokens", "max_completion_tokens")
 
 
 def check_fields(body: Mapping[str, Any], chat: bool) -> None:
-    """Refuses fields that nobody knows, and values that ask for what is not offered.
-
-    Raises:
-      Refusal: naming the field and what came.
-    """
+    """Refuses fields that nobody knows, and values that ask for what is not offered."""
     known = _CHAT if chat else _COMPLETION
     neutral = dict(_NEUTRAL_IN_CHAT if chat else _NEUTRAL_IN_COMPLETION)
     if not chat:  # the best n of n are all of them
@@ -66,13 +62,15 @@ def check_fields(body: Mapping[str, Any], chat: bool) -> None:
             continue
         if name in _IGNORED:
             typed(body, name, _IGNORED[name], None)
-            if name == "metadata" and value:
-                _check_metadata(value)
         elif name not in neutral:
             near = hint(name[:100], known)
             raise Refusal(f"Unknown field {shown(name)}.{near}", param=name[:100])
         elif value is not None and not any(_same(value, x) for x in neutral[name]):
             raise wrong(name, f"is not supported; leave it out. Got {shown(value)}.")
+    for name, text in (body.get("metadata") or {}).items():
+        if not isinstance(text, str):
+            came = f"{name_of(text)} in {shown(name)}"
+            raise wrong("metadata", f"must hold strings, got {came}.")
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -80,19 +78,8 @@ def _same(a: Any, b: Any) -> bool:
     return isinstance(a, bool) == isinstance(b, bool) and a == b
 
 
-def _check_metadata(value: Mapping[str, Any]) -> None:
-    for name, text in value.items():
-        if not isinstance(text, str):
-            came = f"{name_of(text)} in {shown(name)}"
-            raise wrong("metadata", f"must hold strings, got {came}.")
-
-
 def typed(body: Mapping[str, Any], name: str, kind: type, *default: Any) -> Any:
-    """A field of a type, or the default where it is missing or null.
-
-    Raises:
-      Refusal: naming the field, its type and what came.
-    """
+    """A field of a type, or the default where it is missing or null."""
     value = body.get(name)
     if value is None and default:
         return default[0]

@@ -25,17 +25,9 @@ class Limits:
     body_seconds: float = 30.0  # for a body to arrive
 
 
-@dataclasses.dataclass(frozen=True)
-class ParsedRequest:
-    """A checked request: the work, and how to answer it."""
-
-    work: Work
-    include_usage: bool
-
-
 def parse(
     body: Any, *, chat: bool, model: str, vocabulary: Any, limits: Limits
-) -> ParsedRequest:
+) -> Work:
     """Checks the body of a request.
 
     Raises:
@@ -53,39 +45,36 @@ def parse(
         )
     texts = [_chat_prompt(body)] if chat else _prompts(body)
     field = "messages" if chat else "prompt"
-    if len(texts) > limits.samples:
+    n = _integer(body, "n", 1, 1, limits.samples)
+    if n * len(texts) > limits.samples:
         raise Refusal(
-            f"{len(texts)} prompts are more than {limits.samples} responses; send "
-            "fewer at once.",
-            param=field,
+            f"{len(texts)} prompts times n = {n} are more than {limits.samples} "
+            "responses; ask for fewer at once.",
+            param="n" if n > 1 else field,
         )
     prompts = [
         _tokens(i, text, field, vocabulary, limits) for i, text in enumerate(texts)
     ]
-    n = _integer(body, "n", 1, 1, limits.samples)
-    if n * len(prompts) > limits.samples:
-        raise Refusal(
-            f"{len(prompts)} prompts times n = {n} are more than {limits.samples} "
-            "responses; ask for fewer at once.",
-            param="n",
-        )
     seed = _integer(body, "seed", None, -(2**63), 2**63 - 1)
     seed = secrets.randbits(32) if seed is None else seed
     temperature = _number(body, "temperature", 1.0, 0.0, 2.0)
     top_p = _number(body, "top_p", 1.0, 0.0, 1.0)
     # Below these, float32 logits overflow: the most probable token is what is meant.
     temperature = 0.0 if temperature < 1e-4 else float(temperature)
-    work = Work(
+    new_tokens = limits.new_tokens
+    for name in ("max_tokens", "max_completion_tokens"):  # the latter goes before
+        new_tokens = _integer(body, name, new_tokens, 1, limits.new_tokens)
+    return Work(
         prompts,
         # An odd constant: no two prompts of a request share a seed.
         [(seed + 0x9E3779B1 * i) % 2**32 for i in range(len(prompts))],
         Settings(temperature, max(float(top_p), 1e-4)),
-        _new_tokens(body, limits),
+        new_tokens,
         n,
         stream=typed(body, "stream", bool, False),
+        include_usage=_include_usage(body),
         stops=Stops(_stops(body), vocabulary),
     )
-    return ParsedRequest(work, _include_usage(body))
 
 
 def _number(body, name, default, low, high, kind=(int, float), what="a number"):
@@ -100,14 +89,6 @@ def _number(body, name, default, low, high, kind=(int, float), what="a number"):
 
 def _integer(body, name, default, low, high):
     return _number(body, name, default, low, high, (int,), "an integer")
-
-
-def _new_tokens(body: Mapping[str, Any], limits: Limits) -> int:
-    """``max_completion_tokens`` took the place of ``max_tokens`` and goes before it."""
-    found = limits.new_tokens
-    for name in ("max_tokens", "max_completion_tokens"):
-        found = _integer(body, name, found, 1, limits.new_tokens)
-    return found
 
 
 def _include_usage(body: Mapping[str, Any]) -> bool:

@@ -180,7 +180,7 @@ def test_ties_at_the_border_are_kept_together():
     logits = jnp.array([0.0, 1.0, 0.0, 1.0])
     for found in (
         truncation.apply_top_k(logits, 3),
-        truncation.apply_top_p(logits, 0.9),
+        truncation.keep_from(logits, truncation.nucleus_floor(logits, 0.9)),
     ):
         np.testing.assert_array_equal(found, logits)
     np.testing.assert_array_equal(

@@ -134,13 +134,9 @@ def from_bytes(
 ) -> Automaton:
     """Runs an automaton over bytes (`regular.ByteAutomaton`) over those of tokens.
 
-    Args:
-      table: its moves.
-      accepting: its ends.
-      spelt: the bytes of each token; None where it is never allowed.
-      first: those of tokens that begin a text.
-      unfinished: whether a text that may end may also stand without EOS.
-      limit: entries of the table over states and tokens, or None.
+    ``spelt`` has None where a token is never allowed, ``first`` the bytes of those that
+    begin a text. An ``unfinished`` text that may end may also stand without EOS. The
+    table over states and tokens has no more entries than ``limit``.
     """
     usable = np.array([i for i, raw in enumerate(spelt) if raw is not None])
     inside, begin = [spelt[i] for i in usable], [first[i] for i in usable]
@@ -195,19 +191,16 @@ def _walk(table: np.ndarray, states: np.ndarray, spelt: list[bytes]) -> np.ndarr
     """The state after each token from each state, int32 ``[states, tokens]``."""
     closed = np.vstack([table, np.full((1, 256), regular.DEAD, np.int32)])
     lengths = np.array([len(raw) for raw in spelt])
-    order = np.argsort(-lengths, kind="stable")
     width = int(lengths.max(initial=0))
-    raw = np.zeros((len(spelt), width), np.uint8)
-    for row, i in enumerate(order):
-        raw[row, : lengths[i]] = np.frombuffer(spelt[i], np.uint8)
-    out = np.empty((len(states), len(spelt)), np.int32)
+    padded = b"".join(raw.ljust(width, b"\0") for raw in spelt)
+    raw = np.frombuffer(padded, np.uint8).reshape(len(spelt), width)
+    out = np.repeat(states[:, None].astype(np.int32), len(spelt), axis=1)
     rows = max(1, _CHUNK // max(len(spelt), 1))
     for start in range(0, len(states), rows):
-        now = np.repeat(states[start : start + rows, None], len(spelt), axis=1)
+        now = out[start : start + rows]
         for at in range(width):
-            longer = int(np.searchsorted(-lengths[order], -at, side="left"))
-            now[:, :longer] = closed[now[:, :longer], raw[None, :longer, at]]
-        out[start : start + rows, order] = now
+            longer = np.flatnonzero(lengths > at)
+            now[:, longer] = closed[now[:, longer], raw[longer, at]]
     return out
 
 

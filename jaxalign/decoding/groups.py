@@ -52,18 +52,14 @@ class Samples(NamedTuple):
 class Requests(NamedTuple):
     """Prompts and what is asked of each; arrays over ``R`` prompts."""
 
-    # int32 ``[R, Le]``, right-padded with 0. A row of zeros is no prompt.
-    tokens: jax.Array
-    # typed PRNG keys ``[R]``: sample ``n`` draws from ``fold_in(key, n)``
-    keys: jax.Array
+    tokens: jax.Array  # int32 ``[R, Le]``, right-padded with 0; all 0: no prompt
+    keys: jax.Array  # typed, ``[R]``: sample ``n`` draws from ``fold_in(key, n)``
     num_samples: jax.Array  # int32 ``[R]``, at most ``N``
     max_new_tokens: jax.Array  # int32 ``[R]``, at most ``T``
-    # int32 ``[R, N, T]``: tokens that responses begin with, then 0; None where there
-    # are none
+    # int32 ``[R, N, T]``: tokens that responses begin with, if any do, then 0
     prefixes: jax.Array | None = None
-    prefix_lengths: jax.Array | None = None  # int32 ``[R, N]`` or None
-    # temperature and top-p of each, ``[R]``; None takes the rules'
-    settings: RowSettings | None = None
+    prefix_lengths: jax.Array | None = None  # int32 ``[R, N]``
+    settings: RowSettings | None = None  # ``[R]``, in place of the rules'
 
 
 class Groups(NamedTuple):

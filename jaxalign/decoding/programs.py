@@ -1,9 +1,8 @@
 """Probabilistic programs over a model: what SMC steering conditions on.
 
-A program is a Feynman-Kac model (Lew et al. 2023, arXiv 2306.03081, section 2): the
-network proposes tokens, potentials ``G_t >= 0`` reweight what they lead to, and the
-target is ``P(s) ~ E[prod_t G_t 1{S = s}]``. Programs are pytrees of arrays with three
-methods on *one* particle; the driver batches them, so they are plain JAX:
+A program is a Feynman-Kac model (Lew et al. 2023, arXiv 2306.03081, section 2; see
+docs/steering.md). Programs are pytrees of arrays with three methods on *one* particle;
+the driver batches them, so they are plain JAX:
 
 * ``init()`` returns the state at the start, any pytree;
 * ``proposal(state, context)`` returns unnormalised log-probabilities ``[V]`` to draw
@@ -123,10 +122,7 @@ def infilling(
 ) -> Infilling:
     """An :class:`Infilling` from token ids and ``None`` for each blank.
 
-    Args:
-      parts: of the template.
-      spaced_blanks: which of the blanks, counted from 0, begin with a space.
-      spaced: bool ``[V]``, the tokens that do.
+    ``spaced_blanks``, counted from 0, begin with one of the tokens that are ``spaced``.
 
     >>> infilling([[5, 6], None, [7]]).template
     Array([ 5,  6, -1,  7,  1], dtype=int32)
@@ -170,22 +166,13 @@ class Potential(Program):
     # ``(tokens [T], length, done, prompt_id) -> scalar``, plain JAX, EOS counted in the
     # length; or a :func:`text_function`
     function: Callable[..., jax.Array] = flax.struct.field(pytree_node=False)
-    # Whether to reweight unfinished text by it, too. That is a twist: what it adds at
-    # one step it takes back at the next, so it changes which particles survive and not
-    # the target.
-    every_token: bool = flax.struct.field(pytree_node=False, default=False)
-
-    def init(self) -> State:
-        return jnp.float32(0.0)
 
     def step(self, state, context, token, key):
         tokens = context.tokens.at[context.position].set(token)
         done = token == EOS_ID
         length = context.position + 1
         value = self.function(tokens, length, done, context.prompt_id)
-        if not self.every_token:
-            value = jnp.where(done, value, 0.0)
-        return value, value - state, False
+        return state, jnp.where(done, value, 0.0), False
 
 
 def text_function(

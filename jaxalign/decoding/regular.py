@@ -116,10 +116,7 @@ def excluding(phrase: str) -> ByteAutomaton:
 def intersection(
     automata: Sequence[ByteAutomaton], limit: int = 50_000
 ) -> ByteAutomaton:
-    """Texts that are in every language.
-
-    Raises:
-      ValueError: when more than ``limit`` states would be needed.
+    """Texts that are in every language; refused for more than ``limit`` states.
 
     >>> both = intersection([compile_regex("[ab]{3}"), including("ba")])
     >>> [t for t in ("aba", "aab", "baaa") if both.accepts(t)]

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 
 from jaxalign.decoding import groups as grouping
 from jaxalign.decoding import loop
-from jaxalign.decoding.generate import prompt_keys
 from jaxalign.decoding.groups import Plan, Requests, new_groups
 from jaxalign.decoding.loop import State
 from jaxalign.decoding.rules import Constraint
@@ -102,8 +101,4 @@ def run(
 @jax.jit
 def request_keys(seeds: jax.Array, prompt_ids: jax.Array) -> jax.Array:
     """The key of each request ``[R]``, as `generate` has it."""
-
-    def one(seed, prompt_id):
-        return prompt_keys(jax.random.key(seed), prompt_id[None])[0]
-
-    return jax.vmap(one)(seeds, prompt_ids)
+    return jax.vmap(jax.random.fold_in)(jax.vmap(jax.random.key)(seeds), prompt_ids)

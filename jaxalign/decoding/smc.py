@@ -2,14 +2,9 @@
 
 Each step runs the model once on ``N`` particles, draws ``K`` children of every
 unfinished one, weighs a child by ``G p / q``, and resamples ``N`` of them, by default
-without replacement. The mean weight is an unbiased estimate of the program's
-normaliser ``Z``; the weighted particles approximate its target.
-
-The paper multiplies children by ``N' / (K N)`` and survivors by ``N / N'``, with ``N'``
-the number of children; the product ``1 / K`` is what stands here. Children share their
-parent's logits, so a step costs ``N`` decoder rows, not ``N K``. Survivors take their
-parent's self-attention cache; cross-attention keys and values belong to the prompt and
-are neither copied nor gathered.
+without replacement; see docs/steering.md. The paper multiplies children by ``N' / (K
+N)`` and survivors by ``N / N'``, with ``N'`` the number of children; the product ``1 /
+K`` is what stands here.
 """
 
 from __future__ import annotations

@@ -18,9 +18,6 @@ from jaxalign.decoding import Sampling
 from jaxalign.evaluation import compare, metrics
 from jaxalign.inference import generation, outputs
 
-# How it is computed, which is no part of what was asked for.
-_EXECUTION = ("batch_size", "mesh")
-
 
 @exclusive.one_output_at_a_time
 def evaluate(
@@ -72,7 +69,9 @@ def evaluate(
       ValueError: when nothing was asked for, or a finished output was made with other
         settings.
     """
-    given = {k: v for k, v in locals().items() if k not in ("output", *_EXECUTION)}
+    # How it is computed is no part of what was asked for.
+    asked = dict(locals())
+    del asked["output"], asked["batch_size"], asked["mesh"]
     if not judge and not metric_fns:
         raise ValueError(
             "Nothing to evaluate with: give --judge=module:function, or "
@@ -90,7 +89,7 @@ def evaluate(
         )
         for name in metric_fns
     ]
-    asked = {**given, "verb": "eval", "data": outputs.input_key(data)}
+    asked |= {"verb": "eval", "data": outputs.input_key(data)}
     asked["judge"] = judged.fingerprint if judged else None
     asked["metric_fns"] = [
         user_code.function_key(name, function) if ":" in name else name
@@ -152,15 +151,9 @@ def write_jsonl(
 ) -> int:
     """Streams JSON lines into ``path.partial`` and renames it when all are written.
 
-    Of several processes the first writes; `lines` are the same in all of them.
-
-    Args:
-      path: the file, here or in a bucket.
-      lines: JSON objects.
-      key: what a local file depends on, kept beside it (`jaxalign.inference.outputs`).
-
-    Returns:
-      The number of lines.
+    Of several processes the first writes; `lines` are the same in all of them. What a
+    local file depends on (`key`) is kept beside it (`jaxalign.inference.outputs`).
+    Returns the number of lines.
     """
     return _write(path, map(json_line, lines), key)
 

@@ -36,15 +36,12 @@ def _settings_path(path: Path) -> Path:
 def kept(output: str | Path | None, asked: Key, **policies: str | None) -> int:
     """Looks, before anything is loaded, whether an output is there already.
 
-    Of several processes the first looks, and all are told.
-
-    Args:
-      output: where it will be; None, or an address in a bucket, is made always.
-      asked: what it depends on, as JSON.
-      **policies: checkpoints that it depends on as well.
+    Of several processes the first looks, and all are told. None, or an address in a
+    bucket, is made always.
 
     Returns:
-      The lines of the output if it is finished under this key; -1 if there is none.
+      The lines of the output if it is finished under this key: what was asked for, and
+      the policies of the checkpoints given by name; -1 if there is none.
 
     Raises:
       ValueError: when there is one that was made under another key, or by another hand.
@@ -82,12 +79,7 @@ def kept(output: str | Path | None, asked: Key, **policies: str | None) -> int:
 
 
 def input_key(path: str | Path) -> str:
-    """The SHA-256 of an input of JSON Lines, here or in a bucket.
-
-    Raises:
-      ValueError: when it is none, such as a folder.
-      OSError: when it cannot be read.
-    """
+    """The SHA-256 of an input of JSON Lines, here or in a bucket."""
     jsonl.check_format(path)
     return file_sha256(remote.copy(path))
 
@@ -125,11 +117,7 @@ same to keep it; delete it, or write to another place, for other settings.
 
 
 def differing(before: Key, now: Key) -> str:
-    """The entries of two keys that differ, in words; nothing if none does.
-
-    >>> differing({"seed": 0, "n": 2}, {"seed": 1, "n": 2})
-    'seed=0 (now seed=1)'
-    """
+    """The entries of two keys that differ, in words; nothing if none does."""
     now = json.loads(json.dumps(now))  # as it comes back from a file
     other = sorted(k for k in {*before, *now} if before.get(k) != now.get(k))
     if not other:
@@ -147,15 +135,7 @@ def partial_path(path: Path) -> Path:
 
 
 def open_partial(path: Path, flags: int = 0) -> BinaryIO:
-    """Opens ``path.partial`` to be written; never through a link.
-
-    Args:
-      path: the output.
-      flags: of `os.open`, beside ``O_WRONLY | O_CREAT``.
-
-    Raises:
-      ValueError: when it is a symbolic link, a pipe or something else than a file.
-    """
+    """Opens ``path.partial`` to be written: a file, never through a link or a pipe."""
     partial = partial_path(path)
     try:
         flags |= os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK

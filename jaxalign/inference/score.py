@@ -94,15 +94,8 @@ def score_pairs(
 ) -> tuple[np.ndarray, np.ndarray]:
     """``log p(completion | prompt)`` and target lengths of text pairs, ``[n]`` each.
 
-    Args:
-      policy: whose log-probabilities.
-      pairs: ``(prompt, completion)``; nothing is cut.
-      batch_size: encoder rows at a time.
-      sharding: places rows on several devices; every process gets all numbers.
-      **settings: of `jaxalign.training.scoring.score`.
-
-    Raises:
-      ValueError: naming a response, when the network's logits are not finite.
+    Nothing is cut; every process gets all numbers. More settings are those of
+    `jaxalign.training.scoring.score`. Logits that are not finite are an error.
     """
     if not pairs:
         return np.zeros(0, np.float32), np.zeros(0, np.int32)

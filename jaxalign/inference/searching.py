@@ -55,19 +55,12 @@ def check(asked: Mapping[str, Any]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """What a search or a choice gives for one prompt, best first.
+    """What a search or a choice gives for one prompt, best first."""
 
-    Attributes:
-      texts: responses; None where one could not meet the constraint.
-      tokens: their ids, EOS included where one came.
-      logp: float64, summed log-probabilities.
-      more: further numbers of each response, by name.
-    """
-
-    texts: list[str | None]
-    tokens: list[np.ndarray]
-    logp: np.ndarray
-    more: list[dict[str, float]]
+    texts: list[str | None]  # None where one could not meet the constraint
+    tokens: list[np.ndarray]  # ids, EOS included where one came
+    logp: np.ndarray  # float64, summed log-probabilities
+    more: list[dict[str, float]]  # further numbers of each response, by name
 
 
 def search(
@@ -85,18 +78,9 @@ def search(
 ) -> Iterator[Found]:
     """Yields the best responses to each prompt, in order, from `start` on.
 
-    Args:
-      policy: a loaded checkpoint.
-      prompts: texts.
-      num_samples: responses per prompt; 1 for contrastive search.
-      max_new_tokens: of a response, EOS included.
-      max_prompt_length: longer prompts are cut and keep their EOS.
-      batch_size: prompts at a time. Which prompts share a batch, and so every bit of
-        the result, does not depend on `start`.
-      beams: the rules of a beam search.
-      contrastive: ``(k, alpha)`` of a contrastive search, in place of `beams`.
-      constraint: of a beam search.
-      start: the first prompt.
+    Of a beam search, perhaps with a constraint, or of a contrastive search with ``(k,
+    alpha)``. Longer prompts are cut and keep their EOS. Which of them share a batch,
+    and so every bit of the result, does not depend on `start`.
     """
     network = policy.model, policy.params
     vocabulary, eos = policy.vocabulary, policy.vocabulary.eos_id
@@ -151,12 +135,7 @@ _METRICS = ("chrf", "bleu")
 
 
 def text_metric(name: str) -> Callable[[str, str], float]:
-    """A metric of two texts: ``chrf``, ``bleu``, or any ``module:function``.
-
-    Raises:
-      ValueError: for an unknown name.
-      ImportError: when sacrebleu is absent.
-    """
+    """A metric of two texts: ``chrf``, ``bleu``, or any ``module:function``."""
     if ":" in name:
         return user_code.resolve_callable(name)
     if name not in _METRICS:
@@ -170,9 +149,8 @@ def text_metric(name: str) -> Callable[[str, str], float]:
         raise ImportError(
             f"--mbr={name} needs sacrebleu: pip install 'jaxalign[metrics]'."
         ) from None
-    if name == "chrf":
-        return lambda h, r: sacrebleu.sentence_chrf(h, [r]).score
-    return lambda h, r: sacrebleu.sentence_bleu(h, [r]).score
+    score = getattr(sacrebleu, f"sentence_{name}")
+    return lambda h, r: score(h, [r]).score
 
 
 def choose(

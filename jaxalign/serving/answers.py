@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 import uuid
 from typing import Any
@@ -17,21 +18,20 @@ class Answer:
         self.work = work
         self._vocabulary = vocabulary
         self._chat = chat
-        self._id = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
-        self._created = int(time.time())
-        self._model = model
+        self._head = {
+            "id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": model,
+        }
 
     def event(self, choices: list[dict], chunk: bool = False, **more: Any) -> dict:
         """An answer in the API's format, or a chunk of one."""
-        kind = "chat.completion.chunk" if chunk else "chat.completion"
-        return {
-            "id": self._id,
-            "object": kind if self._chat else "text_completion",
-            "created": self._created,
-            "model": self._model,
-            "choices": choices,
-            **more,
-        }
+        head = self._head
+        if self._chat:
+            kind = "chat.completion.chunk" if chunk else "chat.completion"
+            head = {**head, "object": kind}
+        return {**head, "choices": choices, **more}
 
     def text(self, tokens: list[int], complete: bool) -> tuple[str, str | None]:
         """The text that may be sent of a sample, and why it ended, if it did.
@@ -65,17 +65,14 @@ class Answer:
     def usage(self, found: list[Samples]) -> dict[str, int]:
         """Tokens read and written."""
         read = sum(map(len, self.work.prompts))
-        written = sum(len(tokens) for samples in found for tokens in samples)
-        return {
-            "prompt_tokens": read,
-            "completion_tokens": written,
-            "total_tokens": read + written,
-        }
+        written = sum(map(len, itertools.chain.from_iterable(found)))
+        usage = {"prompt_tokens": read, "completion_tokens": written}
+        return {**usage, "total_tokens": read + written}
 
     def whole(self, found: list[Samples]) -> dict[str, Any]:
         """The answer in one piece."""
         choices = []
-        for tokens in (tokens for samples in found for tokens in samples):
+        for tokens in itertools.chain.from_iterable(found):
             text, reason = self.text(tokens, complete=True)
             own = {"text": text}
             if self._chat:

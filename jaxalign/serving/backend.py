@@ -33,7 +33,7 @@ class EngineBackend:
       max_samples: of a prompt.
       batch_size: prompts decoded at a time, in each engine.
       max_engines: at a time.
-      max_engine_bytes: of all of them, where there are several; no bound if None.
+      max_engine_bytes: of all of them, if there are several; no bound if None.
     """
 
     def __init__(

@@ -127,11 +127,8 @@ class Batcher:
     async def updates(self, work: Work) -> AsyncIterator[tuple[bool, list[Samples]]]:
         """``(whether that is all, samples of each prompt)``, as they come.
 
-        Without ``work.stream`` only the last one comes. Leaving early takes the
-        request back.
-
-        Raises:
-          EngineFailed: when there will be no more.
+        Without ``work.stream`` only the last one comes. Leaving early takes the request
+        back. EngineFailed says that there will be no more.
         """
         try:
             while True:

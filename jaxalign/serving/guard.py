@@ -26,12 +26,7 @@ _OPEN = ("/health",)  # asked by what watches the server, which has no key
 class Guard:
     """ASGI middleware: refuses whom it should, counts every answer.
 
-    Args:
-      app: answers the others.
-      hosts: as of `jaxalign.serving.api.application`; ``"*"`` is any.
-      api_key: what clients have to present, if anything.
-      metrics: where answers are counted.
-      refuse: makes the response of a `Refusal`.
+    A host ``"*"`` is any. ``refuse`` makes the response of a `Refusal`.
     """
 
     def __init__(

@@ -89,9 +89,5 @@ def shown(value: Any) -> str:
 
 
 def name_of(value: Any) -> str:
-    """The name of a JSON value's type.
-
-    >>> name_of(None), name_of([])
-    ('null', 'list')
-    """
+    """The name of a JSON value's type."""
     return "null" if value is None else type(value).__name__

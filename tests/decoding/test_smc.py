@@ -187,18 +187,16 @@ class Digits:
         return "".join(map(str, ids))
 
 
-@pytest.mark.parametrize("every_token", [False, True])
-def test_rewards_and_products(small, strings, every_token):
-    def in_python(texts, prompt_ids):
+@pytest.mark.parametrize("in_python", [False, True])
+def test_rewards_and_products(small, strings, in_python):
+    def judge(texts, prompt_ids):
         assert all(0 <= i < RUNS for i in prompt_ids)
         return [0.8 * text.count("3") for text in texts]
 
-    function = threes
-    if not every_token:
-        function = programs.text_function(in_python, Digits())
+    function = programs.text_function(judge, Digits()) if in_python else threes
     program = programs.Product(
         (
-            programs.Potential(function, every_token=every_token),
+            programs.Potential(function),
             AllowedTokens(jnp.array([False, True, True, True, False])),
         )
     )
@@ -217,14 +215,23 @@ def test_one_step_with_its_best_proposal_has_no_variance(small, strings):
     assert found.ended.all() and (found.tokens == 1).all()
 
 
-def uneven(tokens, length, done, prompt_id):
-    return 3.0 * jnp.sin(jnp.sum(tokens * jnp.arange(1, 13)).astype(jnp.float32))
+@flax.struct.dataclass
+class Uneven(programs.Program):
+    """A twist: what it adds at one step it takes back at the next."""
+
+    def init(self):
+        return jnp.float32(0.0)
+
+    def step(self, state, context, token, key):
+        tokens = context.tokens.at[context.position].set(token)
+        sum_ = jnp.sum(tokens * jnp.arange(1, 13)).astype(jnp.float32)
+        value = 3.0 * jnp.sin(sum_)
+        return value, value - state, False
 
 
 def test_caches_follow_their_ancestors(small):
     """Cached log-probabilities equal those of a pass without cache, after gathers."""
-    program = programs.Potential(uneven, every_token=True)
-    found = run(small, program, runs=16, max_new_tokens=12, num_particles=8)
+    found = run(small, Uneven(), runs=16, max_new_tokens=12, num_particles=8)
     moved = found.ancestors != np.arange(8)
     assert moved[found.ess > 0.0].sum() > 100
     tokens, lengths = found.tokens.reshape(-1, 12), found.lengths.reshape(-1)

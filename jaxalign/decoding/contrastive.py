@@ -20,7 +20,7 @@ import numpy as np
 
 from jaxalign.decoding import network
 from jaxalign.decoding.checks import check_sizes
-from jaxalign.decoding.groups import Samples
+from jaxalign.decoding.groups import Samples, no_samples
 from jaxalign.decoding.rules import EOS_ID, PAD_ID, START_ID
 
 
@@ -124,19 +124,13 @@ def _search(
     # One column more than tokens: candidates of the last step are read as well.
     cache = model.init_self_cache(batch, top_k, length + 1)
     states, logits, cache = read(start, jnp.int32(0), cache)
-    shape = (batch, 1, length)
     known = jnp.zeros((batch, length + 1, states.shape[-1]), jnp.float32)
     carry = _Carry(
         position=jnp.int32(0),
         logits=logits[:, 0],
         ended=~jnp.any(mask, axis=1),
         states=known.at[:, 0].set(states[:, 0]),
-        samples=Samples(
-            tokens=jnp.full(shape, PAD_ID, jnp.int32),
-            logps=jnp.zeros(shape, jnp.float32),
-            sampler_logps=jnp.zeros(shape, jnp.float32),
-            lengths=jnp.zeros((batch, 1), jnp.int32),
-        ),
+        samples=no_samples((batch, 1, length)),
         cache=cache,
     )
     done = jax.lax.while_loop(

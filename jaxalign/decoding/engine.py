@@ -66,9 +66,8 @@ class Engine:
     Args:
       model: a ``jaxalign.models.T5``, or anything with its decoding methods.
       params: its parameters, on any sharding.
-      prompt_length: the longest prompt, in tokens; all are padded to it. Its cost is
-        attention over the padding: use one engine per length class where they differ
-        much.
+      prompt_length: the longest prompt, in tokens; all are padded to it, which costs
+        attention: use one engine per length class where they differ much.
       max_new_tokens: the longest response, EOS and forced prefix included.
       num_samples: the most samples of one prompt.
       groups: prompts decoded at a time; divisible by the sharding's devices.
@@ -191,10 +190,8 @@ class Engine:
             )
         if (tokens <= PAD_ID).any():
             raise ValueError("A prompt must not hold ids below 1 (0 is padding).")
-        if num_samples is None:
-            num_samples = plan.num_samples
-        if max_new_tokens is None:
-            max_new_tokens = plan.length
+        num_samples = plan.num_samples if num_samples is None else num_samples
+        max_new_tokens = plan.length if max_new_tokens is None else max_new_tokens
         checks.check_within("num_samples", num_samples, 1, plan.num_samples)
         checks.check_within("max_new_tokens", max_new_tokens, 1, plan.length)
         checks.check_uint32("prompt_id", prompt_id)

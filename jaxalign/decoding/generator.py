@@ -80,9 +80,6 @@ class Generator:
       sharding: where to put the prompts, e.g. a ``NamedSharding`` over the data axes,
         which must divide ``batch_size``; None leaves it to JAX.
       progress: show a bar; None: on a terminal only.
-
-    Attributes:
-      num_truncated: prompts cut so far.
     """
 
     def __init__(
@@ -136,7 +133,7 @@ class Generator:
         self._judged = jax.device_get(constraint) if judges else None
         self._seed = seed
         self._sharding = sharding
-        self.num_truncated = 0
+        self.num_truncated = 0  # prompts cut so far
 
     def __call__(
         self,

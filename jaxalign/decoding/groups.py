@@ -49,6 +49,14 @@ class Samples(NamedTuple):
     entropies: jax.Array | None = None
 
 
+def no_samples(shape: tuple[int, int, int], entropy: bool = False) -> Samples:
+    """Samples ``[B, N, T]`` without any token yet."""
+    # Each array anew: donated buffers must be distinct.
+    full, own, *more = (jnp.zeros(shape, jnp.float32) for _ in range(2 + entropy))
+    tokens = jnp.full(shape, PAD_ID, jnp.int32)
+    return Samples(tokens, full, own, jnp.zeros(shape[:2], jnp.int32), *more)
+
+
 class Requests(NamedTuple):
     """Prompts and what is asked of each; arrays over ``R`` prompts."""
 
@@ -92,14 +100,10 @@ def new_groups(
     mask, cross_kv = network.encode(plan.model, params, requests.tokens)
     wanted = jnp.where(jnp.any(mask, axis=1), requests.num_samples, 0)
     sample_index = jnp.broadcast_to(jnp.arange(plan.slots, dtype=jnp.int32), rows)
-    tokens = requests.prefixes
-    if tokens is None:
-        tokens = jnp.full(shape, PAD_ID, jnp.int32)
-    chex.assert_shape(tokens, shape)
-
-    def zeros():  # anew for each: donated buffers must be distinct
-        return jnp.zeros(shape, jnp.float32)
-
+    samples = no_samples(shape, plan.entropy)
+    if requests.prefixes is not None:
+        chex.assert_shape(requests.prefixes, shape)
+        samples = samples._replace(tokens=requests.prefixes)
     return Groups(
         encoder_mask=mask,
         cross_kv=cross_kv,
@@ -115,13 +119,7 @@ def new_groups(
         ended=sample_index >= wanted[:, None],
         history=histories.empty(rows, plan.rules, plan.model),
         constraint=constraint and network.repeat(constraint.start(), rows),
-        samples=Samples(
-            tokens=tokens,
-            logps=zeros(),
-            sampler_logps=zeros(),
-            lengths=jnp.zeros(shape[:2], jnp.int32),
-            entropies=zeros() if plan.entropy else None,
-        ),
+        samples=samples,
     )
 
 

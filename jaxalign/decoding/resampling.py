@@ -29,8 +29,7 @@ def effective_sample_size(log_weights: jax.Array) -> jax.Array:
     >>> effective_sample_size(jnp.log(jnp.array([0.5, 0.5, 0.0, 0.0])))
     Array(2., dtype=float32)
     """
-    weights = normalised(log_weights)
-    squares = jnp.sum(jnp.square(weights), axis=-1)
+    squares = jnp.sum(jnp.square(normalised(log_weights)), axis=-1)
     return jnp.where(squares > 0.0, 1.0 / jnp.where(squares > 0.0, squares, 1.0), 0.0)
 
 

@@ -2,8 +2,7 @@
 
 Beside a finished ``OUTPUT`` lies ``OUTPUT.settings.json``: what was asked for, and the
 SHA-256 of what was written, so that settings that lie beside another file than theirs
-speak for nothing. The same key: the output is kept. Another: it is refused, and what
-differs is named. What is made in several stages: `jaxalign.pipelines.study`.
+speak for nothing. What is made in several stages: `jaxalign.pipelines.study`.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -82,7 +83,12 @@ def search(
     alpha)``. Longer prompts are cut and keep their EOS. Which of them share a batch,
     and so every bit of the result, does not depend on `start`.
     """
-    network = policy.model, policy.params
+    if beams:
+        rules = {"search": beams, "num_return": num_samples, "constraint": constraint}
+        method = functools.partial(beam_search, **rules)
+    else:
+        k, alpha = contrastive
+        method = functools.partial(contrastive_search, top_k=k, penalty_alpha=alpha)
     vocabulary, eos = policy.vocabulary, policy.vocabulary.eos_id
     tokens = [[*vocabulary.encode(text), eos] for text in prompts]
     limit = max_prompt_length or max(map(len, tokens), default=1)
@@ -96,29 +102,16 @@ def search(
             padded = np.zeros((batch_size, length), np.int32)
             for row, ids in enumerate(rows):
                 padded[row, : len(ids)] = ids
-            if contrastive:
-                k, alpha = contrastive
-                found = contrastive_search(
-                    *network,
-                    padded,
-                    max_new_tokens=max_new_tokens,
-                    top_k=k,
-                    penalty_alpha=alpha,
+            found = jax.device_get(
+                method(
+                    policy.model, policy.params, padded, max_new_tokens=max_new_tokens
                 )
-                found = jax.device_get(found)
-                logps = found.logps.sum(-1, dtype=np.float64)
-            else:
-                found = beam_search(
-                    *network,
-                    padded,
-                    max_new_tokens=max_new_tokens,
-                    search=beams,
-                    num_return=num_samples,
-                    constraint=constraint,
-                )
-                found = jax.device_get(found)
+            )
+            if beams:
                 norms = np.asarray(beams.normalizer(found.lengths), np.float64)
                 logps = found.scores.astype(np.float64) * norms
+            else:
+                logps = found.logps.sum(-1, dtype=np.float64)
             for row in range(max(0, start - first), len(rows)):
                 sizes = enumerate(found.lengths[row])
                 ids = [found.tokens[row, n, :size] for n, size in sizes]

@@ -166,14 +166,12 @@ def steer(
                 bar.update(len(batch))
     dead = sum(lines[0]["response"] is None for lines in found.values())
     if dead:
+        forbidden = ""
+        if judge and judge.forbidden:
+            forbidden = f" ({judge.forbidden} responses had a potential of -inf)"
         _log.warning(
-            "No particle of %d of %d prompts survived%s; more particles, a larger "
-            "expansion or more new tokens may help.",
-            dead,
-            len(rows),
-            f" ({judge.forbidden} responses had a potential of -inf)"
-            if judge and judge.forbidden
-            else "",
+            f"No particle of {dead} of {len(rows)} prompts survived{forbidden}; more "
+            "particles, a larger expansion or more new tokens may help."
         )
 
     def lines() -> Iterable[dict[str, Any]]:
@@ -213,9 +211,6 @@ class _Judge:
 
     What goes wrong there is kept for `check`: an error that is raised inside comes out
     as a page of the compiler's.
-
-    Attributes:
-      forbidden: how many responses had ``-inf``.
     """
 
     def __init__(self, name: str, judge: judges.Judge, beta: float, prompts: list[str]):
@@ -230,7 +225,7 @@ class _Judge:
         # Of a function its own values: wider than float32, and told as they are.
         self._ask = getattr(judge, "values", judge)
         self._error: Exception | None = None
-        self.forbidden = 0
+        self.forbidden = 0  # responses that had -inf
 
     def __call__(self, responses: list[str], prompt_ids: list[int]) -> list[float]:
         """Log-potentials; -inf for all once something has gone wrong."""

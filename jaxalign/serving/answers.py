@@ -54,13 +54,11 @@ class Answer:
         self, index: int, text: str, *, first: bool = False, reason: str | None = None
     ) -> dict[str, Any]:
         """A piece of one choice, as a stream carries it."""
-        choice = {"index": index, "finish_reason": reason, "logprobs": None}
-        if not self._chat:
-            return {**choice, "text": text}
-        if reason:
-            return {**choice, "delta": {}}
-        role = {"role": "assistant"} if first else {}
-        return {**choice, "delta": {**role, "content": text}}
+        own: dict[str, Any] = {"text": text}
+        if self._chat:
+            role = {"role": "assistant"} if first else {}
+            own = {"delta": {} if reason else {**role, "content": text}}
+        return {"index": index, "finish_reason": reason, "logprobs": None, **own}
 
     def usage(self, found: list[Samples]) -> dict[str, int]:
         """Tokens read and written."""

@@ -20,13 +20,7 @@ _HELP = {
 
 
 class Metrics:
-    """Counters of one server; used from the event loop alone.
-
-    >>> metrics = Metrics()
-    >>> metrics.answered("/health", 200, 0.2)
-    >>> [s for s in metrics.text().splitlines() if s.startswith("jaxalign_requests")]
-    ['jaxalign_requests_total{path="/health",status="200"} 1']
-    """
+    """Counters of one server; used from the event loop alone."""
 
     def __init__(self) -> None:
         self._requests: collections.Counter[tuple[str, int]] = collections.Counter()

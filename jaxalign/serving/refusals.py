@@ -33,9 +33,7 @@ def wrong(param: str, what: str) -> Refusal:
 def from_json(body: bytes) -> Any:
     """Reads a body; what JSON leaves open is refused, not guessed.
 
-    Raises:
-      Refusal: for what is no JSON, a field that is given twice, half a character (a
-        lone surrogate), naming where it is.
+    Such as a field that is given twice, and half a character (a lone surrogate).
     """
     try:
         body = json.loads(body, object_pairs_hook=_once)
@@ -78,11 +76,7 @@ def _sayable(text: str) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value of a request as a message may hold it: quoted, short.
-
-    >>> shown("a" * 200)[-5:], shown([1, 2]), shown(None)
-    ("a'...", 'list', 'null')
-    """
+    """A value of a request as a message may hold it: quoted, short."""
     if isinstance(value, str):
         return f"{value[:80]!r}{'...' if len(value) > 80 else ''}"
     return reprlib.repr(value) if isinstance(value, int | float) else name_of(value)

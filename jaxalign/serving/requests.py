@@ -70,11 +70,7 @@ class Limits:
 def parse(
     body: Any, *, chat: bool, model: str, vocabulary: Any, limits: Limits
 ) -> Work:
-    """Checks the body of a request.
-
-    Raises:
-      Refusal: naming the field, what it must be and what came.
-    """
+    """Checks the body of a request; a `Refusal` names the field and what came."""
     if not isinstance(body, dict):
         raise Refusal(f"The body must be a JSON object, got {name_of(body)}.")
     _check_fields(body, chat)
@@ -183,13 +179,8 @@ def _include_usage(body: Mapping[str, Any]) -> bool:
             f"stream_options.{shown(name)[1:-1]} is not supported; leave it out.",
             param="stream_options",
         )
-    usage = options.get("include_usage")
-    if usage is not None and not isinstance(usage, bool):
-        raise Refusal(
-            f"stream_options.include_usage must be a bool, got {name_of(usage)}.",
-            param="stream_options",
-        )
-    return bool(usage)
+    name = "stream_options.include_usage"
+    return _typed({name: options.get("include_usage")}, name, bool, False)
 
 
 def _stops(body: Mapping[str, Any]) -> tuple[str, ...]:

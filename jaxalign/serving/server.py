@@ -28,10 +28,6 @@ def listen(host: str, port: int) -> socket.socket:
     """A socket that listens, so that no other program can take the port.
 
     Who connects before the server runs waits.
-
-    Raises:
-      OSError: when the address is taken, or none of this machine's.
-      ValueError: for a port that is none.
     """
     if not 0 <= port <= 65535:
         raise ValueError(f"--port={port}: expected a port in [0, 65535].")
@@ -57,16 +53,12 @@ def listen(host: str, port: int) -> socket.socket:
 def configuration(
     app: Any, *, header_seconds: float = 10.0, max_connections: int = 1000, **more: Any
 ) -> Any:
-    """The ``uvicorn.Config`` of an application.
+    """The ``uvicorn.Config`` of an ASGI application.
 
-    Args:
-      app: an ASGI application.
-      header_seconds: for the headers of a request, from the connection or the end of
-        the answer before.
-      max_connections: at a time, and never more than half of what the system lets a
-        process open. Beyond it the connection that has waited longest with its request
-        is closed; where all have asked, new ones get status 503.
-      **more: for uvicorn.
+    The headers of a request have their time from the connection or the end of the
+    answer before. Connections are never more than half of what the system lets a
+    process open. Beyond them the one that has waited longest with its request is
+    closed; where all have asked, new ones get status 503.
     """
     import uvicorn
     from uvicorn.protocols.http.h11_impl import H11Protocol

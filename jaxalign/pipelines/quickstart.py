@@ -7,7 +7,6 @@ response exactly, so the table at the end is a measurement, not a model's opinio
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -73,12 +72,9 @@ def run(
     with Study(run_dir, redo=redo) as study:
         policies = {"sft": train(study, "sft", "supervised", SFT_ROWS, seed, SFT)}
         for name, (schema, settings) in _ALIGNED.items():
-            start = {"INITIAL_CHECKPOINT_PATH": policies["sft"]}
-            own = {**settings, **start}
-            policies[name] = train(study, name, schema, 4000, seed, own)
-        prompts = village_prompts(
-            study, "samples/prompts.jsonl", "test", _TEST_PROMPTS, seed
-        )
+            start = {**settings, "INITIAL_CHECKPOINT_PATH": policies["sft"]}
+            policies[name] = train(study, name, schema, 4000, seed, start)
+        prompts = village_prompts(study, "samples", "test", _TEST_PROMPTS, seed)
         samples = {
             name: study.file(
                 f"samples/{name}.jsonl",
@@ -95,7 +91,7 @@ def run(
         results = _evaluate(samples)
         text = jsonl.dumps(results, indent=2) + "\n"
         files.write_atomically(study.folder / "results.json", text)
-        page = report.write_report(list(policies.values()), None)
+        page = report.write_report(list(policies.values()))
         table = _table(results)
         study.page("Quickstart", f"<pre>{table}</pre>")
     minutes = (time.monotonic() - started) / 60
@@ -149,15 +145,11 @@ def train(
 
 
 def village_prompts(
-    study: Study, name: str, split: str, num_prompts: int, seed: int
+    study: Study, folder: str, split: str, num_prompts: int, seed: int
 ) -> Path:
-    """A file of unseen prompts of a split."""
+    """A file of unseen prompts of a split, ``folder/prompts.jsonl``."""
     asked = {"split": split, "num_prompts": num_prompts, "seed": seed}
-    return study.file(name, _write_prompts, **asked)
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return study.file(f"{folder}/prompts.jsonl", _write_prompts, **asked)
 
 
 def _write_data(output: Path, **asked: Any) -> None:
@@ -166,8 +158,7 @@ def _write_data(output: Path, **asked: Any) -> None:
 
 def _write_prompts(output: Path, split: str, num_prompts: int, seed: int) -> None:
     texts = world.sample_prompts(split, num_prompts, seed)
-    lines = "".join(jsonl.json_line({"prompt": text}) for text in texts)
-    files.write_atomically(output, lines)
+    jsonl.write_rows(output, [{"prompt": text} for text in texts])
 
 
 def _evaluate(samples: dict[str, Path]) -> dict[str, dict[str, Any]]:
@@ -176,7 +167,7 @@ def _evaluate(samples: dict[str, Path]) -> dict[str, dict[str, Any]]:
     results: dict[str, dict[str, Any]] = {}
     texts: dict[str, list[list[str]]] = {}
     for name, path in samples.items():
-        rows = read(path)
+        rows = jsonl.read_rows(path)
         prompts = [row["prompt"] for row in rows if row["sample"] == 0]
         given = [row["response"] for row in rows]
         texts[name] = [given[i : i + 2] for i in range(0, len(given), 2)]

@@ -90,8 +90,8 @@ def program(ready: runs.Setup, step: str) -> Program:
     of ``BATCH_SIZE`` prompts with the run's sampler.
     """
     policy = ready.abstract_state.params["policy"]
+    key = jax.eval_shape(lambda: jax.random.key(0))
     if step == "train":
-        key = jax.eval_shape(lambda: jax.random.key(0))
         online = ready.online_reference
         batch = abstract_batch(ready, reference=not online)
         arguments = (ready.abstract_state, batch, key, policy if online else None)
@@ -101,10 +101,6 @@ def program(ready: runs.Setup, step: str) -> Program:
         function = reference_cache.scorer(ready.objective)
         score = scoring.compiled(function, ready.mesh)
         return Program(score, (policy, batch))
-    return _decode(ready, policy)
-
-
-def _decode(ready: runs.Setup, policy: Any) -> Program:
     sampler, lengths = ready.run.sampler, ready.run.dataset.feature_lengths
     sampling = Sampling()
     if sampler is not None:
@@ -124,13 +120,8 @@ def _decode(ready: runs.Setup, policy: Any) -> Program:
             sampling=sampling,
         )
 
-    return Program(
-        jax.jit(meshes.with_activation_rules(ready.mesh, decode), out_shardings=rows),
-        (
-            policy,
-            jax.ShapeDtypeStruct((size, lengths["inputs"]), jnp.int32, sharding=rows),
-            jax.ShapeDtypeStruct((size,), jnp.uint32, sharding=rows),
-            jax.eval_shape(lambda: jax.random.key(0)),
-        ),
-        loop_trips=lengths["targets"],
-    )
+    decode = meshes.with_activation_rules(ready.mesh, decode)
+    tokens = jax.ShapeDtypeStruct((size, lengths["inputs"]), jnp.int32, sharding=rows)
+    ids = jax.ShapeDtypeStruct((size,), jnp.uint32, sharding=rows)
+    decode, trips = jax.jit(decode, out_shardings=rows), lengths["targets"]
+    return Program(decode, (policy, tokens, ids, key), loop_trips=trips)

@@ -46,14 +46,12 @@ class Comparison:
 
     def to_json(self) -> dict[str, Any]:
         """Plain numbers; an interval is ``{"mean": .., "ci": [low, high]}``."""
-
-        def plain(value):
-            if isinstance(value, Interval):
-                return {"mean": value.mean, "ci": [value.low, value.high]}
-            return value
-
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return {name: plain(value) for name, value in fields.items()}
+        return {
+            name: {"mean": value.mean, "ci": [value.low, value.high]}
+            if isinstance(value, Interval)
+            else value
+            for name, value in vars(self).items()
+        }
 
 
 def _samples(
@@ -80,9 +78,6 @@ def mean_reward(
     Args:
       scores: of each prompt's samples, as `verdicts` gives them; NaN is left out.
       confidence: two-sided level.
-
-    Returns:
-      An ``Interval``.
 
     Raises:
       ValueError: when there is no verdict at all.
@@ -125,9 +120,6 @@ def compare_responses(
       responses_b: the same for model B.
       judge: scoring or pairwise, see `jaxalign.judges`.
       confidence: two-sided level of all intervals.
-
-    Returns:
-      A ``Comparison``.
     """
     a = _samples("responses_a", prompts, responses_a)
     b = _samples("responses_b", prompts, responses_b)
@@ -161,11 +153,9 @@ def _scored(prompts, a, b, judge, confidence):
         ((np.sign(x[:, None] - y[None, :]) + 1.0) / 2.0).ravel()
         for x, y in zip(scores_a, scores_b, strict=True)
     ]
-    there = [
-        (x[~np.isnan(x)], y[~np.isnan(y)])
-        for x, y in zip(scores_a, scores_b, strict=True)
-    ]
-    differences = [x.mean() - y.mean() for x, y in there if x.size and y.size]
+    kept = ([s[~np.isnan(s)] for s in each] for each in (scores_a, scores_b))
+    pairs = zip(*kept, strict=True)
+    differences = [x.mean() - y.mean() for x, y in pairs if x.size and y.size]
     if not differences:
         raise _no_verdict(len(prompts), "prompts' responses to both models")
     return results, {

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import itertools
 import logging
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
@@ -137,11 +138,7 @@ def bleu(
     sacrebleu = _import_optional("sacrebleu", "sacrebleu")
     references = [_references(target) for target in targets]
     # One stream per reference number; examples with fewer references end theirs early.
-    width = max(len(texts) for texts in references)
-    streams = [
-        [texts[i] if i < len(texts) else None for texts in references]
-        for i in range(width)
-    ]
+    streams = [list(texts) for texts in itertools.zip_longest(*references)]
     score = sacrebleu.corpus_bleu(list(predictions), streams, tokenize=tokenize)
     return {"bleu": float(score.score)}
 

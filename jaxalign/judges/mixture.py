@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jaxalign.evaluation.judging import Judge, Metadata, is_pairwise
+from jaxalign.evaluation.judging import Judge, is_pairwise
 
 
 class WeightedSum:
@@ -29,12 +29,7 @@ class WeightedSum:
         self._parts = list(parts)
         self.fingerprint = " + ".join(f"{w!r}*{j.fingerprint}" for w, j in parts)
 
-    def __call__(
-        self,
-        prompts: Sequence[str],
-        responses: Sequence[str],
-        metadata: Metadata | None = None,
-    ) -> np.ndarray:
+    def __call__(self, prompts, responses, metadata=None):
         """Float32 ``[n]``; the sum is taken in float64."""
         found = np.zeros(len(responses))
         for weight, judge in self._parts:

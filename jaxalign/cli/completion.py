@@ -47,12 +47,7 @@ bashcompinit
 
 
 def script(shell: str, verbs: Mapping[str, table.Verb]) -> str:
-    """The completion script of a shell.
-
-    Args:
-      shell: ``"bash"`` or ``"zsh"``.
-      verbs: by name.
-    """
+    """The completion script of a shell, ``"bash"`` or ``"zsh"``."""
     flags, values = [], []
     for name, verb in verbs.items():
         words = []

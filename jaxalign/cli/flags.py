@@ -24,18 +24,10 @@ def macro(parameter: Parameter) -> str:
 
 
 def parse(argv: Sequence[str], parameters: Mapping[str, Parameter]) -> dict[str, Any]:
-    """The values that a command line gives to parameters.
+    """The values that words after the verb, without gin's flags, give to parameters.
 
     ``--name=value`` and ``--name value`` are the same; a flag of a list may be
     repeated, and commas part one whose text says "comma-separated".
-
-    Args:
-      argv: the words after the verb, without gin's flags.
-      parameters: by name.
-
-    Raises:
-      ConfigError: for an unknown flag, naming the nearest, a value of another type, or
-        what is missing.
     """
     known = {flag(p): p for p in parameters.values() if not p.positional}
     words = [p for p in parameters.values() if p.positional]

@@ -68,9 +68,6 @@ def read(function: str) -> Signature:
     A parameter whose annotation is a class of the same file stands for the class's
     fields.
 
-    Raises:
-      ValueError: for a module or function that is not there, naming the nearest.
-
     >>> read("inference/generation.py:generate").parameters["top_k"].default
     0
     """

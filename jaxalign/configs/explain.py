@@ -29,9 +29,6 @@ _OBJECT = re.compile(
 def message(error: BaseException) -> str:
     """An error's message without what tells a user nothing.
 
-    Gin appends the functions that an error came through, and Python shows objects with
-    their addresses in memory.
-
     >>> message(ValueError("No.\\n  In call to configurable 'f' (<function f at 0x7>)"))
     'No.'
     >>> message(ValueError("<function judge at 0x7f3a> requires ['a']."))
@@ -82,13 +79,7 @@ def explain(error: Exception, scanned: Sequence[Scanned], file: Scanned) -> str:
 def explain_missing(
     error: Exception, files: Sequence[Scanned], flags: Sequence[Scanned]
 ) -> str:
-    """Lists the macros without a value; other errors of gin's checks as they are.
-
-    Args:
-      error: what ``gin.finalize`` raised.
-      files: the files named on the command line, in order.
-      flags: the command line's bindings.
-    """
+    """Lists the macros without a value; other errors of gin's checks as they are."""
     values: dict[str, Any] = {}
     readers: dict[str, Scanned] = {}
     for file in [*in_order(files), *flags]:

@@ -26,15 +26,9 @@ def parse_flags(argv: Sequence[str]) -> GinFlags:
     """Takes T5X's gin flags out of a command line.
 
     Args:
-      argv: arguments without the program's name: ``--gin_file=PATH`` (repeatable),
-        ``--gin.NAME=VALUE``, ``--gin_bindings="NAME = VALUE"``,
-        ``--gin_search_paths=A,B``. ``--flag VALUE`` works for all but ``--gin.NAME``.
-
-    Returns:
-      Files, bindings, other arguments and search paths.
-
-    Raises:
-      ConfigError: for a flag without a value, or a value that gin cannot parse.
+      argv: ``--gin_file=PATH`` (repeatable), ``--gin.NAME=VALUE``,
+        ``--gin_bindings="NAME = VALUE"``, ``--gin_search_paths=A,B``; ``--flag VALUE``
+        works for all but ``--gin.NAME``.
 
     >>> parse_flags(["--gin_file=runs/dpo.gin", "--gin.BETA=0.2", "--dry_run"])[:3]
     (['runs/dpo.gin'], ['BETA=0.2'], ['--dry_run'])
@@ -81,15 +75,9 @@ def check_name(name: str, argument: str) -> None:
 
 
 def check_binding(binding: str, macros: Mapping[str, Any]) -> Scanned:
-    """Parses one ``NAME=VALUE`` of the command line.
+    """Parses one ``NAME=VALUE`` of the command line; ``macros`` are the files' values.
 
-    Args:
-      binding: as it was given; a value that gin cannot parse is a string where the
-        macro's value is a string or None.
-      macros: the values that the files give.
-
-    Raises:
-      ConfigError: for a value that is neither.
+    A value that gin cannot parse is a string where the macro's value is one or None.
     """
     name, _, value = (part.strip() for part in binding.partition("="))
     check_name(name, f"--gin.{binding}")

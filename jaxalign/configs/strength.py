@@ -44,9 +44,6 @@ def settle(files: Sequence[Scanned]) -> Network | None:
     Args:
       files: those named on the command line, in order; changed in place.
 
-    Returns:
-      The network's file; None where no file has a network.
-
     Raises:
       ConfigError: for two networks, or two objectives, that are both named.
     """
@@ -70,11 +67,7 @@ def settle(files: Sequence[Scanned]) -> Network | None:
 
 
 def _mark(file: Scanned, included_by_default: bool) -> None:
-    """Says of a tree of files which are defaults.
-
-    A copy in the working folder that a packaged file includes is one too: the file that
-    includes it goes on overriding it.
-    """
+    """Says of a tree of files which are defaults: all that a packaged file includes."""
     file.is_default = included_by_default or packaged(file)
     for _, included in file.includes:
         _mark(included, file.is_default)

@@ -93,9 +93,6 @@ def preferences(
       ``(preference, bias)``, float64 ``[n]``: the mean preference for ``a`` in [0, 1],
       and by how much the judge favoured what stood first, in [-1, 1]. Both are NaN
       where an order has no verdict.
-
-    Raises:
-      ValueError: for a preference outside [0, 1], or another number of them.
     """
 
     def both(one: Sequence[Any], other: Sequence[Any]) -> list[Any]:

@@ -62,10 +62,7 @@ _WEIGHTED = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)\s*\*\s*(.+)", 
 
 
 def resolve(name: str) -> Judge | PairwiseJudge:
-    """The judge that a string names; networks are loaded when first asked.
-
-    Args:
-      name: see the module's documentation.
+    """The judge that a string names, as above; networks are loaded when first asked.
 
     Raises:
       ValueError: saying what was not understood, and the nearest that would be.

@@ -21,17 +21,9 @@ class Template:
     braces stay. Lines ``name: value`` between two lines of ``---`` are its settings.
 
     Args:
-      text: of the whole file.
+      text: of the whole file; `fingerprint` is its digest.
       origin: where it comes from, for messages.
       settings: the names that the head may set.
-
-    Attributes:
-      names: those in braces.
-      settings: as written at the head.
-      fingerprint: a digest of the whole text.
-
-    Raises:
-      ValueError: for a setting that is not known.
 
     >>> template = Template("---\\nmax_tokens: 8\\n---\\n{prompt}: {response}?")
     >>> template.settings

@@ -61,12 +61,6 @@ def run(
         ``samples/``, ``results.json``, ``report.html`` and ``study.html``.
       seed: of data, training and samples.
       redo: stages to make again, such as ``dpo``.
-
-    Returns:
-      The table.
-
-    Raises:
-      ValueError: when a stage in `run_dir` was made with other inputs.
     """
     started = time.monotonic()
     with Study(run_dir, redo=redo) as study:
@@ -117,9 +111,6 @@ def train(
       seed: of the data and the run.
       settings: gin macros beside `COMMON`'s.
       gin_file: ``runs/<gin_file>.gin``.
-
-    Returns:
-      The run directory.
     """
     data = {
         macro: study.file(

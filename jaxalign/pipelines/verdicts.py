@@ -60,20 +60,16 @@ def groups(samples: Path) -> list[tuple[str, list[str]]]:
 def training_rows(
     judged: Iterable[Mapping[str, Any]], schema: str
 ) -> tuple[list[dict[str, Any]], float, int]:
-    """Training rows from verdicts.
+    """Training rows from verdicts; a response without a score is left out.
 
     Args:
-      judged: ``{"prompt", "responses", "scores"}`` each; a score that is null or NaN
-        is no verdict, and its response is left out.
+      judged: ``{"prompt", "responses", "scores"}`` each.
       schema: ``"preference"``: the best against the worst response, with the
         difference of their scores as the margin; ``"trajectory"``: every response with
         its score as the reward; ``"supervised"``: the best response.
 
     Returns:
       ``(rows, mean score of all responses, prompts whose responses tie)``.
-
-    Raises:
-      ValueError: for another schema.
 
     >>> judged = [{"prompt": "2+2?", "responses": ["4", "5"], "scores": [1.0, 0.0]}]
     >>> training_rows(judged, "preference")[0]

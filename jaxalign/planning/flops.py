@@ -13,14 +13,9 @@ from jax.extend import core
 def matmul_flops(function: Callable[..., Any], *args: Any, loop_trips: int = 1) -> int:
     """Operations of every matrix product of one call, over all devices together.
 
-    Two for each multiply-add. Scans are multiplied out and what rematerialisation
-    computes again is counted again; element-wise work, which is some percent in a
-    transformer, is not counted.
-
-    Args:
-      function: the function, jitted or not.
-      *args: arrays or ``ShapeDtypeStruct``.
-      loop_trips: how often a ``while_loop`` runs, such as a decode loop.
+    Two for each multiply-add. Scans are multiplied out, a ``while_loop`` runs
+    ``loop_trips`` times, and what rematerialisation computes again is counted again;
+    element-wise work, which is some percent in a transformer, is not counted.
 
     >>> import jax.numpy as jnp
     >>> x = jax.ShapeDtypeStruct((4, 8), jnp.float32)

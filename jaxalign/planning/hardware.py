@@ -162,9 +162,6 @@ def check_libtpu(jax_version: str, wants: list[str], found: str) -> None:
     A jaxlib reads what the compiler of its own release makes; of a newer one it may
     not, and then fails where a program is printed.
 
-    Raises:
-      ImportError: saying what to install.
-
     >>> check_libtpu("0.10.2", ["libtpu==0.0.42.*; extra == 'tpu'"], "0.0.42.1")
     """
     for requirement in wants:

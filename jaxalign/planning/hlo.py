@@ -57,9 +57,7 @@ class Traffic:
 def shape_bytes(shape: str, *, main_memory: bool = False) -> int:
     """Bytes of an array or tuple shape, tile padding not counted.
 
-    Args:
-      shape: HLO text.
-      main_memory: count only what lives in main memory (space 0), not on the chip.
+    With ``main_memory`` only of what lives in main memory (space 0), not on the chip.
 
     >>> shape_bytes("(f32[4,2]{1,0}, bf16[8]{0:T(256)S(1)})")
     48

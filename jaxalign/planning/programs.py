@@ -58,11 +58,7 @@ def row_shape(run: runs.Run, objective: Objective) -> RowShape:
 
 
 def abstract_setup(run: runs.Run, mesh: jax.sharding.Mesh) -> runs.Setup:
-    """The run's `Setup` on a mesh, without data.
-
-    Raises:
-      ValueError: where batch or network do not divide over the mesh.
-    """
+    """The run's `Setup` on a mesh, without data."""
     objective = run.objective(model=run.model)
     meshes.check_batch(mesh, run.dataset.batch_size, run.num_microbatches)
     state = runs.abstract_state(run, objective, mesh)

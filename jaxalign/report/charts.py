@@ -202,11 +202,7 @@ def line_chart(
 ) -> tuple[str, list[str]]:
     """Curves over steps, at least one with a finite value; notes for their caption.
 
-    Args:
-      series: the curves.
-      title: for screen readers.
-      unit_interval: fix the axis to 0..1.
-      smoothing: draw long noisy curves as a moving mean over faint points.
+    Long noisy curves become a moving mean over faint points, if `smoothing`.
     """
     drawn = [s for s in series if np.isfinite(s.values).any()]
     y0, y1, clipped = _limits(drawn, unit_interval)
@@ -261,11 +257,7 @@ def line_chart(
 def calibration_chart(
     groups: Sequence[tuple[str, int, Sequence[tuple[float, float, float]]]],
 ) -> str:
-    """Mean target over predicted value, one circle a bin, with the identity line.
-
-    Args:
-      groups: ``(label, colour, [(value, target, count), ...])``.
-    """
+    """A circle a bin: groups are ``(label, colour, [(value, target, count)])``."""
     points = np.array([p[:2] for _, _, bins in groups for p in bins], np.float64)
     low, high = float(points.min()), float(points.max())
     pad = 0.08 * (high - low) or 1.0

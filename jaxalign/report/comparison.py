@@ -16,13 +16,7 @@ from jaxalign.report import style
 
 
 def write(path: Path, results: Mapping[str, Any], *, steps: int, split: str) -> None:
-    """Writes one self-contained HTML page.
-
-    Args:
-      path: of the page.
-      results: what `jaxalign.pipelines.compare.collect` returns.
-      steps: of each objective, for the page's text.
-      split: of the prompts, for the page's text.
+    """Writes one self-contained HTML page of what `pipelines.compare.collect` returns.
 
     Raises:
       ImportError: without matplotlib, saying how to get it.
@@ -51,11 +45,7 @@ def write(path: Path, results: Mapping[str, Any], *, steps: int, split: str) -> 
 
 
 def pyplot() -> Any:
-    """Matplotlib's pyplot, drawing to files.
-
-    Raises:
-      ImportError: saying how to get it.
-    """
+    """Matplotlib's pyplot, drawing to files."""
     try:
         import matplotlib
     except ImportError:

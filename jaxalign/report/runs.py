@@ -54,9 +54,6 @@ def find(run_dirs: Iterable[str | Path]) -> list[Path]:
     """The run directories meant: a folder of runs stands for the runs in it.
 
     Its runs come in the order of its ``results.json``, the others by name.
-
-    Raises:
-      FileNotFoundError: for a path that does not exist, with the nearest that does.
     """
     found: list[Path] = []
     for path in map(Path, run_dirs):

@@ -15,17 +15,7 @@ from jaxalign.report import curves, runs, sections, style
 def write(
     folder: Path, title: str, stages: Mapping[str, Mapping[str, Any]], body: str = ""
 ) -> Path:
-    """Writes ``folder/study.html``.
-
-    Args:
-      folder: of the study.
-      title: of the page.
-      stages: manifest entries by stage, in order.
-      body: HTML that comes first, such as the table of results.
-
-    Returns:
-      The page's path.
-    """
+    """Writes ``study.html``: `body`, the manifest's `stages`, their runs' curves."""
     found = [folder / name for name in stages if (folder / name).is_dir()]
     trained = runs.load(found)
     parts = [f"<h1>{html.escape(title)}</h1>", body, "<h2>Stages</h2>", _table(stages)]

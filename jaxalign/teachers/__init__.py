@@ -46,10 +46,7 @@ class Teacher(Protocol):
 
 
 def resolve(text: str) -> Teacher:
-    """The teacher that a string names.
-
-    Args:
-      text: see the module's documentation.
+    """The teacher that a string names; see the module's documentation.
 
     Raises:
       ValueError: for an address without a model.

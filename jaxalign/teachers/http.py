@@ -27,8 +27,7 @@ class HTTPTeacher:
 
     Retries with growing pauses, and a server's ``Retry-After``, are the official
     client's. An answer is on disk before it is returned, and a request that was
-    answered is never sent again: what is generated twice is equal, and a job that was
-    killed goes on at no cost.
+    answered is never sent again: a job that was killed goes on at no cost.
 
     Args:
       url: of the server's API, such as ``http://127.0.0.1:8000/v1``.
@@ -43,9 +42,6 @@ class HTTPTeacher:
 
     Attributes:
       usage: how many requests, prompt tokens and completion tokens were paid for.
-
-    Raises:
-      ImportError: without the `openai` package, saying how to get it.
     """
 
     def __init__(

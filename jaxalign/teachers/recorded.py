@@ -24,13 +24,10 @@ def padded(texts: Sequence[str], n: int) -> list[str | None]:
 
 
 class Recording:
-    """A JSON Lines file of answers by request, which only grows.
+    """A JSON Lines file of answers by request, which only grows; it need not exist.
 
     A line is ``{"key", "prompt", "settings", "response"}``. The key is a digest of
     prompt and settings; several lines of one key are several samples, in order.
-
-    Args:
-      path: of the file; it need not exist.
     """
 
     def __init__(self, path: str | Path):
@@ -82,14 +79,8 @@ def _cut_torn_line(file: BinaryIO) -> None:
 class RecordedTeacher:
     """Answers from a JSON Lines file with ``prompt`` and ``response`` in each row.
 
-    The settings of a request do not matter: a prompt's n-th text is its n-th row.
-
-    Args:
-      path: of the file, such as one of ``jaxalign generate`` or a `Recording`.
-
-    Raises:
-      FileNotFoundError: when it is not there.
-      ValueError: naming the line that has no prompt or response.
+    The settings of a request do not matter: a prompt's n-th text is its n-th row. The
+    file may be one of ``jaxalign generate`` or a `Recording`.
     """
 
     def __init__(self, path: str | Path):

@@ -43,13 +43,11 @@ def number(value: float) -> str:
     >>> [number(x) for x in (0.0, 12345.0, 0.001, 0.00002, -1.5, float("nan"))]
     ['0', '12.35k', '0.001', '2e-05', '-1.5', 'NaN']
     """
-    if math.isnan(value):
-        return "NaN"
-    if math.isinf(value):
-        return "∞" if value > 0 else "-∞"
-    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+    if not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "∞" if value > 0 else "-∞"
+    for limit, size, unit in ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
         if abs(value) >= limit:
-            return f"{value / (limit if unit != 'k' else 1e3):.4g}{unit}"
+            return f"{value / size:.4g}{unit}"
     return f"{value:.4g}"
 
 
@@ -59,7 +57,7 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     >>> ticks(0.0, 0.93)
     [0.0, 0.25, 0.5, 0.75]
     """
-    raw = (high - low) / max(count - 1, 1)
+    raw = (high - low) / (count - 1)
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999)
     first = math.ceil(low / step - 1e-9)
@@ -105,7 +103,10 @@ def _limits(series: Sequence[Series], unit_interval: bool) -> tuple[float, float
     low = float(min(v.min() for v in finite))
     high = float(max(v.max() for v in finite))
     # A running median drops lone spikes and keeps what lasts, a steep start included.
-    medians = [_median_of_five(v) for v in finite if len(v) >= 20]
+    windows = (
+        np.lib.stride_tricks.sliding_window_view(v, 5) for v in finite if len(v) >= 20
+    )
+    medians = [np.median(window, axis=1) for window in windows]
     clipped = False
     if len(medians) == len(finite):
         floor = float(min(v.min() for v in medians))
@@ -124,10 +125,6 @@ def _limits(series: Sequence[Series], unit_interval: bool) -> tuple[float, float
     return (low if low == 0 else low - pad), high + pad, clipped
 
 
-def _median_of_five(values: np.ndarray) -> np.ndarray:
-    return np.median(np.lib.stride_tricks.sliding_window_view(values, 5), axis=1)
-
-
 def _tag(name: str, kind: str, content: str = "", /, **attributes: Any) -> str:
     """An SVG element of a class; numbers to a tenth of a pixel."""
     written = ""
@@ -137,8 +134,9 @@ def _tag(name: str, kind: str, content: str = "", /, **attributes: Any) -> str:
     return f'<{name} class="{kind}"{written}>{content}</{name}>'
 
 
-def _svg(body: Iterable[str], height: int, width: int, **attributes: Any) -> str:
-    kind = attributes.pop("kind", "")
+def _svg(
+    body: Iterable[str], height: int, width: int, kind: str = "", **attributes: Any
+) -> str:
     size = f"0 0 {width} {height}"
     return _tag("svg", kind, "".join(body), viewBox=size, **attributes)
 
@@ -213,9 +211,8 @@ def line_chart(
     frame = _Frame(x0, x1 if x1 > x0 else x0 + 1.0, y0, y1)
     notes = []
     if clipped:
-        extreme = max(
-            (float(v) for s in drawn for v in s.values[np.isfinite(s.values)]), key=abs
-        )
+        every = np.concatenate([s.values for s in drawn])
+        extreme = max(every[np.isfinite(every)], key=abs)
         notes.append(f"axis clipped; extreme {number(extreme)}")
     raw, body = [], []
     for s in drawn:
@@ -272,19 +269,11 @@ def calibration_chart(
         body.append(_tag("path", f"line c{colour}", d=_path(frame, xs, ys)))
         for value, target, count in order:
             text = (
-                f"{label}: value {number(value)}, mean target {number(target)}, "
-                f"{int(count)} responses"
+                f"<title>{html.escape(label)}: value {number(value)}, mean target "
+                f"{number(target)}, {int(count)} responses</title>"
             )
-            body.append(
-                _tag(
-                    "circle",
-                    f"dot c{colour}",
-                    f"<title>{html.escape(text)}</title>",
-                    cx=frame.x(value),
-                    cy=frame.y(target),
-                    r=2 + 5 * math.sqrt(count / top),
-                )
-            )
+            x, y, r = frame.x(value), frame.y(target), 2 + 5 * math.sqrt(count / top)
+            body.append(_tag("circle", f"dot c{colour}", text, cx=x, cy=y, r=r))
     return _svg(body, HEIGHT, WIDTH, role="img", aria_label="value calibration")
 
 

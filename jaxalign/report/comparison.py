@@ -146,39 +146,25 @@ def _matrix(table: Mapping[str, Any], wins: Mapping[str, Any]) -> str:
     figure, axes = pyplot().subplots(figsize=(size, size))
     axes.imshow(rates, cmap="RdBu", vmin=0, vmax=100)
     for i, j in np.argwhere(np.isfinite(rates)):
-        dark = abs(rates[i, j] - 50) > 35
-        axes.text(
-            j,
-            i,
-            f"{rates[i, j]:.0f}",
-            ha="center",
-            va="center",
-            fontsize=6,
-            color="white" if dark else "black",
-        )
+        colour = "white" if abs(rates[i, j] - 50) > 35 else "black"
+        place = {"ha": "center", "va": "center", "fontsize": 6}
+        axes.text(j, i, f"{rates[i, j]:.0f}", color=colour, **place)
     axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
     axes.set_yticks(range(len(names)), names, fontsize=7)
     return _figure(figure)
 
 
 def _table(table: Mapping[str, Any], wins: Mapping[str, Any]) -> str:
-    def spread(values: list[float], digits: int) -> str:
-        text = f"{np.mean(values):.{digits}f}"
-        if len(values) > 1:
-            text += f" ± {np.std(values, ddof=1):.{digits}f}"
-        return text
-
     rows = []
     for name in _by_reward(table):
-        row = table[name]
-        won = f"{wins[name]['sft']:.1%}" if name != "sft" else "–"
-        cells = (
-            html.escape(name),
-            spread(row["reward"], 3),
-            won,
-            spread(row["kl"], 2),
-            spread(row["tokens"], 1),
-        )
+        cells = [html.escape(name)]
+        for column, digits in (("reward", 3), ("kl", 2), ("tokens", 1)):
+            values = table[name][column]
+            text = f"{np.mean(values):.{digits}f}"
+            if len(values) > 1:
+                text += f" ± {np.std(values, ddof=1):.{digits}f}"
+            cells.append(text)
+        cells.insert(2, f"{wins[name]['sft']:.1%}" if name != "sft" else "–")
         rows.append("<tr>" + "".join(f"<td>{c}</td>" for c in cells) + "</tr>")
     heads = ("objective", "true reward", "win rate vs SFT", "KL", "tokens")
     head = "".join(f"<th>{h}</th>" for h in heads)

@@ -89,12 +89,10 @@ def _page(title: str, runs: list[run_files.Run], tables: list) -> str:
 
 
 def _missing(runs: list[run_files.Run]) -> str:
-    lines = [
+    lines = "".join(
         f"<li><b>{html.escape(run.name)}</b>: "
         f"{html.escape('; '.join(dict.fromkeys(run.missing)))}</li>"
         for run in runs
         if run.missing
-    ]
-    if not lines:
-        return ""
-    return f'<div class="warn">Not all is here:<ul>{"".join(lines)}</ul></div>'
+    )
+    return lines and f'<div class="warn">Not all is here:<ul>{lines}</ul></div>'

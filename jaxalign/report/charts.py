@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
 WIDTH, HEIGHT = 400, 220
 _RANGE_WIDTH = 240
@@ -103,10 +104,8 @@ def _limits(series: Sequence[Series], unit_interval: bool) -> tuple[float, float
     low = float(min(v.min() for v in finite))
     high = float(max(v.max() for v in finite))
     # A running median drops lone spikes and keeps what lasts, a steep start included.
-    windows = (
-        np.lib.stride_tricks.sliding_window_view(v, 5) for v in finite if len(v) >= 20
-    )
-    medians = [np.median(window, axis=1) for window in windows]
+    fives = [sliding_window_view(v, 5) for v in finite if len(v) >= 20]
+    medians = [np.median(window, axis=1) for window in fives]
     clipped = False
     if len(medians) == len(finite):
         floor = float(min(v.min() for v in medians))

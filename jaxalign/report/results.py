@@ -23,10 +23,9 @@ def results_table(path: Path, rows: dict[str, dict[str, Any]], runs: list[Run]) 
     spare = [c for c in range(10) if c not in taken] or list(range(10))
     means = [_numeric(row.get("true_reward")) for row in rows.values()]
     limits = _limits(rows, means)
-    extra = list(
-        dict.fromkeys(k for row in rows.values() for k in row if k not in _OWN)
-    )
-    has_wins = any("win_rate_vs_sft" in row for row in rows.values())
+    columns = dict.fromkeys(k for row in rows.values() for k in row)
+    extra = [k for k in columns if k not in _OWN]
+    has_wins = "win_rate_vs_sft" in columns
     head = '<th>run</th><th class="num">true reward</th>'
     head += "<th>mean and 95% interval</th>" if limits else ""
     names = ["win rate vs SFT"] * has_wins + [esc(k.replace("_", " ")) for k in extra]
@@ -51,11 +50,9 @@ def results_table(path: Path, rows: dict[str, dict[str, Any]], runs: list[Run]) 
         cells += "".join(f'<td class="num">{value}</td>' for value in values)
         body.append(f"<tr>{cells}</tr>")
     if limits:
+        axis = f"<td></td><td></td><td>{charts.range_axis(limits)}</td>"
         after = "<td></td>" * len(names)
-        axis = charts.range_axis(limits)
-        body.append(
-            f'<tr class="axis-row"><td></td><td></td><td>{axis}</td>{after}</tr>'
-        )
+        body.append(f'<tr class="axis-row">{axis}{after}</tr>')
     return (
         f'<p class="note">From <code>{esc(path.parent.name)}/{path.name}</code>. The '
         f"dashed line is the mean of {esc(next(iter(rows)))}.</p>"
@@ -92,12 +89,11 @@ def _win_rate(row: dict[str, Any]) -> str:
     rate = _numeric(row.get("win_rate_vs_sft"))
     if rate is None:
         return "—"
-    text = f"{100 * rate:.1f}%"
-    interval = _interval(row.get("win_rate_ci95"))
-    if interval:
-        low, high = interval
-        text += f" <small>[{100 * low:.1f}, {100 * high:.1f}]</small>"
-    return text
+    interval = ""
+    if ends := _interval(row.get("win_rate_ci95")):
+        low, high = ends
+        interval = f" <small>[{100 * low:.1f}, {100 * high:.1f}]</small>"
+    return f"{100 * rate:.1f}%{interval}"
 
 
 def _plain(value: Any) -> str:

@@ -142,9 +142,8 @@ def _calibration(path: Path, missing: list[str]) -> list[tuple[float, float, flo
     try:
         bins = [tuple(float(b[name]) for name in names) for b in found["bins"]]
     except (KeyError, TypeError, ValueError) as error:
-        missing.append(
-            f"{CALIBRATION_FILE} has no bins of {', '.join(names)}: {error!r}"
-        )
+        what = f"{CALIBRATION_FILE} has no bins of {', '.join(names)}"
+        missing.append(f"{what}: {error!r}")
         return []
     return [b for b in bins if np.isfinite(b).all() and b[2] > 0]
 

@@ -44,10 +44,7 @@ def _table(stages: Mapping[str, Mapping[str, Any]]) -> str:
             f"<tr><th>{html.escape(name)}</th><td>{took}</td><td><details><summary>"
             f"{len(entry['key'])} inputs</summary>{inputs}</details></td></tr>"
         )
-    return (
-        '<div class="scroll"><table><thead><tr><th>stage</th><th>time</th>'
-        f"<th>depends on</th></tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
-    )
+    return style.table("<th>stage</th><th>time</th><th>depends on</th>", rows)
 
 
 def _short(value: Any) -> str:

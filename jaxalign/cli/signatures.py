@@ -72,12 +72,12 @@ def read(function: str) -> Signature:
     0
     """
     source, _, name = function.rpartition(":")
-    tree = ast.parse(_path(source).read_text(encoding="utf-8"))
-    defined = {
-        node.name: node
-        for node in tree.body
-        if isinstance(node, ast.FunctionDef | ast.ClassDef)
-    }
+    path = PACKAGE / source
+    if not path.is_file():
+        path = Path(user_code.load_module(source).__file__)
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    kinds = ast.FunctionDef | ast.ClassDef
+    defined = {node.name: node for node in tree.body if isinstance(node, kinds)}
     node = defined.get(name)
     if not isinstance(node, ast.FunctionDef):
         raise ValueError(
@@ -86,33 +86,24 @@ def read(function: str) -> Signature:
     texts = _texts(node)
     own: dict[str, Parameter] = {}
     groups: dict[str, dict[str, Parameter]] = {}
-    arguments = node.args
-    words = [*arguments.posonlyargs, *arguments.args]
-    missing = [None] * (len(words) - len(arguments.defaults))
-    pairs = [*zip(words, [*missing, *arguments.defaults], strict=True)]
-    pairs += zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)
-    for at, (argument, default) in enumerate(pairs):
+    given = node.args
+    words = [*given.posonlyargs, *given.args]
+    defaults = [None] * (len(words) - len(given.defaults)) + given.defaults
+    pairs = zip(words + given.kwonlyargs, defaults + given.kw_defaults, strict=True)
+    for argument, default in pairs:
         made = _parameter(argument.arg, argument.annotation, default, texts)
         if isinstance(group := defined.get(made.type), ast.ClassDef):
             of_class = _texts(group)
-            fields = [f for f in group.body if isinstance(f, ast.AnnAssign)]
             groups[made.name] = {
                 f.target.id: _parameter(f.target.id, f.annotation, f.value, of_class)
-                for f in fields
+                for f in group.body
+                if isinstance(f, ast.AnnAssign)
             }
         else:
-            own[made.name] = made._replace(
-                positional=at < len(words) and made.default is REQUIRED
-            )
+            is_word = argument in words and made.default is REQUIRED
+            own[made.name] = made._replace(positional=is_word)
     summary = (ast.get_docstring(node) or "").partition("\n\n")[0]
     return Signature(" ".join(summary.split()), own, groups)
-
-
-def _path(source: str) -> Path:
-    packaged = PACKAGE / source
-    if packaged.is_file():
-        return packaged
-    return Path(user_code.load_module(source).__file__)
 
 
 def _parameter(

@@ -13,6 +13,10 @@ from typing import Literal
 
 from jaxalign import configs
 
+# Of the flags of `Settings` that are not called as their macro is.
+_MACROS = {"checkpoint": "INITIAL_CHECKPOINT_PATH", "steps": "TRAIN_STEPS"}
+_MACROS |= {"seed": "RANDOM_SEED", "run_dir": "MODEL_DIR"}
+
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
@@ -40,19 +44,12 @@ class Settings:
     @classmethod
     def macros(cls) -> dict[str, str]:
         """The macro of each flag."""
-        own = {
-            "checkpoint": "INITIAL_CHECKPOINT_PATH",
-            "steps": "TRAIN_STEPS",
-            "seed": "RANDOM_SEED",
-            "run_dir": "MODEL_DIR",
-        }
-        names = (field.name for field in dataclasses.fields(cls))
-        return {name: own.get(name, name.upper()) for name in names}
+        names = [field.name for field in dataclasses.fields(cls)]
+        return {n: _MACROS.get(n, n.upper()) for n in names}
 
     def bindings(self) -> list[str]:
-        given = {n: v for n, v in vars(self).items() if v is not None}
-        macros = self.macros()
-        return [f"{macros[name]} = {value!r}" for name, value in given.items()]
+        pairs = zip(self.macros().values(), vars(self).values(), strict=True)
+        return [f"{macro} = {value!r}" for macro, value in pairs if value is not None]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -61,6 +61,8 @@ __all__ = [
 # What `network` tells of the last `parse`; gin's configuration is global too.
 _network: strength.Network | None = None
 _DEFAULTS = Path("(defaults)")
+# What gin raises for a mistake in a file, but for one of syntax.
+_GIN_ERRORS = (ValueError, LookupError, ImportError, NameError, AttributeError)
 
 
 def parse(
@@ -72,8 +74,7 @@ def parse(
     """Replaces gin's configuration by these files and bindings, and locks it.
 
     Args:
-      gin_files: names as in ``--gin_file``; a user's own override the packaged ones,
-        later ones earlier ones.
+      gin_files: names as in ``--gin_file``.
       bindings: ``"NAME = VALUE"`` strings; they override the files.
       search_paths: folders to look in after the working folder.
       defaults: gin text that everything else overrides.
@@ -119,6 +120,13 @@ def check(
     return {name: value for file in every for name, value in file.macros.items()}
 
 
+def _scanned(
+    gin_files: Iterable[str | Path], search_paths: Iterable[str | Path]
+) -> list[Scanned]:
+    paths = tuple(Path(path) for path in search_paths)
+    return [scan(find(str(name), paths), paths) for name in gin_files]
+
+
 def _settle(
     gin_files: Iterable[str | Path],
     bindings: Iterable[str],
@@ -126,8 +134,7 @@ def _settle(
     defaults: str,
 ) -> tuple[list[Scanned], list[Scanned], strength.Network | None]:
     """The files, what the flags say, and the network's file."""
-    paths = tuple(Path(path) for path in search_paths)
-    files = [scan(find(str(name), paths), paths) for name in gin_files]
+    files = _scanned(gin_files, search_paths)
     found = strength.settle(files)
     if defaults:
         weakest = Scanned(_DEFAULTS, defaults, is_default=True)
@@ -170,8 +177,7 @@ def macros(
     >>> "DATA" in macros(["runs/dpo.gin"])
     True
     """
-    paths = tuple(Path(path) for path in search_paths)
-    roots = [scan(find(str(name), paths), paths) for name in gin_files]
+    roots = _scanned(gin_files, search_paths)
     files = [file for root in roots for file in root.walk()]
     return {name for file in files for name in (*file.macros, *file.reads)}
 
@@ -235,7 +241,7 @@ def _apply(file: Scanned, scanned: Sequence[Scanned], defaults: bool) -> None:
         try:
             if own:
                 gin.parse_config(NamedText(piece, str(file.path)))
-        except (ValueError, LookupError, ImportError, NameError, AttributeError) as e:
+        except _GIN_ERRORS as e:
             raise ConfigError(explain(e, scanned, file)) from e
         except SyntaxError as e:
             raise ConfigError(f"{file.path}:{e.lineno}: {e.msg}") from e
@@ -253,9 +259,8 @@ def _apply_binding(flag: Scanned, scanned: Sequence[Scanned]) -> None:
                 raise
             # A value such as @optax.sgd that no file mentions: look it up among what
             # the files import.
-            statements = {s.format(): None for file in scanned for s in file.imports}
-            dynamic = "from __gin__ import dynamic_registration"
-            statements.pop(dynamic, None)
-            gin.parse_config("\n".join([dynamic, *statements, flag.text]))
-    except (ValueError, LookupError, ImportError, NameError, AttributeError) as error:
+            dynamic = {"from __gin__ import dynamic_registration": None}
+            lines = {s.format(): None for file in scanned for s in file.imports}
+            gin.parse_config("\n".join([*(dynamic | lines), flag.text]))
+    except _GIN_ERRORS as error:
         raise ConfigError(explain(error, scanned, flag)) from error

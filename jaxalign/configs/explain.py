@@ -15,7 +15,6 @@ from jaxalign.configs.names import did_you_mean, did_you_mean_or
 from jaxalign.configs.scan import Macro, Scanned, short
 from jaxalign.configs.strength import in_order
 
-_REQUIRED = "gin.REQUIRED"
 # What gin adds to every error that passes through a configured function.
 _CALL = re.compile(r"\n  In call to configurable '[^']*' \(.*\)(?: in scope '[^']*')?$")
 # An object as Python shows it, with its address in memory.
@@ -83,13 +82,11 @@ def explain_missing(
     values: dict[str, Any] = {}
     readers: dict[str, Scanned] = {}
     for file in [*in_order(files), *flags]:
-        values.update(file.macros)
-        readers |= {name: file for name in file.reads}
-    required = Macro(_REQUIRED)
-    missing = sorted(
-        {name for name in readers if name not in values}
-        | {name for name, value in values.items() if value == required}
-    )
+        values |= file.macros
+        readers |= dict.fromkeys(file.reads, file)
+    required = Macro("gin.REQUIRED")
+    named = sorted({*values, *readers})
+    missing = [name for name in named if values.get(name, required) == required]
     if not missing:
         return str(error)
     lines = [f"These macros have no value: {', '.join(missing)}."]
@@ -103,12 +100,12 @@ def explain_missing(
 
 def _parameters(selector: str) -> list[str]:
     try:
-        wrapped = gin.get_configurable(selector)
+        found = gin.get_configurable(selector)
     except ValueError:
         return []
-    if inspect.isclass(wrapped):  # gin's own wrapper of a class hides its signature
-        return list(inspect.signature(wrapped.__init__).parameters)[1:]
-    return list(inspect.signature(wrapped).parameters)
+    if inspect.isclass(found):  # gin's own wrapper of a class hides its signature
+        return list(inspect.signature(found.__init__).parameters)[1:]
+    return list(inspect.signature(found).parameters)
 
 
 def _siblings(module: str) -> list[str]:

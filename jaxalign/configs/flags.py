@@ -14,7 +14,7 @@ from jaxalign.configs.scan import Scanned, short, statements_of
 
 
 class GinFlags(NamedTuple):
-    """What :func:`parse_flags` found."""
+    """What `parse_flags` found."""
 
     gin_files: list[str]
     gin_bindings: list[str]  # "NAME = VALUE"
@@ -106,11 +106,10 @@ def check_binding(binding: str, macros: Mapping[str, Any]) -> Scanned:
 def _parsed(name: str, binding: str) -> Scanned | None:
     scanned = Scanned(Path(f"--gin.{name}"), binding)
     try:
-        statements = statements_of(scanned, "")
-    except ConfigError:
+        (statement,) = statements_of(scanned, "")
+    except ValueError:  # a `ConfigError`, or several statements
         return None
-    one = len(statements) == 1
-    is_binding = one and isinstance(statements[0], config_parser.BindingStatement)
+    is_binding = isinstance(statement, config_parser.BindingStatement)
     return scanned if is_binding else None
 
 

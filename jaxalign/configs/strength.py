@@ -111,10 +111,8 @@ def _leave_out(file: Scanned, defaults: set[int]) -> None:
 
 def _check_objective(files: Sequence[Scanned]) -> None:
     """Refuses a run that would have no effect beside another one."""
-    runs: list[tuple[int, Scanned]] = []
-    for i, root in enumerate(files):
-        setting = [f for f in root.walk() if _OBJECTIVE in f.macros]
-        runs += [(i, f) for f in setting]
+    trees = ((i, f) for i, root in enumerate(files) for f in root.walk())
+    runs = [(i, f) for i, f in trees if _OBJECTIVE in f.macros]
     package_runs = _distinct([f for _, f in runs if packaged(f)])
     if len(package_runs) > 1:
         first, second = (short(f.path) for f in package_runs[:2])

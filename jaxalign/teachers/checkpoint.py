@@ -14,8 +14,7 @@ class CheckpointTeacher:
     """Samples from the policy of a run directory, loaded when it is first asked."""
 
     def __init__(self, path: str, batch_size: int = 16):
-        self.path = path
-        self.batch_size = batch_size
+        self.path, self.batch_size = path, batch_size
         meta = checkpoints.read_meta(checkpoints.resolve(path))
         self.fingerprint = f"policy:{meta['policy_fingerprint']}"
         self._policy: Any = None

@@ -65,7 +65,14 @@ class HTTPTeacher:
         self.answers = Recording(answers)
         self.usage: Counter[str] = Counter()
         self._usage_lock = threading.Lock()
-        self._client = _client(
+        try:
+            import openai
+        except ImportError as error:
+            raise ImportError(
+                "A teacher behind HTTP needs the client: pip install "
+                "'jaxalign[teachers]'."
+            ) from error
+        self._client = openai.OpenAI(
             base_url=self.url,
             api_key=api_key or os.environ.get("OPENAI_API_KEY") or "none",
             max_retries=max_retries,
@@ -86,16 +93,10 @@ class HTTPTeacher:
         """``n`` texts for each prompt; None for each that the server refused.
 
         Raises:
-          ConnectionError: when no request was answered, or the server does not know
-            the key or the model.
+          ConnectionError: when no request was answered, or the key or model is unknown.
         """
-        settings = {
-            "temperature": temperature,
-            "top_p": top_p,
-            "max_tokens": max_tokens,
-            "stop": list(stop),
-            "seed": seed,
-        }
+        settings = {"temperature": temperature, "top_p": top_p, "seed": seed}
+        settings |= {"max_tokens": max_tokens, "stop": list(stop)}
         found = {p: self.answers.get(p, settings)[:n] for p in dict.fromkeys(prompts)}
         missing = {prompt: texts for prompt, texts in found.items() if len(texts) < n}
         if missing:
@@ -175,13 +176,3 @@ class _Refused(Exception):
 
 def _first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0][:200]
-
-
-def _client(**settings: Any) -> Any:
-    try:
-        import openai
-    except ImportError as error:
-        raise ImportError(
-            "A teacher behind HTTP needs the client: pip install 'jaxalign[teachers]'."
-        ) from error
-    return openai.OpenAI(**settings)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import logging
 import os
@@ -12,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from jaxalign.files import file_sha256
+from jaxalign.files import file_sha256, json_sha256
 
 _log = logging.getLogger(__name__)
 _LONGEST_LINE = 1 << 24  # bytes
@@ -40,21 +39,15 @@ class Recording:
                     row = json.loads(line)
                     self._known.setdefault(row["key"], []).append(row["response"])
 
-    @staticmethod
-    def key(prompt: str, settings: Mapping[str, Any]) -> str:
-        """The digest that answers lie under."""
-        text = json.dumps([prompt, dict(settings)], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:32]
-
     def get(self, prompt: str, settings: Mapping[str, Any]) -> list[str]:
         """The answers there are to a request."""
-        return list(self._known.get(self.key(prompt, settings), []))
+        return list(self._known.get(_key(prompt, settings), []))
 
     def add(
         self, prompt: str, settings: Mapping[str, Any], responses: Sequence[str]
     ) -> None:
         """Keeps answers, on disk when this returns."""
-        key = self.key(prompt, settings)
+        key = _key(prompt, settings)
         row = {"key": key, "prompt": prompt, "settings": dict(settings)}
         lines = "".join(json.dumps({**row, "response": r}) + "\n" for r in responses)
         with self._lock:
@@ -66,6 +59,10 @@ class Recording:
                 file.flush()
                 os.fsync(file.fileno())
             self._known.setdefault(key, []).extend(responses)
+
+
+def _key(prompt: str, settings: Mapping[str, Any]) -> str:
+    return json_sha256([prompt, dict(settings)])[:32]
 
 
 def _cut_torn_line(file: BinaryIO) -> None:

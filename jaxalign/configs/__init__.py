@@ -18,8 +18,6 @@ is gin's own, which imports what the files import.
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,12 +45,10 @@ __all__ = [
     "check",
     "config_str",
     "configured",
-    "macro",
     "macros",
     "message",
     "nearest",
     "network",
-    "operative_config_str",
     "parse",
     "parse_flags",
 ]
@@ -146,29 +142,6 @@ def _settle(
     return files, flags, found
 
 
-def macro(name: str, default: Any = dataclasses.MISSING) -> Any:
-    """The value of a macro, with the macros and references inside it resolved.
-
-    Raises:
-      ConfigError: if it has no value and no default is given.
-
-    >>> gin.clear_config()
-    >>> _ = gin.parse_config(["SIZE = 4", "LENGTHS = [%SIZE, 2]"])
-    >>> macro("LENGTHS")
-    [4, 2]
-    """
-    try:
-        value = gin.query_parameter(f"{name}/gin.macro.value")
-    except ValueError:
-        if default is not dataclasses.MISSING:
-            return default
-        raise ConfigError(
-            f"The macro {name} has no value: set it with --gin.{name}=VALUE or in a "
-            "gin file."
-        ) from None
-    return copy.deepcopy(value)  # gin resolves references when they are copied
-
-
 def macros(
     gin_files: Iterable[str | Path], search_paths: Iterable[str | Path] = ()
 ) -> set[str]:
@@ -210,11 +183,6 @@ def config_str() -> str:
     Written to ``RUN_DIR/config.gin`` and parsed again it reproduces the run.
     """
     return gin.config_str()
-
-
-def operative_config_str() -> str:
-    """What was really used so far, the defaults of what was called included."""
-    return gin.operative_config_str()
 
 
 def _apply(file: Scanned, scanned: Sequence[Scanned], defaults: bool) -> None:

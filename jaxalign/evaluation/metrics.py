@@ -15,7 +15,7 @@ import itertools
 import logging
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -180,12 +180,6 @@ def words(text: str) -> list[str]:
     return [word for word in found if word]
 
 
-class _Words:
-    """`words`, as ``rouge-score`` asks for it."""
-
-    tokenize = staticmethod(words)
-
-
 def rouge(
     targets: Sequence[str | Sequence[str]],
     predictions: Sequence[str],
@@ -210,9 +204,8 @@ def rouge(
         raise ValueError(f"tokenize must be 'unicode' or 'ascii', got {tokenize!r}.")
     scoring = _import_optional("rouge_score.rouge_scorer", "rouge-score")
     names = ("rouge1", "rouge2", "rougeLsum")
-    scorer = scoring.RougeScorer(
-        names, tokenizer=_Words() if tokenize == "unicode" else None
-    )
+    tokenizer = SimpleNamespace(tokenize=words) if tokenize == "unicode" else None
+    scorer = scoring.RougeScorer(names, tokenizer=tokenizer)
     texts = [text for target in targets for text in _references(target)]
     bare = [t for t in texts if t.strip() and not words(t)]
     dropped = [t for t in texts if any(not w.isascii() for w in words(t))]

@@ -22,7 +22,6 @@ Of several processes the first decides, and makes all but training runs.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import functools
 import inspect
 import json
@@ -37,7 +36,7 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from jaxalign import remote
+from jaxalign import remote, user_code
 from jaxalign.cluster import exclusive
 from jaxalign.data import jsonl
 from jaxalign.files import file_sha256, json_sha256
@@ -96,8 +95,7 @@ class Study:
     def _read(self) -> None:
         self.stages = run_directory.read_manifest(self.folder).get("stages", {})
         for name in self._redo - set(self.stages):
-            near = difflib.get_close_matches(name, self.stages, 1, 0.0)
-            hint = f" Did you mean {near[0]!r}?" if near else " It has none yet."
+            hint = user_code.hint(name, self.stages) or f" It has {list(self.stages)}."
             raise ValueError(f"{self.folder} has no stage {name!r} to redo.{hint}")
 
     # ---- The three kinds of stages --------------------------------------------------

@@ -189,6 +189,7 @@ def traffic(text: str, slice_of: Mapping[int, int] | None = None) -> Traffic:
     memory = 0
     seen: set[tuple[str, str, str]] = set()
     for host, instructions, runs, fused in walk(entry, computations):
+        shapes = {i.name: i.shape for i in instructions}
         for i in instructions:
             kind = i.opcode.removesuffix("-start")
             if kind in COLLECTIVES:
@@ -201,19 +202,18 @@ def traffic(text: str, slice_of: Mapping[int, int] | None = None) -> Traffic:
                 groups = device_groups(i.rest)
                 slices = [{slice_of[d] for d in g} if slice_of else {0} for g in groups]
                 spans = any(len(found) > 1 for found in slices)
-                size = runs * _sent(kind, i, instructions, groups)
+                size = runs * _sent(kind, i, shapes, groups)
                 (across if spans else inside)[kind] += size
         if not fused:
             memory += runs * sum(
-                _accesses(i, instructions, computations) for i in instructions
+                _accesses(i, shapes, computations) for i in instructions
             )
     return Traffic(dict(inside), dict(across), memory)
 
 
 def _sent(
-    kind: str, i: Instruction, siblings: list[Instruction], groups: list[list[int]]
+    kind: str, i: Instruction, shapes: Mapping[str, str], groups: list[list[int]]
 ) -> int:
-    shapes = {s.name: s.shape for s in siblings}
     operands = sum(shape_bytes(shapes.get(name, "")) for name in i.operands)
     n = max((len(group) for group in groups), default=1)
     if kind == "collective-permute":
@@ -260,7 +260,7 @@ def device_groups(attributes: str) -> list[list[int]]:
 
 def _accesses(
     i: Instruction,
-    siblings: list[Instruction],
+    shapes: Mapping[str, str],
     computations: Mapping[str, list[Instruction]],
 ) -> int:
     """Bytes an instruction reads from and writes to main memory.
@@ -270,7 +270,6 @@ def _accesses(
     """
     if i.opcode in _FREE or i.opcode.endswith("-done"):
         return 0
-    shapes = {s.name: s.shape for s in siblings}
     read = [shape_bytes(shapes.get(o, ""), main_memory=True) for o in i.operands]
     written = shape_bytes(i.shape, main_memory=True)
     if i.opcode in ("dynamic-slice", "slice", "gather"):

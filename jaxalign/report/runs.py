@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import os
 import re
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from jaxalign import remote
+from jaxalign.configs.names import did_you_mean
 from jaxalign.training.metric_writers import CALIBRATION_FILE, read_metrics
 from jaxalign.training.profiling import BREAKDOWN
 
@@ -54,12 +54,10 @@ def find(run_dirs: Iterable[str | Path]) -> list[Path]:
     found: list[Path] = []
     for path in map(Path, run_dirs):
         if not path.is_dir():
-            siblings = path.parent.iterdir() if path.parent.is_dir() else []
-            names = sorted(p.name for p in siblings if p.is_dir())
-            near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.4)
-            hint = f" Nearest: {', '.join(near)}." if near else ""
+            beside = [p.name for p in path.parent.glob("*/")]
             raise FileNotFoundError(
-                f"{path}: expected a run directory, found none.{hint}"
+                f"{path}: expected a run directory, found none."
+                f"{did_you_mean(path.name, beside)}"
             )
         order = [name for _, rows in results([path]) for name in rows]
         inside = sorted(

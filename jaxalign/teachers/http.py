@@ -27,18 +27,16 @@ class HTTPTeacher:
 
     Retries with growing pauses, and a server's ``Retry-After``, are the official
     client's. An answer is on disk before it is returned, and a request that was
-    answered is never sent again: a job that was killed goes on at no cost.
+    answered is never sent again: a job that was killed goes on at no cost. The key is
+    ``OPENAI_API_KEY``; local servers need none.
 
     Args:
       url: of the server's API, such as ``http://127.0.0.1:8000/v1``.
       model: as the server calls it.
       answers: the file where answers are kept; by default one for each address and
         model in ``~/.cache/jaxalign/answers``.
-      api_key: by default ``OPENAI_API_KEY``; local servers need none.
-      system: a system message before every prompt.
       concurrency: requests on the way at a time.
       max_retries: of a request that failed in a way that may pass.
-      timeout: seconds for one request.
 
     Attributes:
       usage: how many requests, prompt tokens and completion tokens were paid for.
@@ -50,15 +48,11 @@ class HTTPTeacher:
         model: str,
         *,
         answers: str | Path | None = None,
-        api_key: str | None = None,
-        system: str | None = None,
         concurrency: int = 8,
         max_retries: int = 6,
-        timeout: float = 600.0,
     ):
-        self.url, self.model, self.system = url.rstrip("/"), model, system
-        self.concurrency = concurrency
-        self.fingerprint = f"http:{self.url}#{model}#{system or ''}"
+        self.url, self.model, self.concurrency = url.rstrip("/"), model, concurrency
+        self.fingerprint = f"http:{self.url}#{model}#"
         if answers is None:
             digest = hashlib.sha256(self.fingerprint.encode()).hexdigest()[:16]
             answers = Path(FOLDER).expanduser() / f"{digest}.jsonl"
@@ -74,9 +68,9 @@ class HTTPTeacher:
             ) from error
         self._client = openai.OpenAI(
             base_url=self.url,
-            api_key=api_key or os.environ.get("OPENAI_API_KEY") or "none",
+            api_key=os.environ.get("OPENAI_API_KEY") or "none",
             max_retries=max_retries,
-            timeout=timeout,
+            timeout=600.0,
         )
 
     def generate(
@@ -138,16 +132,13 @@ class HTTPTeacher:
     ) -> list[str]:
         import openai
 
-        messages = [{"role": "user", "content": prompt}]
-        if self.system:
-            messages.insert(0, {"role": "system", "content": self.system})
         # The first samples are there: more of the same seed would repeat them.
         changed = {"seed": settings["seed"] + have, "stop": settings["stop"] or None}
         hopeless = openai.AuthenticationError, openai.PermissionDeniedError
         try:
             reply = self._client.chat.completions.create(
                 model=self.model,
-                messages=messages,
+                messages=[{"role": "user", "content": prompt}],
                 n=n - have,
                 **{**settings, **changed},
             )

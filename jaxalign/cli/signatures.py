@@ -21,21 +21,13 @@ REQUIRED = object()
 
 
 class Parameter(NamedTuple):
-    """One parameter as it is written.
-
-    Attributes:
-      name: its name.
-      type: its annotation's source, without ``| None``.
-      default: a literal, or `REQUIRED`.
-      text: what the docstring says of it.
-      positional: whether it is a word of the command line rather than a flag.
-    """
+    """One parameter as it is written."""
 
     name: str
-    type: str
-    default: Any
-    text: str
-    positional: bool = False
+    type: str  # its annotation's source, without ``| None``
+    default: Any  # a literal, or `REQUIRED`
+    text: str  # what the docstring says of it
+    positional: bool = False  # a word of the command line rather than a flag
 
     @property
     def choices(self) -> tuple[str, ...]:
@@ -48,16 +40,11 @@ class Parameter(NamedTuple):
 
 
 class Signature(NamedTuple):
-    """What a function takes.
+    """What a function takes."""
 
-    Attributes:
-      summary: the docstring's first sentence.
-      parameters: its own, by name.
-      groups: those of the classes that annotate its other parameters, by parameter.
-    """
-
-    summary: str
-    parameters: dict[str, Parameter]
+    summary: str  # the docstring's first sentence
+    parameters: dict[str, Parameter]  # its own, by name
+    # those of the classes that annotate its other parameters, by parameter
     groups: dict[str, dict[str, Parameter]]
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from jaxalign import files, judges, report, world
 from jaxalign.data import jsonl
-from jaxalign.evaluation import compare, mean_reward
+from jaxalign.evaluation import compare
 from jaxalign.inference import generation
 from jaxalign.pipelines.study import Study
 
@@ -161,21 +161,14 @@ def _evaluate(samples: dict[str, Path]) -> dict[str, dict[str, Any]]:
         rows = jsonl.read_rows(path)
         prompts = [row["prompt"] for row in rows if row["sample"] == 0]
         given = [row["response"] for row in rows]
-        texts[name] = [given[i : i + 2] for i in range(0, len(given), 2)]
-        scores = judges.verdicts(zip(prompts, texts[name], strict=True), judge)
-        reward = mean_reward(scores)
-        results[name] = {
-            "true_reward": reward.mean,
-            "ci95": [reward.low, reward.high],
-            "mean_tokens": sum(row["num_tokens"] for row in rows) / len(rows),
-        }
+        texts[name] = own = [given[i : i + 2] for i in range(0, len(given), 2)]
+        compared = compare.compare_responses(prompts, own, texts["sft"], judge)
+        reward, *ends = compared.reward_a
+        tokens = sum(row["num_tokens"] for row in rows) / len(rows)
+        results[name] = {"true_reward": reward, "ci95": ends, "mean_tokens": tokens}
         if name != "sft":
-            compared = compare.compare_responses(
-                prompts, texts[name], texts["sft"], judge
-            )
-            rate = compared.win_rate
-            results[name]["win_rate_vs_sft"] = rate.mean
-            results[name]["win_rate_ci95"] = [rate.low, rate.high]
+            rate, *ends = compared.win_rate
+            results[name] |= {"win_rate_vs_sft": rate, "win_rate_ci95": ends}
     return results
 
 

@@ -96,20 +96,22 @@ def smooth(steps: np.ndarray, values: np.ndarray):
     return steps, mean
 
 
+def _ends(values: Sequence[np.ndarray]) -> tuple[float, float]:
+    every = np.concatenate(values)
+    return float(every.min()), float(every.max())
+
+
 def _limits(series: Sequence[Series], unit_interval: bool) -> tuple[float, float, bool]:
     """The y range, and whether rare outliers fall outside of it."""
     if unit_interval:
         return 0.0, 1.0, False
     finite = [s.values[np.isfinite(s.values)] for s in series]
-    low = float(min(v.min() for v in finite))
-    high = float(max(v.max() for v in finite))
-    # A running median drops lone spikes and keeps what lasts, a steep start included.
-    fives = [sliding_window_view(v, 5) for v in finite if len(v) >= 20]
-    medians = [np.median(window, axis=1) for window in fives]
+    low, high = _ends(finite)
     clipped = False
-    if len(medians) == len(finite):
-        floor = float(min(v.min() for v in medians))
-        ceiling = float(max(v.max() for v in medians))
+    if all(len(v) >= 20 for v in finite):
+        # A running median drops lone spikes and keeps what lasts, steep starts too.
+        fives = (sliding_window_view(v, 5) for v in finite)
+        floor, ceiling = _ends([np.median(window, axis=1) for window in fives])
         span = ceiling - floor
         if span > 0 and high > ceiling + 2 * span:
             high, clipped = ceiling + 0.5 * span, True
@@ -254,8 +256,7 @@ def calibration_chart(
     groups: Sequence[tuple[str, int, Sequence[tuple[float, float, float]]]],
 ) -> str:
     """A circle a bin: groups are ``(label, colour, [(value, target, count)])``."""
-    points = np.array([p[:2] for _, _, bins in groups for p in bins], np.float64)
-    low, high = float(points.min()), float(points.max())
+    low, high = _ends([np.array(b[:2]) for _, _, bins in groups for b in bins])
     pad = 0.08 * (high - low) or 1.0
     frame = _Frame(low - pad, high + pad, low - pad, high + pad)
     top = max(count for _, _, bins in groups for *_, count in bins)

@@ -34,11 +34,8 @@ def results_table(path: Path, rows: dict[str, dict[str, Any]], runs: list[Run]) 
     for i, ((name, row), mean) in enumerate(zip(rows.items(), means, strict=True)):
         colour = colours.get(name, spare[i % len(spare)])
         interval = _interval(row.get("ci95"))
-        text = "—" if mean is None else f"{mean:.3f}"
-        if interval:
-            text += f" <small>[{interval[0]:.3f}, {interval[1]:.3f}]</small>"
         cells = f'<th scope="row"><i class="key c{colour}"></i>{esc(name)}</th>'
-        cells += f'<td class="num">{text}</td>'
+        cells += f'<td class="num">{_estimate(mean, interval, "{:.3f}")}</td>'
         if limits:
             picture = "—"
             if mean is not None:
@@ -46,7 +43,9 @@ def results_table(path: Path, rows: dict[str, dict[str, Any]], runs: list[Run]) 
                     mean, interval, limits, colour=colour, baseline=means[0]
                 )
             cells += f"<td>{picture}</td>"
-        values = [_win_rate(row)] * has_wins + [_plain(row.get(k)) for k in extra]
+        wins = row.get("win_rate_vs_sft"), _interval(row.get("win_rate_ci95"))
+        values = [_estimate(*wins, "{:.1f}", 100, "%")] * has_wins
+        values += [_plain(row.get(k)) for k in extra]
         cells += "".join(f'<td class="num">{value}</td>' for value in values)
         body.append(f"<tr>{cells}</tr>")
     if limits:
@@ -85,15 +84,22 @@ def _interval(value: Any) -> tuple[float, float] | None:
     return None
 
 
-def _win_rate(row: dict[str, Any]) -> str:
-    rate = _numeric(row.get("win_rate_vs_sft"))
-    if rate is None:
+def _estimate(
+    value: Any,
+    interval: tuple[float, float] | None,
+    spelt: str,
+    times: int = 1,
+    unit: str = "",
+) -> str:
+    """A number with its interval."""
+    mean = _numeric(value)
+    if mean is None:
         return "—"
-    interval = ""
-    if ends := _interval(row.get("win_rate_ci95")):
-        low, high = ends
-        interval = f" <small>[{100 * low:.1f}, {100 * high:.1f}]</small>"
-    return f"{100 * rate:.1f}%{interval}"
+    text = spelt.format(times * mean) + unit
+    if interval:
+        low, high = (spelt.format(times * end) for end in interval)
+        text += f" <small>[{low}, {high}]</small>"
+    return text
 
 
 def _plain(value: Any) -> str:

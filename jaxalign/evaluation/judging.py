@@ -140,17 +140,14 @@ def verdicts(
     groups = list(groups)
     about = metadata or [None] * len(groups)
     if not is_pairwise(judge):
-        rows = [
-            (prompt, response, more)
-            for (prompt, responses), more in zip(groups, about, strict=True)
-            for response in responses
-        ]
-        if not rows:
+        sizes = [len(responses) for _, responses in groups]
+        if not sum(sizes):
             return [np.zeros(0, np.float32) for _ in groups]
-        prompts, texts, each = zip(*rows, strict=True)
-        found = scores(judge, prompts, texts, each if metadata else None)
-        ends = np.cumsum([len(responses) for _, responses in groups])[:-1]
-        return np.split(found, ends)
+        texts = [text for _, responses in groups for text in responses]
+        of = np.repeat(np.arange(len(groups)), sizes)
+        each = [about[g] for g in of] if metadata else None
+        found = scores(judge, [groups[g][0] for g in of], texts, each)
+        return np.split(found, np.cumsum(sizes)[:-1])
     pairs = [
         (g, i, j)
         for g, (_, responses) in enumerate(groups)

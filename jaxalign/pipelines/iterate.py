@@ -99,11 +99,10 @@ def run(
         policy = first
         for number in range(1, rounds + 1):
             home = f"round{number}"
-            asked = study.lines(
-                f"{home}/prompts.jsonl",
-                _prompt_rows,
-                _slice(texts, number, prompts_per_round),
-            )
+            size = len(texts) if prompts_per_round is None else prompts_per_round
+            endless = itertools.cycle(texts)
+            own = itertools.islice(endless, (number - 1) * size, number * size)
+            asked = study.lines(f"{home}/prompts.jsonl", _prompt_rows, list(own))
             samples = study.file(
                 f"{home}/samples.jsonl",
                 generation.generate,
@@ -187,13 +186,6 @@ def _described(
     shape = meshes.make_mesh(**mesh).shape
     ways = shape["data"] * shape["fsdp"]
     return schema, mesh, -(-batch_size // ways) * ways
-
-
-def _slice(texts: Sequence[str], number: int, size: int | None) -> list[str]:
-    """The prompts of a round, which counts from 1."""
-    size = len(texts) if size is None else size
-    start = (number - 1) * size
-    return list(itertools.islice(itertools.cycle(texts), start, start + size))
 
 
 def _prompt_rows(texts: Sequence[str]) -> list[dict[str, str]]:

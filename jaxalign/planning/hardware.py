@@ -124,10 +124,8 @@ def _tpu_devices(name: str, kind: str, shape: str) -> list[Any]:
             f"{kind}:{example}:2 is two slices."
         )
     if any(n > 1 and n % 2 for n in sizes):
-        raise ValueError(
-            f"--topology={name}: a slice is made of whole hosts, so its sizes are 1 "
-            "or even."
-        )
+        why = "a slice is made of whole hosts, so its sizes are 1 or even"
+        raise ValueError(f"--topology={name}: {why}.")
     if importlib.util.find_spec("libtpu") is None:
         raise ImportError(
             "jaxalign plan compiles with libtpu, which is not installed (no TPU is "

@@ -38,11 +38,7 @@ class Program:
 
 
 def row_shape(run: runs.Run, objective: Objective) -> RowShape:
-    """The batch row that full-length examples make, without reading any.
-
-    Encoder rows hold ``PACKING`` prompts and each decoder row as many responses; a
-    preference has two decoder rows, everything else one.
-    """
+    """The batch row that full-length examples make: ``PACKING`` prompts in each."""
     dataset = run.dataset
     packing = dataset.packing or 1
     pairs = objective.schema == "preference"
@@ -67,9 +63,8 @@ def abstract_setup(run: runs.Run, mesh: jax.sharding.Mesh) -> runs.Setup:
 
 def abstract_batch(ready: runs.Setup, *, reference: bool) -> dict[str, Any]:
     """The global batch; with the columns of a reference pass if asked."""
-    columns = batch_lib.extra(ready.objective.columns, "pass")
-    shape = row_shape(ready.run, ready.objective)
-    row = convert.empty_batch(shape, 1, columns if reference else ())
+    columns = batch_lib.extra(ready.objective.columns, "pass") if reference else ()
+    row = convert.empty_batch(row_shape(ready.run, ready.objective), 1, columns)
     sharding = meshes.batch_sharding(ready.mesh)
     size = ready.run.dataset.batch_size
     return {
@@ -81,9 +76,8 @@ def abstract_batch(ready: runs.Setup, *, reference: bool) -> dict[str, Any]:
 def program(ready: runs.Setup, step: str) -> Program:
     """One of `STEPS` of a run.
 
-    ``score`` is the reference pass: every response under the policy. ``decode``
-    samples one response, of at most ``TASK_FEATURE_LENGTHS['targets']`` tokens, to each
-    of ``BATCH_SIZE`` prompts with the run's sampler.
+    ``score`` is the reference pass: every response under the policy. ``decode`` samples
+    one full-length response to each of ``BATCH_SIZE`` prompts with the run's sampler.
     """
     policy = ready.abstract_state.params["policy"]
     key = jax.eval_shape(lambda: jax.random.key(0))
@@ -98,9 +92,8 @@ def program(ready: runs.Setup, step: str) -> Program:
         score = scoring.compiled(function, ready.mesh)
         return Program(score, (policy, batch))
     sampler, lengths = ready.run.sampler, ready.run.dataset.feature_lengths
-    sampling = Sampling()
-    if sampler is not None:
-        sampling = Sampling(sampler.temperature, sampler.top_k, sampler.top_p)
+    numbers = (sampler.temperature, sampler.top_k, sampler.top_p) if sampler else ()
+    sampling = Sampling(*numbers)
     rows = meshes.batch_sharding(ready.mesh)
     size = ready.run.dataset.batch_size
 

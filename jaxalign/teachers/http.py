@@ -53,24 +53,19 @@ class HTTPTeacher:
     ):
         self.url, self.model, self.concurrency = url.rstrip("/"), model, concurrency
         self.fingerprint = f"http:{self.url}#{model}#"
-        if answers is None:
-            digest = hashlib.sha256(self.fingerprint.encode()).hexdigest()[:16]
-            answers = Path(FOLDER).expanduser() / f"{digest}.jsonl"
-        self.answers = Recording(answers)
+        digest = hashlib.sha256(self.fingerprint.encode()).hexdigest()[:16]
+        self.answers = Recording(answers or f"{FOLDER}/{digest}.jsonl")
         self.usage: Counter[str] = Counter()
         self._usage_lock = threading.Lock()
         try:
             import openai
         except ImportError as error:
-            raise ImportError(
-                "A teacher behind HTTP needs the client: pip install "
-                "'jaxalign[teachers]'."
-            ) from error
+            how = "pip install 'jaxalign[teachers]'."
+            raise ImportError(f"A teacher behind HTTP needs a client: {how}") from error
         self._client = openai.OpenAI(
             base_url=self.url,
             api_key=os.environ.get("OPENAI_API_KEY") or "none",
             max_retries=max_retries,
-            timeout=600.0,
         )
 
     def generate(

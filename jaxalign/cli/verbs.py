@@ -91,7 +91,13 @@ def train(
       dry_run: print the resolved configuration, parameters, batch and memory; stop
       profile_steps: FIRST,LAST: trace these steps for xprof, and for `jaxalign report`
     """
-    traced = _two_steps(profile_steps) if profile_steps else None
+    first, _, last = (profile_steps or "").partition(",")
+    try:
+        traced = (int(first), int(last or first)) if profile_steps else None
+    except ValueError:
+        raise configs.ConfigError(
+            f"--profile_steps={profile_steps}: expected two steps, FIRST,LAST."
+        ) from None
     gin = _with(gin, settings, "train needs a run")
     job.join()
     configs.parse(gin.gin_files, gin.gin_bindings, gin.search_paths)
@@ -240,13 +246,3 @@ def _check_task(data: str) -> None:
             f"No file, task or seqio task is called {data!r}{hint}. A seqio task of "
             "your own needs its module or file in MIXTURE_OR_TASK_MODULE."
         )
-
-
-def _two_steps(text: str) -> tuple[int, int]:
-    first, _, last = text.partition(",")
-    try:
-        return int(first), int(last or first)
-    except ValueError:
-        raise configs.ConfigError(
-            f"--profile_steps={text}: expected two steps, FIRST,LAST."
-        ) from None

@@ -130,7 +130,9 @@ def check_flags(files: Sequence[Scanned], flags: Sequence[Scanned]) -> None:
                     f"{did_you_mean_or(name, macros, f'Macros of {sources}')}"
                 )
         for name in flag.sets:
-            if not any(_same_configurable(name, known) for known in mentioned):
+            # Of two dotted names one is the end of the other, as gin matches them.
+            pairs = ((f".{name}", f".{known}") for known in mentioned)
+            if not any(a.endswith(b) or b.endswith(a) for a, b in pairs):
                 last = {known.rpartition(".")[2] for known in mentioned}
                 raise ConfigError(
                     f"--gin.{flag.text}: no parsed gin file mentions {name}, so its "
@@ -140,8 +142,3 @@ def check_flags(files: Sequence[Scanned], flags: Sequence[Scanned]) -> None:
                         or did_you_mean_or(name, mentioned, f"Mentioned in {sources}")
                     )
                 )
-
-
-def _same_configurable(a: str, b: str) -> bool:
-    """Whether one dotted name is the end of the other, as gin matches them."""
-    return f".{a}".endswith(f".{b}") or f".{b}".endswith(f".{a}")

@@ -29,12 +29,10 @@ from jaxalign.evaluation.judging import (
 )
 from jaxalign.judges import network, text
 from jaxalign.judges.functions import from_function
-from jaxalign.judges.network import NetworkJudge
 from jaxalign.judges.text import TextJudge, TextPreference
 
 __all__ = [
     "Judge",
-    "NetworkJudge",
     "PairwiseJudge",
     "TextJudge",
     "TextPreference",

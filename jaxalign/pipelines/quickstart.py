@@ -69,16 +69,11 @@ def run(
             start = {**settings, "INITIAL_CHECKPOINT_PATH": policies["sft"]}
             policies[name] = train(study, name, schema, 4000, seed, start)
         prompts = village_prompts(study, "samples", "test", _TEST_PROMPTS, seed)
+        asked = {"prompts": prompts, "num_samples": 2, "max_new_tokens": 64}
+        asked |= {"seed": seed, "execution": {"batch_size": 64}}
         samples = {
             name: study.file(
-                f"samples/{name}.jsonl",
-                generation.generate,
-                execution={"batch_size": 64},
-                checkpoint=policy,
-                prompts=prompts,
-                num_samples=2,
-                max_new_tokens=64,
-                seed=seed,
+                f"samples/{name}.jsonl", generation.generate, checkpoint=policy, **asked
             )
             for name, policy in policies.items()
         }
@@ -112,26 +107,18 @@ def train(
       settings: gin macros beside `COMMON`'s.
       gin_file: ``runs/<gin_file>.gin``.
     """
-    data = {
-        macro: study.file(
-            f"data/{schema}.{split}.{size}.{seed}.jsonl",
-            _write_data,
-            schema=schema,
-            split=split,
-            size=size,
-            seed=seed,
-        )
-        for macro, split, size in (
-            ("DATA", "train", rows),
-            ("EVAL_DATA", "validation", 400),
-        )
-    }
+    macros = {"RANDOM_SEED": seed, **COMMON, **settings}
+    parts = {"DATA": ("train", rows), "EVAL_DATA": ("validation", 400)}
+    for macro, (split, size) in parts.items():
+        asked = {"schema": schema, "split": split, "size": size, "seed": seed}
+        path = f"data/{schema}.{split}.{size}.{seed}.jsonl"
+        macros.setdefault(macro, study.file(path, _write_data, **asked))
     return study.train(
         name,
         [f"runs/{gin_file or Path(name).name}.gin"],
         bindings=["SCHEDULE = @schedules.cosine()"],
         execution={"CACHE_DIR": str(study.folder / "data" / "cache")},
-        **{**data, "RANDOM_SEED": seed, **COMMON, **settings},
+        **macros,
     )
 
 

@@ -20,14 +20,14 @@ class CheckpointTeacher:
 
     def generate(
         self,
-        prompts,
+        prompts: Sequence[str],
         *,
-        n=1,
-        temperature=1.0,
-        top_p=1.0,
-        max_tokens=128,
-        stop=(),
-        seed=0,
+        n: int = 1,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        max_tokens: int = 128,
+        stop: Sequence[str] = (),
+        seed: int = 0,
     ) -> list[list[str | None]]:
         """``n`` samples of each prompt, cut before the first stop."""
         self._policy = self._policy or checkpoints.load_policy(self.path)

@@ -61,8 +61,10 @@ def settle(files: Sequence[Scanned]) -> Network | None:
     defaults = [f for f, above in found if above and above.is_default]
     if not named:
         return Network(defaults[-1], True) if defaults else None
-    for file in files:
-        _leave_out(file, {id(f) for f in defaults})
+    out = {id(f) for f in defaults}
+    for file in (f for root in files for f in root.walk()):
+        file.left_out = [line for line, f in file.includes if id(f) in out]
+        file.includes = [(n, f) for n, f in file.includes if id(f) not in out]
     return Network(named[0], False)
 
 
@@ -100,13 +102,6 @@ def _written_in(file: Scanned) -> Iterator[Scanned]:
     for _, included in file.includes if not packaged(file) else ():
         yield included
         yield from _written_in(included)
-
-
-def _leave_out(file: Scanned, defaults: set[int]) -> None:
-    file.left_out = [line for line, f in file.includes if id(f) in defaults]
-    file.includes = [(n, f) for n, f in file.includes if id(f) not in defaults]
-    for _, included in file.includes:
-        _leave_out(included, defaults)
 
 
 def _check_objective(files: Sequence[Scanned]) -> None:

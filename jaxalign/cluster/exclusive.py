@@ -17,8 +17,8 @@ _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 
-def in_main(function: Callable[[], int]) -> int:
-    """Calls a function in process 0; every process gets its number.
+def in_main(function: Callable[[], int | None]) -> int:
+    """Calls a function in process 0; every process gets its number, 0 for none.
 
     Raises:
       ValueError: in every process, where it fails in process 0.
@@ -27,11 +27,11 @@ def in_main(function: Callable[[], int]) -> int:
     3
     """
     if jax.process_count() == 1:
-        return int(function())
+        return int(function() or 0)
     found, problem = -1, None
     if jax.process_index() == 0:
         try:
-            found = int(function())
+            found = int(function() or 0)
         except Exception as error:  # noqa: BLE001 - raised below, by every process
             problem = error
     told = multihost_utils.broadcast_one_to_all(

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 
 from jaxalign import remote
 from jaxalign.data.bad_rows import BadRow, FieldError, show
+from jaxalign.files import write_atomically
 
 
 def read_jsonl(
@@ -160,6 +161,17 @@ def json_line(row: Any) -> str:
     except UnicodeEncodeError:
         text = dumps(row)
     return text + "\n"
+
+
+def write_rows(path: str | pathlib.Path, rows: Iterable[Any]) -> None:
+    """Writes a JSON Lines file whole or not at all."""
+    write_atomically(path, "".join(map(json_line, rows)))
+
+
+def read_rows(path: str | pathlib.Path) -> list[Any]:
+    """The rows of a JSON Lines file that this program wrote."""
+    with open(path, "rb") as file:
+        return [json.loads(line) for line in file]
 
 
 def dumps(value: Any, **settings: Any) -> str:

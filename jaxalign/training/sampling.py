@@ -61,21 +61,16 @@ class Sampler:
         lines = []
         generations = generator(params, [row.prompts[0] for row in rows])
         for row, generation in zip(rows, generations, strict=True):
-            answers = [
-                response
-                for response, kind in zip(row.responses, row.response_kind, strict=True)
-                if kind == batches.ANSWER
-            ]
+            answer = row.responses[list(row.response_kind).index(batches.ANSWER)]
             lines.append(
                 {
                     "prompt": vocabulary.decode(row.prompts[0]),
                     "response": generation.texts[0],
-                    "target": vocabulary.decode(answers[0]),
+                    "target": vocabulary.decode(answer),
                     "logp": float(generation.logp[0]),
                     "num_tokens": len(generation.tokens[0]),
                 }
             )
         if jax.process_index() == 0:
-            text = "".join(map(json_line, lines))
-            write_atomically(path, text)
+            write_atomically(path, "".join(map(json_line, lines)))
         return {"samples/length": float(np.mean([x["num_tokens"] for x in lines]))}

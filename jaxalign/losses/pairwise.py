@@ -52,6 +52,7 @@ def masked(values: jax.Array, where: jax.Array | None) -> jax.Array:
 
 def _of_log_ratios(loss: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     """Makes ``loss(lr_w, lr_l, ...)`` one of four log-probabilities and a mask."""
+    parameters = inspect.signature(loss).parameters
 
     @functools.wraps(loss)
     def of_logps(
@@ -66,13 +67,15 @@ def _of_log_ratios(loss: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
         chex.assert_equal_shape([chosen_logps, rejected_logps])
         chosen = log_ratios(chosen_logps, ref_chosen_logps, where)
         rejected = log_ratios(rejected_logps, ref_rejected_logps, where)
+        if "where" in parameters:  # it masks what it adds to them
+            settings["where"] = where
         return masked(loss(chosen, rejected, **settings), where)
 
     # What `help` shows is what is called, the loss's own settings included.
     del of_logps.__wrapped__
     own = inspect.signature(of_logps)
     *logps, where, _ = own.parameters.values()
-    settings = list(inspect.signature(loss).parameters.values())[2:]
+    settings = [p for p in list(parameters.values())[2:] if p.name != "where"]
     of_logps.__signature__ = own.replace(parameters=[*logps, *settings, where])
     return of_logps
 
@@ -85,6 +88,7 @@ def dpo(
     beta: float,
     label_smoothing: float = 0.0,
     offset: jax.Array | float = 0.0,
+    where: jax.Array | None = None,
 ) -> jax.Array:
     """Direct preference optimisation (Rafailov et al. 2023, arXiv 2305.18290, Eq. 7).
 
@@ -104,6 +108,7 @@ def dpo(
     0.62096
     """
     scaled = beta * (chosen - rejected) + jax.lax.stop_gradient(offset)
+    scaled = masked(scaled, where)
     losses = -(1.0 - label_smoothing) * jax.nn.log_sigmoid(scaled)
     return losses - label_smoothing * jax.nn.log_sigmoid(-scaled)
 

@@ -35,17 +35,6 @@ class _Axes(NamedTuple):
     block: tuple[int, ...]  # all axes of one layer: the extent of an RMS
 
 
-def _axes(path: Any, shape: tuple[int, ...], factored: bool, min_dim: int) -> _Axes:
-    names = tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
-    stack = layers_axis(names, shape)
-    block = tuple(i for i in range(len(shape)) if i != stack)
-    # The two largest axes of one layer, the later one first among equals, as in T5X.
-    by_size = [block[i] for i in np.argsort([shape[i] for i in block], kind="stable")]
-    if not factored or len(block) < 2 or shape[by_size[-2]] < min_dim:
-        return _Axes((), (), block)
-    return _Axes((by_size[-2],), (by_size[-1],), block)
-
-
 class AdafactorState(NamedTuple):
     """Second moments, in trees of the parameters' structure.
 
@@ -88,7 +77,15 @@ def scale_by_adafactor(
     """
 
     def axes(path: Any, param: jax.Array) -> _Axes:
-        return _axes(path, param.shape, factored, min_dim_size_to_factor)
+        names = tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
+        stack = layers_axis(names, param.shape)
+        block = tuple(i for i in range(param.ndim) if i != stack)
+        # The two largest axes of one layer, the later first among equals, as in T5X.
+        sizes = [param.shape[i] for i in block]
+        by_size = [block[i] for i in np.argsort(sizes, kind="stable")]
+        if not factored or len(block) < 2 or sorted(sizes)[-2] < min_dim_size_to_factor:
+            return _Axes((), (), block)
+        return _Axes((by_size[-2],), (by_size[-1],), block)
 
     def unzip(count: jax.Array, leaves: Any) -> tuple[Any, AdafactorState]:
         def field(name: str) -> Any:

@@ -50,8 +50,7 @@ def adafactor(
       beta1: momentum of the updates; None keeps no first moment.
       weight_decay_rate: fraction of each parameter subtracted per step, not multiplied
         by the learning rate (T5X's convention).
-      epsilon1: added to squared gradients.
-      epsilon2: smallest parameter scale.
+      epsilon1: added to squared gradients; `epsilon2` is the smallest parameter scale.
       grad_clip: largest global norm of the gradient.
 
     >>> tx = adafactor(1e-3)

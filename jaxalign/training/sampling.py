@@ -22,9 +22,7 @@ class Sampler:
     Attributes:
       num_prompts: how many prompts of the held-out split (else of the training split).
       max_new_tokens: tokens of a response, EOS included.
-      temperature: 0 takes the most probable tokens.
-      top_k: keep so many tokens; 0 keeps all.
-      top_p: keep so much probability.
+      temperature: as `top_k` and `top_p`, of `jaxalign.decoding.Sampling`.
     """
 
     num_prompts: int = 8

@@ -162,7 +162,7 @@ def pack(
     if index.num_rows == 0:
         raise ValueError("The cache has no rows: nothing to pack.")
     if decoder_rows is None:
-        decoder_rows = int(np.diff(index.response_offsets).max())
+        decoder_rows = max(1, int(np.diff(index.response_offsets).max()))
     prompts = np.diff(index.prompt_offsets)
     widest = int(prompts.max())
     encoder = np.add.reduceat(
@@ -236,7 +236,7 @@ def pack(
             decoder_rows=decoder_rows,
             decoder_length=capacity[1],
             prompts=fullest(prompts),
-            responses=fullest(responses),
+            responses=max(1, fullest(responses)),
             pairs=max(1, fullest(index.num_pairs)),
         ),
         inputs=inputs,
@@ -262,7 +262,7 @@ def _by_length(index: Index, targets: int) -> tuple[np.ndarray, np.ndarray]:
     rank = _ranges(np.zeros_like(counts), counts)
     slots = np.empty_like(rank)
     slots[order] = rank
-    sorted_lengths = np.zeros((index.num_rows, int(counts.max())), np.int64)
+    sorted_lengths = np.zeros((index.num_rows, max(1, int(counts.max()))), np.int64)
     sorted_lengths[of_row, slots] = lengths
     return sorted_lengths, slots
 

@@ -64,7 +64,7 @@ class Engine:
     """Decodes submitted prompts; see the module's docstring.
 
     Args:
-      model: a ``jaxalign.models.T5``, or anything with its decoding methods.
+      model: a ``jaxalign.models.EncoderDecoder``.
       params: its parameters, on any sharding.
       prompt_length: the longest prompt, in tokens; all are padded to it, which costs
         attention: use one engine per length class where they differ much.

@@ -40,7 +40,7 @@ def generate(
     ``max_new_tokens`` and ``sampling``; ``Generator`` keeps those shapes few.
 
     Args:
-      model: a ``jaxalign.models.T5``, or anything with its decoding methods.
+      model: a ``jaxalign.models.EncoderDecoder``.
       params: its parameters, on any sharding.
       encoder_input_tokens: int32 ``[B, Le]``, right-padded with 0, EOS included. A row
         of zeros is no prompt: it yields empty responses and delays nobody.

@@ -1,5 +1,5 @@
 """Other projects' checkpoints."""
 
-from jaxalign.interop.huggingface import load_huggingface, save_huggingface
+from jaxalign.interop.folders import Foreign, Leaf, Source, place
 
-__all__ = ["load_huggingface", "save_huggingface"]
+__all__ = ["Foreign", "Leaf", "Source", "place"]

@@ -167,7 +167,7 @@ def read_file(path: Path) -> dict[str, Leaf]:
         found[name] = Leaf(shape, dtype, place.read)
     if size != 8 + length + end:
         raise DamagedFolderError(
-            f"{path} has {size:,} bytes, and its header speaks of {8 + length + end:,}: "
+            f"{path} has {size:,} bytes; its header speaks of {8 + length + end:,}: "
             "it was cut off or changed. Download it again."
         )
     return found

@@ -51,13 +51,15 @@ class Leaf:
     dtype: np.dtype
     read: Callable[[Index], np.ndarray]
 
-    def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
-        return np.asarray(self.read((slice(None),) * len(self.shape)), dtype)
-
     @property
     def transposed(self) -> Leaf:
         """The same with its axes in reverse."""
         return Leaf(self.shape[::-1], self.dtype, lambda at: self.read(at[::-1]).T)
+
+
+def whole(leaf: Leaf) -> np.ndarray:
+    """All of an array."""
+    return leaf.read((slice(None),) * len(leaf.shape))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,7 +168,7 @@ def unstack(params: Mapping[str, Any]) -> dict[str, Leaf]:
     for path, leaf in traverse_util.flatten_dict(dict(params), sep="/").items():
         match = _STACK.fullmatch(path)
         if not match:
-            found[path] = leaf if isinstance(leaf, Leaf) else _of_array(leaf)
+            found[path] = leaf if hasattr(leaf, "read") else _of_array(leaf)
             continue
         for i in range(leaf.shape[PARAM_SCAN_AXIS]):
             name = f"{match['stack']}/layers_{i}/{match['rest']}"
@@ -183,7 +185,7 @@ def _layer(stacked: Any, number: int) -> Leaf:
     shape = (*stacked.shape[:axis], *stacked.shape[axis + 1 :])
 
     def read(at: Index) -> np.ndarray:
-        if isinstance(stacked, Leaf):
+        if hasattr(stacked, "read"):
             one = slice(number, number + 1)
             return np.squeeze(stacked.read((*at[:axis], one, *at[axis:])), axis)
         return _host(stacked[(slice(None),) * axis + (number,)])[at]

@@ -19,7 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxalign import remote
-from jaxalign.interop.folders import Index, Leaf
+from jaxalign.interop.folders import Index, Leaf, whole
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = {
@@ -224,6 +224,6 @@ def _write_file(path: Path, tensors: Iterable[tuple[str, Leaf, np.dtype]]) -> No
     with open(path, "wb") as file:
         file.write(len(raw).to_bytes(8, "little") + raw)
         for _, leaf, dtype in tensors:
-            np.ascontiguousarray(np.asarray(leaf), dtype).tofile(file)
+            np.ascontiguousarray(whole(leaf), dtype).tofile(file)
         file.flush()
         os.fsync(file.fileno())

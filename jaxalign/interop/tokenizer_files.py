@@ -80,9 +80,12 @@ def read(
     settings = _json(folder / _SETTINGS)
     name = str(settings.get("tokenizer_class", ""))
     sentinels = _sentinels(folder, settings)
+    pieces = (folder / SPIECE).is_file()
+    if config.get("model_type") == "umt5" and (folder / TOKENIZER_FILE).is_file():
+        pieces = False  # AutoTokenizer wants a tokenizer.json of a umT5, too
     if name.startswith("ByT5"):
         vocabulary = ByteVocabulary(extra_ids=settings.get("extra_ids", 125))
-    elif (folder / SPIECE).is_file() and not _own_tokens(folder, settings):
+    elif pieces and not _own_tokens(folder, settings):
         extra = settings.get("extra_ids", sentinels or None)
         vocabulary = _sentence_pieces(folder / SPIECE, extra, config, ids)
     elif (folder / TOKENIZER_FILE).is_file():
@@ -90,7 +93,7 @@ def read(
         vocabulary = TokenizerVocabulary(text, **ids)
     elif all((folder / file).is_file() for file in _BPE):
         vocabulary = TokenizerVocabulary(_byte_level_bpe(folder, settings), **ids)
-    elif (folder / SPIECE).is_file():
+    elif pieces:
         raise ValueError(
             f"{folder} adds tokens of its own to {SPIECE} ({_ADDED}, {_SETTINGS}) and "
             f"has no {TOKENIZER_FILE}, which says where they stand: write it with "

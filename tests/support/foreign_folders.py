@@ -26,7 +26,7 @@ FAMILIES = {
     # LM-adapted, Flan-T5, T0, Tk-Instruct and monoT5 differ by their numbers only.
     "t5_1_1": ("T5", T5_1_1 | dict(num_decoder_layers=3), "pieces"),
     "mt5": ("MT5", dict(tie_word_embeddings=False), "multilingual"),  # Aya-101 too
-    "umt5": ("UMT5", {}, "sentinels"),
+    "umt5": ("UMT5", {}, "tokenizer.json"),
     "byt5": ("T5", T5_1_1 | dict(num_decoder_layers=1), "bytes"),
     "ul2": ("T5", T5_1_1 | dict(feed_forward_proj="gated-silu"), "pieces"),
     "madlad": ("T5", T5_1_1 | MADLAD_IDS, "madlad"),
@@ -82,7 +82,7 @@ def write_tokenizer(kind: str, folder: Path) -> int:
             special = dict(pad_id=-1, eos_id=2, unk_id=0, bos_id=1)
             settings["pad_token"] = "<s>"
         size = _sentence_pieces(folder / "spiece.model", **special)
-        extra = {"pieces": 100, "sentinels": 30, "tokenizer.json": 100}.get(kind, 0)
+        extra = {"pieces": 100, "tokenizer.json": 100}.get(kind, 0)
         size += extra
         settings |= dict(tokenizer_class="T5Tokenizer", extra_ids=extra)
     path = folder / "tokenizer_config.json"
@@ -128,7 +128,7 @@ def _byte_level(folder: Path, kind: str) -> int:
         model.add_special_tokens(pieces)
         ends = [("</s>", 2), ("<s>", 1)]
         model._tokenizer.post_processor = tokenizers.processors.RobertaProcessing(
-            **ends
+            *ends, add_prefix_space=False
         )
         model.save(str(folder / "tokenizer.json"))
     return size + 5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -122,6 +123,12 @@ class Generator:
             num_samples=num_samples,
             batch_size=batch_size,
         )
+        sampling = dataclasses.replace(sampling or Sampling(), eos_id=vocabulary.eos_id)
+        if constraint is not None and vocabulary.eos_id != EOS_ID:
+            raise ValueError(
+                f"Constraints end texts with the id {EOS_ID}, and this vocabulary "
+                f"with {vocabulary.eos_id}: sample without one."
+            )
         self._engine = functools.partial(
             Engine,
             model,
@@ -207,10 +214,10 @@ class Generator:
             )
         truncated = tokens.size > self._max_prompt_length
         if truncated:
-            ends = tokens[-1] == EOS_ID
+            ends = tokens[-1] == self._vocabulary.eos_id
             tokens = tokens[: self._max_prompt_length].copy()
             if ends:
-                tokens[-1] = EOS_ID
+                tokens[-1] = self._vocabulary.eos_id
         return tokens, truncated
 
     def _run(

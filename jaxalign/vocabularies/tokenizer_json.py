@@ -75,7 +75,7 @@ class TokenizerVocabulary(BaseVocabulary):
                     f"{self.vocab_size} ids."
                 )
         unknown = (json.loads(self.text).get("model") or {}).get("unk_token")
-        self.unk_id = -1 if unknown is None else vocabulary.get(unknown, -1)
+        self.unk_id = vocabulary.get(unknown or "<unk>", self.pad_id)
         added = self._model.get_added_tokens_decoder()
         self._special = {i for i, token in added.items() if token.special}
         self._special |= {self.pad_id, self.eos_id}

@@ -61,7 +61,7 @@ def test_logits_equal_pytorchs(family):
     name, folder, theirs, foreign = family
     batch = _batch(foreign.shape.vocab_size)
     want = _logits(theirs, batch)
-    assert np.std(want) > 0.5
+    assert np.std(want) > 0.1
     for scan_layers in (False, True) if name in ("umt5", "t5_1_1") else (False,):
         params = huggingface.read(folder, scan_layers=scan_layers)
         model = foreign.model(scan_layers=scan_layers)

@@ -1,5 +1,6 @@
 """Other projects' checkpoints."""
 
 from jaxalign.interop.folders import Foreign, Leaf, Source, place
+from jaxalign.interop.huggingface import is_folder as is_huggingface
 
-__all__ = ["Foreign", "Leaf", "Source", "place"]
+__all__ = ["Foreign", "Leaf", "Source", "is_huggingface", "place"]

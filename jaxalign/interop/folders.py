@@ -19,7 +19,7 @@ import numpy as np
 from flax import traverse_util
 from jax.experimental import multihost_utils
 
-from jaxalign import models
+from jaxalign.models import networks
 from jaxalign.models.config import T5Config, T5Shape
 from jaxalign.models.stacks import PARAM_SCAN_AXIS
 from jaxalign.vocabularies import Vocabulary
@@ -89,7 +89,7 @@ class Foreign:
     def model(self, **execution: Any) -> nn.Module:
         """The network, computed as `models.T5Config`'s fields of execution say."""
         config = T5Config(**dataclasses.asdict(self.shape), **execution)
-        return models.KINDS[self.kind](config=config, **self.options)
+        return networks.KINDS[self.kind](config=config, **self.options)
 
 
 def place(

@@ -78,7 +78,7 @@ def read(
       ValueError: for a tokenizer that is not this network's.
     """
     settings = _json(folder / _SETTINGS)
-    name = str(settings.get("tokenizer_class", ""))
+    name = settings.get("tokenizer_class") or config.get("tokenizer_class") or ""
     sentinels = _sentinels(folder, settings)
     pieces = (folder / SPIECE).is_file()
     if config.get("model_type") == "umt5" and (folder / TOKENIZER_FILE).is_file():

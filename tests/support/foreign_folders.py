@@ -41,6 +41,10 @@ def write(family: str, folder: Path, **more) -> torch.nn.Module:
     """Writes a folder; returns the model, on whose parameters it is based."""
     architecture, fields, tokenizer = FAMILIES[family]
     size = write_tokenizer(tokenizer, folder)
+    pieces = size - {"bytes": 125, "bpe": 5, "bpe files": 5}.get(
+        tokenizer, 100 * (tokenizer in ("pieces", "tokenizer.json"))
+    )
+    eos = fields.get("eos_token_id", 1)
     rows = size + 28 if tokenizer != "bytes" else size  # padded, as a T5's
     torch.manual_seed(len(family))
     config = getattr(transformers, f"{architecture}Config")(
@@ -59,6 +63,10 @@ def write(family: str, folder: Path, **more) -> torch.nn.Module:
             parameter.normal_(0, 1.5 * fan_in**-0.5)
             if parameter.ndim == 1:
                 parameter += 1
+        for table in {model.shared.weight, model.lm_head.weight}:
+            # Greedy text is of pieces: what has no text of its own is never likeliest.
+            for token in (*range(eos), *range(eos + 1, 4), *range(pieces, rows)):
+                table[token] = 0
     model.save_pretrained(folder, **more)
     return model
 

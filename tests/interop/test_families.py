@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import foreign_folders
+import jax
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -65,7 +66,7 @@ def test_logits_equal_pytorchs(family):
     for scan_layers in (False, True) if name in ("umt5", "t5_1_1") else (False,):
         params = huggingface.read(folder, scan_layers=scan_layers)
         model = foreign.model(scan_layers=scan_layers)
-        got = model.apply({"params": params}, batch)[:, 0]
+        got = jax.jit(model.apply)({"params": params}, batch)[:, 0]
         np.testing.assert_allclose(got, want, atol=1e-4)
 
 
@@ -107,8 +108,8 @@ def test_text_is_split_and_spelt_as_by_transformers(family, tmp_path):
 
 def test_greedy_text_is_that_of_transformers(family, tmp_path):
     name, folder, theirs, foreign = family
-    if name in ("metricx", "codet5_old", "ul2"):
-        pytest.skip("decodes as the family above it")
+    if name in ("metricx", "mt5", "flan_5", "codet5_old", "ul2"):
+        pytest.skip("decodes as another family does")
     vocabulary = foreign.vocabulary
     model = foreign.model()
     params = huggingface.read(folder)

@@ -474,7 +474,7 @@ def test_a_folder_is_written_whole_or_not_at_all(folder, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="kind 'ScalarModel' has no Hugging Face"):
         write(tmp_path / "out", model=scalar)
     few = {k: v for k, v in foreign.leaves.items() if "norm" not in k}
-    with pytest.raises(ValueError, match=r"not those of 2 \+ 3 layers"):
+    with pytest.raises(ValueError, match=r"not those of 2 \+ 2 layers"):
         write(tmp_path / "out", few)
     with pytest.raises(ValueError, match="dtype must be"):
         write(tmp_path / "out", dtype="float16")

@@ -24,9 +24,10 @@ CODE_IDS |= dict(decoder_start_token_id=0)
 FAMILIES = {
     "t5_1_0": ("T5", dict(feed_forward_proj="relu"), "pieces"),
     # LM-adapted, Flan-T5, T0, Tk-Instruct and monoT5 differ by their numbers only.
-    "t5_1_1": ("T5", T5_1_1 | dict(num_decoder_layers=3), "pieces"),
+    "t5_1_1": ("T5", T5_1_1, "pieces"),
     "mt5": ("MT5", dict(tie_word_embeddings=False), "multilingual"),  # Aya-101 too
     "umt5": ("UMT5", {}, "tokenizer.json"),
+    # A shallower decoder; transformers 5.23 cannot generate with a deeper one.
     "byt5": ("T5", T5_1_1 | dict(num_decoder_layers=1), "bytes"),
     "ul2": ("T5", T5_1_1 | dict(feed_forward_proj="gated-silu"), "pieces"),
     "madlad": ("T5", T5_1_1 | MADLAD_IDS, "madlad"),

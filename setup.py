@@ -77,6 +77,7 @@ TEST = [
     "starlette>=1.0",
     "uvicorn>=0.40",
     "openai>=2",
+    "tokenizers>=0.23",  # the extra of that name
     # Buckets: the client, and a server on this machine (moto's, which needs Flask).
     "s3fs>=2026.9",
     "moto[s3]>=5.2",
@@ -91,6 +92,9 @@ SERVE = ["starlette>=1.0", "uvicorn>=0.40"]
 
 # Teachers behind HTTP: the official client.
 TEACHERS = ["openai>=2"]
+
+# Tokenizers that are no SentencePiece model, such as CodeT5+'s.
+TOKENIZERS = ["tokenizers>=0.23"]
 
 # `prepare` on Apache Beam. Not among TEST: it refuses pillow 13, protobuf 7 and pyarrow
 # 26, with which the tests run; `make test-beam` has its own environment, of
@@ -153,6 +157,7 @@ setup(
         "constraints": CONSTRAINTS,
         "serve": SERVE,
         "teachers": TEACHERS,
+        "tokenizers": TOKENIZERS,
         "beam": BEAM,
         "plan": PLAN,
         "remote": REMOTE,

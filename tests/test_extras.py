@@ -194,6 +194,20 @@ def use_teachers(environment: Environment, run_dir: Path, rows: Path) -> None:
         assert call(environment.python, "-c", code).strip() == "[['yes']]"
 
 
+def use_tokenizers(environment: Environment, run_dir: Path, rows: Path) -> None:
+    import foreign_folders
+
+    folder = rows.with_name("tokenizer")
+    foreign_folders.write_tokenizer("bpe", folder)
+    code = (
+        "from jaxalign.vocabularies import TokenizerVocabulary as Vocabulary\n"
+        f"text = open({str(folder / 'tokenizer.json')!r}).read()\n"
+        "vocabulary = Vocabulary(text, pad_id=0, eos_id=2, start_id=0)\n"
+        "print(vocabulary.decode(vocabulary.encode('fox {1}')))"
+    )
+    assert call(environment.python, "-c", code).strip() == "fox {1}"
+
+
 USES: dict[str, Callable[[Environment, Path, Path], None]] = {
     name.removeprefix("use_"): function
     for name, function in list(globals().items())

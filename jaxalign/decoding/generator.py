@@ -106,6 +106,12 @@ class Generator:
             num_samples=num_samples,
             batch_size=batch_size,
         )
+        sampling = dataclasses.replace(sampling or Sampling(), eos_id=vocabulary.eos_id)
+        if constraint is not None and vocabulary.eos_id != EOS_ID:
+            raise ValueError(
+                f"Constraints end texts with the id {EOS_ID}, and this vocabulary "
+                f"with {vocabulary.eos_id}: sample without one."
+            )
         self._engine = functools.partial(
             Engine,
             model,
@@ -194,7 +200,7 @@ class Generator:
         if truncated:
             last = tokens[-1]
             tokens = tokens[: self._max_prompt_length].copy()
-            if last == EOS_ID:
+            if last == self._vocabulary.eos_id:
                 tokens[-1] = last
         return tokens, truncated
 

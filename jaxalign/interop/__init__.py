@@ -1,5 +1,6 @@
 """Other projects' checkpoints."""
 
-from jaxalign.interop.huggingface import load_huggingface, save_huggingface
+from jaxalign.interop.folders import Foreign, Leaf, Source, place
+from jaxalign.interop.huggingface import is_folder as is_huggingface
 
-__all__ = ["load_huggingface", "save_huggingface"]
+__all__ = ["Foreign", "Leaf", "Source", "is_huggingface", "place"]

@@ -1,25 +1,14 @@
-"""T5X checkpoints on disk: which of its formats one is, and its arrays by name.
+"""T5X checkpoints as arrays by name, each opened when it is looked at.
 
-Three formats hold the same tree (``target/...`` the parameters, ``state/step`` and
-``state/param_states/...`` what the optimizer keeps):
-
-* ``legacy``: a msgpack file ``checkpoint`` that holds small arrays and, in place of
-  each large one, the TensorStore specification of a zarr folder beside it. All public
-  T5 checkpoints are of this kind;
-* ``msgpack``: the same file with every array in it, as the oldest checkpoints are;
-* ``orbax``: a folder ``state`` written by Orbax, T5X's default today.
-
-Nothing is read but what is asked for: see `jaxalign.interop.t5x_leaves`.
+See `jaxalign.interop.t5x_formats` for the formats, `t5x_leaves` for reading by blocks.
 """
 
 from __future__ import annotations
 
 import ast
 import dataclasses
-import gzip
 import json
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,31 +18,12 @@ import numpy as np
 import tensorstore as ts
 
 from jaxalign import remote
-from jaxalign.interop import t5x_leaves, t5x_msgpack
+from jaxalign.interop import t5x_formats, t5x_leaves, t5x_msgpack
+from jaxalign.interop.t5x_formats import MESH_TF, ORBAX, Found, detect
 from jaxalign.interop.t5x_leaves import Leaf, T5XError
 
-LEGACY, MSGPACK, ORBAX, MESH_TF = "legacy", "msgpack", "orbax", "mesh-tensorflow"
-
-_STEP = re.compile(r"checkpoint_(\d+)")
 _VERSIONS = (2, 3)  # 2 keeps bfloat16 as uint16 in zarr
-_PLACEHOLDER = "PLACEHOLDER://"
 _NO_FILL = {"fill_missing_data_reads": False}  # a lost chunk is an error, not zeros
-
-
-@dataclasses.dataclass(frozen=True)
-class Found:
-    """What a path turned out to be.
-
-    Attributes:
-      format: ``"legacy"``, ``"msgpack"``, ``"orbax"`` or ``"mesh-tensorflow"``, which
-        T5X converts itself and nothing here reads.
-      path: the checkpoint's own folder or file.
-      file: what the format was told from.
-    """
-
-    format: str
-    path: Path
-    file: Path
 
 
 class Leaves(Mapping[str, Leaf]):
@@ -94,7 +64,7 @@ class Checkpoint:
         """How many steps it was trained for; None where it does not say."""
         if "state/step" in self.leaves:
             return int(self.leaves["state/step"].read())
-        named = _STEP.fullmatch(self.found.path.name)
+        named = t5x_formats.STEP.fullmatch(self.found.path.name)
         return int(named[1]) if named else None
 
     def param_states(self) -> dict[str, dict[str, Leaf]]:
@@ -111,30 +81,8 @@ class Checkpoint:
         return states
 
 
-def detect(path: str | os.PathLike[str]) -> Found | None:
-    """What kind of T5X checkpoint a local path holds; None for anything else.
-
-    Args:
-      path: a checkpoint's folder or its msgpack file, or a model directory, of which
-        the newest checkpoint is taken.
-
-    Raises:
-      ValueError: for a msgpack file of T5X's that is cut short.
-    """
-    path = Path(path)
-    if path.is_file():
-        return _of_file(path, path)
-    if found := _of_folder(path):
-        return found
-    steps = {int(m[1]): p for p in _children(path) if (m := _STEP.fullmatch(p.name))}
-    for _, child in sorted(steps.items(), reverse=True):
-        if found := _of_file(child, child) if child.is_file() else _of_folder(child):
-            return found
-    return None
-
-
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """Opens a checkpoint of any of T5X's formats; see `detect` for `path`.
+    """Opens a checkpoint of any of T5X's formats; see `t5x_formats.detect` for `path`.
 
     Raises:
       FileNotFoundError: nothing is there, or nothing of T5X's: the message says what.
@@ -145,7 +93,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         raise FileNotFoundError(
             f"No T5X checkpoint at {path}: expected a folder with the msgpack file "
             "'checkpoint' or Orbax's folder 'state', or a folder of checkpoint_<step>; "
-            f"{_contents(Path(path))}."
+            f"{t5x_formats.contents(Path(path))}."
         )
     if found.format == MESH_TF:
         raise T5XError(
@@ -157,65 +105,6 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     if not any(name.startswith("target/") for name in openers):
         raise T5XError(f"{found.path} holds no parameters; its arrays: {[*openers]}.")
     return Checkpoint(found, Leaves(openers))
-
-
-def _children(path: Path) -> list[Path]:
-    return sorted(path.iterdir()) if path.is_dir() else []
-
-
-def _contents(path: Path) -> str:
-    if not path.exists():
-        return "there is no such path"
-    names = [child.name for child in _children(path)]
-    shown = ", ".join(names[:6]) + ", ..." * (len(names) > 6)
-    return f"it holds {shown or 'nothing'}" if path.is_dir() else "it is another file"
-
-
-def _of_folder(path: Path) -> Found | None:
-    for folder in (path / "state", path):
-        file = folder / "_METADATA"
-        if file.is_file() and re.search(r"\(\W*target\b", file.read_text("utf-8")):
-            return Found(ORBAX, path, file)
-    if (path / "state" / "manifest.ocdbt").is_file():
-        return Found(ORBAX, path, path / "state" / "_METADATA")
-    file = path / "checkpoint"
-    return _of_file(path, file) if file.is_file() else None
-
-
-def _of_file(path: Path, file: Path) -> Found | None:
-    with open(file, "rb") as stream:
-        start = stream.read(64)
-    if start.startswith(t5x_msgpack.GZIP):
-        try:
-            with gzip.open(file) as stream:
-                start = stream.read(64)
-        except (EOFError, OSError):
-            return None
-    if start.startswith(b"model_checkpoint_path"):
-        return Found(MESH_TF, path, file)
-    is_map = start[:1] and (0x80 <= start[0] < 0x90 or start[0] in (0xDE, 0xDF))
-    if not is_map or not re.search(rb"version|optimizer|target", start):
-        return None
-    flat = _flatten(t5x_msgpack.load(file))
-    apart = any(_is_spec(leaf) or _is_placeholder(leaf) for leaf in flat.values())
-    return Found(LEGACY if apart else MSGPACK, path, file)
-
-
-def _is_spec(value: Any) -> bool:
-    return isinstance(value, dict) and {"driver", "kvstore", "metadata"} <= value.keys()
-
-
-def _is_placeholder(value: Any) -> bool:
-    return isinstance(value, str) and value.startswith(_PLACEHOLDER)
-
-
-def _flatten(tree: Any, above: tuple[str, ...] = ()) -> dict[str, Any]:
-    if not isinstance(tree, dict) or _is_spec(tree):
-        return {"/".join(above): tree}
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flatten(value, (*above, key))
-    return flat
 
 
 def _flax(found: Found) -> dict[str, Callable[[], Leaf]]:
@@ -234,11 +123,11 @@ def _flax(found: Found) -> dict[str, Callable[[], Leaf]]:
         raise T5XError(f"{found.file} must hold a tree with 'target', got {kind}.")
     openers: dict[str, Callable[[], Leaf]] = {}
     folder = found.file.parent
-    for name, value in _flatten(tree).items():
-        if _is_placeholder(value):  # Orbax's, before it wrote _METADATA
-            path = value.removeprefix(_PLACEHOLDER)
+    for name, value in t5x_formats.flatten(tree).items():
+        if t5x_formats.is_placeholder(value):  # Orbax's, before it wrote _METADATA
+            path = value.removeprefix(t5x_formats.PLACEHOLDER)
             value = {"driver": "zarr", "kvstore": {"path": path}, "metadata": {}}
-        if _is_spec(value):
+        if t5x_formats.is_spec(value):
             openers[name] = _opener(_beside, folder, name, value, version == 2)
         elif isinstance(value, int | float) or hasattr(value, "shape"):
             array = value if hasattr(value, "shape") else np.asarray(value)
@@ -264,8 +153,8 @@ def _beside(folder: Path, name: str, spec: Mapping[str, Any], as_uint16: bool) -
     where = remote.below(folder, path.rstrip("/"))
     if not (where / ".zarray").is_file():
         raise T5XError(
-            f"{folder} lacks the array {name!r}: {where.name}/.zarray is not there. Was "
-            "the whole folder copied, hidden files too?"
+            f"{folder} lacks the array {name!r}: {where.name}/.zarray is not there. "
+            "Was the whole folder copied, hidden files too?"
         )
     kvstore = {"driver": "file", "path": f"{where.absolute()}/"}
     leaf = _zarr(folder, name, {"driver": "zarr", "kvstore": kvstore, **_NO_FILL})
@@ -320,8 +209,8 @@ def _zarr(folder: Path, name: str, spec: dict[str, Any]) -> Leaf:
     def damaged(error: Exception) -> T5XError:
         said = str(error).split(" [", 1)[0].splitlines()[0]
         return T5XError(
-            f"{folder}: the array {name!r} cannot be read, the checkpoint is damaged or "
-            f"incomplete ({said}). Copy it again."
+            f"{folder}: the array {name!r} cannot be read: the checkpoint is damaged "
+            f"or incomplete ({said}). Copy it again."
         )
 
     try:

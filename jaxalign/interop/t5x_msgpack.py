@@ -106,8 +106,8 @@ def load(path: Path) -> Any:
             raise ValueError(f"{len(reader.data) - reader.at} bytes follow the tree")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(
-            f"{path} is not the msgpack file that T5X writes, or is cut short ({error})."
-            " Copy it again."
+            f"{path} is not the msgpack file that T5X writes, or is cut short "
+            f"({error}). Copy it again."
         ) from error
     return tree
 

@@ -122,3 +122,20 @@ def joined(leaf: Leaf, axis: int) -> Leaf:
 
     shape = (*leaf.shape[:axis], leaf.shape[axis] * width, *leaf.shape[axis + 2 :])
     return Leaf(leaf.names, shape, leaf.dtype, block)
+
+
+def split(leaf: Leaf, axis: int, count: int) -> Leaf:
+    """An axis as two, of ``count`` and of the rest: the inverse of `joined`."""
+    width = leaf.shape[axis] // count
+
+    def block(index: Index) -> np.ndarray:
+        first, second = index[axis], index[axis + 1]
+        whole = slice(first.start * width, first.stop * width)
+        found = leaf.block((*index[:axis], whole, *index[axis + 2 :]))
+        shape = (*found.shape[:axis], -1, width, *found.shape[axis + 1 :])
+        if not found.size:
+            shape = (*shape[:axis], first.stop - first.start, *shape[axis + 1 :])
+        return found.reshape(shape)[(*(slice(None),) * (axis + 1), second)]
+
+    shape = (*leaf.shape[:axis], count, width, *leaf.shape[axis + 1 :])
+    return Leaf(leaf.names, shape, leaf.dtype, block)

@@ -1,15 +1,10 @@
-"""The network in a T5X checkpoint: its shape, and its arrays in this library's layout.
-
-T5X's T5 and this library's have the same names. Its scanned one (``scalable_t5``, the
-layout of umT5) keeps heads apart in its kernels and a position bias in every layer.
-"""
+"""The network in a T5X checkpoint, told from its arrays and its gin file."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
 import logging
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,21 +12,17 @@ from typing import Any
 import numpy as np
 from flax import traverse_util
 
-from jaxalign.interop import t5x_gin, t5x_leaves
+from jaxalign.interop import t5x_gin
 from jaxalign.interop.t5x_files import Checkpoint
+from jaxalign.interop.t5x_layouts import find
 from jaxalign.interop.t5x_leaves import Leaf, T5XError
 from jaxalign.models import networks
 from jaxalign.models.config import T5Config, T5Shape
-from jaxalign.models.stacks import PARAM_SCAN_AXIS
 from jaxalign.models.t5 import T5
 
 TARGET = "target/"
 
 _log = logging.getLogger(__name__)
-_LAYER = re.compile(r"(.*)\b(encoder|decoder)/layers_(\d+)/(.+)")
-_STACK = re.compile(r"(.*)\b(encoder|decoder)/\2/(.+)")
-_HEADS = re.compile(r".*attention/(query|key|value|out)/kernel")
-
 _PER_LAYER = "relative_bias_per_layer"
 _UL2 = [4096, 16384, 32]  # emb_dim, mlp_dim, layers: gated by SiLU, not by GELU
 
@@ -59,48 +50,6 @@ class Description:
     left_over: tuple[str, ...]
     step: int | None
     vocabulary: Mapping[str, Any] | None
-
-
-def find(leaves: Mapping[str, Leaf], name: str) -> Leaf | None:
-    """The array of a name in either layout of layers, whichever the checkpoint has.
-
-    Args:
-      leaves: of a checkpoint.
-      name: as T5X's, such as ``target/encoder/layers_0/mlp/wo/kernel``, or
-        ``target/encoder/encoder/mlp/wo/kernel`` for the stack of all layers.
-
-    Returns:
-      None where the checkpoint has it in no layout.
-    """
-    if name in leaves:
-        return _heads_joined(name, leaves[name])
-    if match := _LAYER.fullmatch(name):
-        above, stack, number, rest = match.groups()
-        whole = f"{above}{stack}/{stack}/{rest}"
-        if whole in leaves:
-            leaf = _heads_joined(whole, leaves[whole])
-            if int(number) < leaf.shape[PARAM_SCAN_AXIS]:
-                return t5x_leaves.layer(leaf, int(number), PARAM_SCAN_AXIS)
-    if match := _STACK.fullmatch(name):
-        above, stack, rest = match.groups()
-        parts: list[Leaf] = []
-        while (part := f"{above}{stack}/layers_{len(parts)}/{rest}") in leaves:
-            parts.append(_heads_joined(part, leaves[part]))
-        return t5x_leaves.stacked(parts, PARAM_SCAN_AXIS) if parts else None
-    return None
-
-
-def _heads_joined(name: str, leaf: Leaf) -> Leaf:
-    """A kernel of attention with its heads in one axis, ``[E, H * D]``."""
-    match = _HEADS.fullmatch(name)
-    scanned = bool(_STACK.fullmatch(name))
-    if not match or len(leaf.shape) != 3 + scanned:
-        return leaf
-    if match[1] != "out":
-        return t5x_leaves.joined(leaf, len(leaf.shape) - 2)
-    # [H, D, E], or [H, layers, D, E] where layers are scanned.
-    leaf = t5x_leaves.transposed(leaf, (0, 2, 1, 3)) if scanned else leaf
-    return t5x_leaves.joined(leaf, 0)
 
 
 def describe(

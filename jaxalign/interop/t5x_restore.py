@@ -13,8 +13,9 @@ import numpy as np
 from flax import traverse_util
 
 from jaxalign.interop.t5x_files import Checkpoint
+from jaxalign.interop.t5x_layouts import find
 from jaxalign.interop.t5x_leaves import Leaf, T5XError
-from jaxalign.interop.t5x_network import TARGET, check_leaf, find, missing
+from jaxalign.interop.t5x_network import TARGET, check_leaf, missing
 
 AssignmentMap = Sequence[tuple[str, str | None]]
 Initial = Mapping[str, Any] | Callable[[str], Any]

@@ -14,15 +14,13 @@ from jaxalign.interop import t5x_layouts
 _SLOTS = ("m", "v", "v_col", "v_row")
 _MIN_DIM_TO_FACTOR = 128  # of fewer rows or columns nothing is factored
 
-# T5X's standard_logical_factor_rules for what its scanned layers hold: the axes that
-# v_row keeps, and v_col; the layers' axis, 1, is in both.
+# T5X's standard_logical_factor_rules for the kernels of scanned layers: the axes that
+# v_row keeps, and v_col; the layers' axis, 1, is in both. No size is too small there.
 _RULES = (
     (r".*attention/out/kernel", (3,), (0, 2)),
     (r".*attention/.*/kernel", (0,), (2, 3)),
     (r".*mlp/wo/kernel", (2,), (0,)),
     (r".*/kernel", (0,), (2,)),
-    (r".*/scale", (0,), ()),
-    (r".*/rel_embedding", (), (0,)),
 )
 
 
@@ -53,6 +51,7 @@ def _factored(
         for pattern, rows, columns in _RULES:
             if re.fullmatch(pattern, name):
                 return rows, columns
+        return (), ()
     order = np.argsort(shape, kind="stable")
     if len(shape) != 2 or shape[order[0]] < _MIN_DIM_TO_FACTOR:
         return (), ()

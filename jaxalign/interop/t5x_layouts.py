@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from flax import traverse_util
 
 from jaxalign.interop import t5x_leaves
@@ -107,15 +108,24 @@ def written(params: Mapping[str, Any]) -> dict[str, Leaf]:
 
 
 def _leaf(path: str, value: Any) -> Leaf:
-    if isinstance(value, jax.Array) and not value.is_fully_addressable:
+    leaf = t5x_leaves.of_array(path, value)
+    if hasattr(value, "read"):
+        return Leaf(leaf.names, leaf.shape, leaf.dtype, value.read)
+    if not isinstance(value, jax.Array):
+        return leaf
+    if not value.is_fully_addressable:
         raise ValueError(
             f"{path} lies on several processes; write a checkpoint of the run, and "
             "convert that in one process."
         )
-    leaf = t5x_leaves.of_array(path, value)
-    if not hasattr(value, "read"):
-        return leaf
-    return Leaf(leaf.names, leaf.shape, leaf.dtype, value.read)
+
+    def block(index: t5x_leaves.Index) -> np.ndarray:
+        # Only the part comes to the host; one program cuts all parts of a size.
+        starts = [part.start for part in index]
+        sizes = [part.stop - part.start for part in index]
+        return np.asarray(jax.lax.dynamic_slice(value, starts, sizes))
+
+    return Leaf(leaf.names, leaf.shape, leaf.dtype, block)
 
 
 def _scalable(apart: Mapping[str, Leaf], heads: int) -> dict[str, Leaf]:

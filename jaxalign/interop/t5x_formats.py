@@ -65,6 +65,23 @@ def detect(path: str | os.PathLike[str]) -> Found | None:
     return None
 
 
+def of_parameters(name: str) -> bool:
+    """Whether a network needs a file of a checkpoint, by its path in it.
+
+    Of a legacy checkpoint in a bucket, what the optimizer keeps and the position in the
+    data need not be copied: ``remote.copy_folder(path, of_parameters)``.
+
+    >>> of_parameters("target.encoder.encoder_norm.scale/.zarray")
+    True
+    >>> of_parameters("checkpoint_5/state.param_states.encoder.encoder_norm.scale.v/0")
+    False
+    """
+    parts = name.split("/")
+    return not any(
+        part.startswith(("state.param_states.", "train_ds-")) for part in parts
+    )
+
+
 def _children(path: Path) -> list[Path]:
     return sorted(path.iterdir()) if path.is_dir() else []
 

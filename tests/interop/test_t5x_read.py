@@ -7,8 +7,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 import t5x_checkpoints as made
+from flax import serialization, traverse_util
 
-from jaxalign.interop import t5x, t5x_leaves, t5x_msgpack
+from jaxalign.interop import t5x, t5x_formats, t5x_leaves, t5x_msgpack
 
 FORMATS = {
     "legacy": lambda path, params: made.write_legacy(path, params),
@@ -108,6 +109,44 @@ def test_orbax_without_ocdbt(tmp_path, params):
     made.write_orbax(tmp_path / "checkpoint_7", params, use_ocdbt=False)
     assert not (tmp_path / "checkpoint_7" / "state" / "manifest.ocdbt").exists()
     _assert_same(_target(t5x.open_checkpoint(tmp_path)), params)
+
+
+def test_orbax_before_it_described_its_trees(tmp_path, params):
+    """As T5X's own test data has it: names in place of arrays, another prefix."""
+    tree = {}
+    for name, value in params.items():
+        stored = "_optimizer.target." + name.replace("/", ".")
+        made.write_zarr(tmp_path / stored, value)
+        tree[f"_optimizer/target/{name}"] = f"PLACEHOLDER://{stored}"
+    tree |= {"_optimizer/state/step": np.int32(4), "params_axes": None}
+    nested = traverse_util.unflatten_dict(tree, sep="/")
+    (tmp_path / "checkpoint").write_bytes(serialization.msgpack_serialize(nested))
+    checkpoint = t5x.open_checkpoint(tmp_path)
+    assert checkpoint.found.format == "legacy" and checkpoint.step == 4
+    _assert_same(_target(checkpoint), params)
+
+
+def test_what_the_optimizer_keeps_need_not_be_there(tmp_path, params):
+    path = made.write_legacy(tmp_path / "checkpoint_7", params)
+    flat = traverse_util.flatten_dict(
+        serialization.msgpack_restore((path / "checkpoint").read_bytes()), sep="/"
+    )
+    prefix = "optimizer/state/param_states/"
+    for name in [name for name in flat if name.startswith(prefix)]:
+        stored = name.removeprefix("optimizer/").replace("/", ".")
+        made.write_zarr(path / stored, flat[name])
+        kvstore = {"driver": "file", "path": stored}
+        flat[name] = {"driver": "zarr", "kvstore": kvstore, "metadata": {}}
+    nested = traverse_util.unflatten_dict(flat, sep="/")
+    (path / "checkpoint").write_bytes(serialization.msgpack_serialize(nested))
+    assert len(t5x.open_checkpoint(path).param_states()) == len(params)
+    for folder in path.iterdir():
+        if not t5x_formats.of_parameters(f"{folder.name}/.zarray"):
+            shutil.rmtree(folder)
+    checkpoint = t5x.open_checkpoint(path)
+    assert set(t5x.describe(checkpoint).leaves) == set(params)
+    with pytest.raises(t5x.T5XError, match="lacks the array 'state/param_states"):
+        checkpoint.param_states()
 
 
 def test_arrays_that_flax_writes_in_pieces(tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -35,6 +36,9 @@ class Leaf:
     shape: tuple[int, ...]
     dtype: np.dtype
     block: Read = dataclasses.field(repr=False)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self.read(), dtype)
 
     def read(self, index: Sequence[slice] | None = None) -> np.ndarray:
         """A block in memory of its own; the whole array by default.

@@ -189,9 +189,13 @@ def test_blocks_of_views_are_blocks_of_the_whole():
     order = t5x_leaves.transposed(leaf, (0, 2, 1, 3))
     joined = whole.transpose(0, 2, 1, 3).reshape(20, 3, 6)
     views.append((t5x_leaves.joined(order, 0), joined))
+    apart = t5x_leaves.split(t5x_leaves.of_array("x", joined), 0, 4)
+    views.append((apart, joined.reshape(4, 5, 3, 6)))
+    last = t5x_leaves.of_array("x", whole.reshape(4, 3, 30))
+    views.append((t5x_leaves.split(last, 2, 5), whole))
     for view, wanted in views:
         assert view.shape == wanted.shape and view.names[0] == "x"
-        np.testing.assert_array_equal(view.read(), wanted)
+        np.testing.assert_array_equal(np.asarray(view), wanted)
         for _ in range(20):
             cuts = [sorted(rng.integers(0, size + 1, 2)) for size in wanted.shape]
             index = tuple(slice(int(a), int(b)) for a, b in cuts)

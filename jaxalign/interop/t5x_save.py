@@ -13,6 +13,7 @@ import math
 import os
 import shutil
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from jaxalign.models.config import T5Shape
 
 _VERSION = 3
 _CHUNK_BYTES = 64 << 20  # as T5X's, which it reads partitioned
+_QUEUE_BYTES = 256 << 20  # that wait to be compressed, beside the one being read
 _DTYPES = ("float32", "bfloat16")
 
 
@@ -43,7 +45,7 @@ def save(
 ) -> Path:
     """Writes parameters as a checkpoint that T5X's own loaders restore.
 
-    One parameter at a time is in the host's memory. Arrays that lie on several
+    A few parameters at a time are in the host's memory. Arrays that lie on several
     processes cannot be written from one of them.
 
     Args:
@@ -98,7 +100,11 @@ def _write(
     shape: T5Shape | None,
     param_states: Mapping[str, Mapping[str, Any]] | None,
 ) -> None:
-    target = {path: _zarr(folder, path, x, dtype) for path, x in arrays.items()}
+    with _Queue() as queue:
+        target = {
+            path: _zarr(folder, path, leaf, dtype, queue)
+            for path, leaf in arrays.items()
+        }
     if param_states is None:
         states = {
             path: t5x_slots.fresh(path, leaf.shape) for path, leaf in arrays.items()
@@ -124,8 +130,41 @@ def _write(
     _sync(folder)
 
 
-def _zarr(folder: Path, path: str, leaf: Leaf, dtype: np.dtype) -> dict[str, Any]:
-    """Writes a parameter, and returns the specification that stands for it."""
+class _Queue:
+    """Blocks that TensorStore's threads are compressing and writing."""
+
+    def __init__(self) -> None:
+        self._blocks: deque[tuple[str, int, ts.Future]] = deque()
+
+    def put(self, path: str, store: ts.TensorStore, block: np.ndarray) -> None:
+        """Begins to write a block, when there is room for it."""
+        self.drain(_QUEUE_BYTES)
+        self._blocks.append((path, block.nbytes, store.write(block)))
+
+    def drain(self, left: int = 0) -> None:
+        """Waits until at most so many bytes are not on disk."""
+        while self._blocks and sum(size for _, size, _ in self._blocks) > left:
+            path, _, future = self._blocks.popleft()
+            with _writing(path):
+                future.result()
+
+    def __enter__(self) -> _Queue:
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, _: Any) -> None:
+        """Nothing is written any more when this returns; the first error counts."""
+        try:
+            if error is None:
+                self.drain()
+        finally:
+            for _, _, future in self._blocks:
+                future.exception()
+
+
+def _zarr(
+    folder: Path, path: str, leaf: Leaf, dtype: np.dtype, queue: _Queue
+) -> dict[str, Any]:
+    """Begins to write a parameter; returns the specification that stands for it."""
     stored = "target." + path.replace("/", ".")
     chunks = _chunks(leaf.shape, _CHUNK_BYTES // dtype.itemsize)
     metadata = {
@@ -141,8 +180,7 @@ def _zarr(folder: Path, path: str, leaf: Leaf, dtype: np.dtype) -> dict[str, Any
     for start in range(0, leaf.shape[0], chunks[0]):
         rows = slice(start, min(start + chunks[0], leaf.shape[0]))
         block = leaf.read((rows, *(slice(None),) * (len(leaf.shape) - 1)))
-        with _writing(where):
-            store[rows].write(block.astype(dtype, copy=False)).result()
+        queue.put(where, store[rows], block.astype(dtype, copy=False))
     return {**spec, "kvstore": {"driver": "file", "path": f"{stored}/"}}
 
 

@@ -1,0 +1,30 @@
+"""T5X checkpoints, read and written without T5X.
+
+All of T5X's formats are read, and the one that all of its versions restore is written::
+
+    checkpoint = t5x.open_checkpoint("t5_1_1_small/checkpoint_1000000")
+    found = t5x.describe(checkpoint)  # shape, names; nothing is read yet
+    params, report = t5x.restore(checkpoint, like)  # straight onto like's shardings
+    t5x.save("out", params, step=checkpoint.step, shape=found.shape)
+"""
+
+from jaxalign.interop.t5x_files import Checkpoint, open_checkpoint
+from jaxalign.interop.t5x_formats import Found, detect
+from jaxalign.interop.t5x_leaves import Leaf, T5XError
+from jaxalign.interop.t5x_network import Description, describe
+from jaxalign.interop.t5x_restore import Report, restore
+from jaxalign.interop.t5x_save import save
+
+__all__ = [
+    "Checkpoint",
+    "Description",
+    "Found",
+    "Leaf",
+    "Report",
+    "T5XError",
+    "describe",
+    "detect",
+    "open_checkpoint",
+    "restore",
+    "save",
+]

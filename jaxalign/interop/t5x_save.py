@@ -1,0 +1,236 @@
+"""T5X checkpoints written: its legacy format, which every version of T5X restores.
+
+A folder ``checkpoint_<step>`` with a zarr folder for each parameter and the msgpack
+file ``checkpoint``, version 3; see `jaxalign.interop.t5x_formats`. It is made under
+another name and renamed when all is on disk: what is interrupted never looks whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import os
+import shutil
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import tensorstore as ts
+from flax import serialization, traverse_util
+
+from jaxalign import remote
+from jaxalign.interop import t5x_layouts, t5x_slots
+from jaxalign.interop.t5x_leaves import Leaf
+from jaxalign.models.config import T5Shape
+
+_VERSION = 3
+_CHUNK_BYTES = 64 << 20  # as T5X's, which it reads partitioned
+_QUEUE_BYTES = 256 << 20  # that wait to be compressed, beside the one being read
+_DTYPES = ("float32", "bfloat16")
+
+
+def save(
+    folder: str | os.PathLike[str],
+    params: Mapping[str, Any],
+    *,
+    step: int = 0,
+    dtype: Any = "float32",
+    shape: T5Shape | None = None,
+    param_states: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Path:
+    """Writes parameters as a checkpoint that T5X's own loaders restore.
+
+    A few parameters at a time are in the host's memory. Arrays that lie on several
+    processes cannot be written from one of them.
+
+    Args:
+      folder: T5X's model directory; the checkpoint becomes ``checkpoint_<step>`` there.
+      params: nested or flat by path, in either layout of layers. A leaf is an array, or
+        anything with ``shape``, ``dtype`` and ``read(index)``, such as a leaf of
+        another checkpoint. Written are the names of T5X's ``examples/t5``, or those of
+        its ``examples/scalable_t5`` where every layer has a position bias.
+      step: how many steps they were trained for.
+      dtype: of the parameters, ``float32`` or ``bfloat16``.
+      shape: of the network; written as ``config.gin`` into the checkpoint, where
+        `t5x_network.describe` finds it.
+      param_states: what T5X's optimizer keeps, by path and slot. By default Adafactor's
+        as it begins, zeros, without which T5X's trainer restores nothing.
+
+    Returns:
+      The checkpoint's folder.
+
+    Raises:
+      FileExistsError: there is a checkpoint of that step.
+      OSError: the folder cannot be written; nothing is left in it.
+      ValueError: another dtype, or parameters that this process does not have.
+    """
+    if jnp.dtype(dtype).name not in _DTYPES:
+        raise ValueError(f"dtype must be one of {list(_DTYPES)}, got {dtype!r}.")
+    arrays = t5x_layouts.written(params)
+    if not arrays:
+        raise ValueError("params must hold at least one parameter.")
+    folder = remote.local_only(folder, "A T5X checkpoint").absolute()
+    final = folder / f"checkpoint_{step}"
+    if final.exists():
+        raise FileExistsError(
+            f"{final} exists; give another folder or step, or remove it."
+        )
+    temporary = final.with_name(f"{final.name}.tmp-{time.time_ns()}")
+    try:
+        temporary.mkdir(parents=True)
+        _write(temporary, arrays, step, jnp.dtype(dtype), shape, param_states)
+        os.rename(temporary, final)
+        _sync(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return final
+
+
+def _write(
+    folder: Path,
+    arrays: Mapping[str, Leaf],
+    step: int,
+    dtype: np.dtype,
+    shape: T5Shape | None,
+    param_states: Mapping[str, Mapping[str, Any]] | None,
+) -> None:
+    with _Queue() as queue:
+        target = {
+            path: _zarr(folder, path, leaf, dtype, queue)
+            for path, leaf in arrays.items()
+        }
+    if param_states is None:
+        states = {
+            path: t5x_slots.fresh(path, leaf.shape) for path, leaf in arrays.items()
+        }
+    else:
+        states = {path: _slots(slots) for path, slots in param_states.items()}
+    tree = {
+        "version": _VERSION,
+        "optimizer": {
+            "target": traverse_util.unflatten_dict(target, sep="/"),
+            "state": {
+                "step": np.asarray(step, np.int32),
+                "param_states": traverse_util.unflatten_dict(states, sep="/"),
+            },
+        },
+    }
+    if shape is not None:
+        (folder / "config.gin").write_text(_gin(shape), "utf-8")
+    with open(folder / "checkpoint", "wb") as file:
+        file.write(serialization.msgpack_serialize(tree))
+        file.flush()
+        os.fsync(file.fileno())
+    _sync(folder)
+
+
+class _Queue:
+    """Blocks that TensorStore's threads are compressing and writing."""
+
+    def __init__(self) -> None:
+        self._blocks: deque[tuple[str, int, ts.Future]] = deque()
+
+    def put(self, path: str, store: ts.TensorStore, block: np.ndarray) -> None:
+        """Begins to write a block, when there is room for it."""
+        self.drain(_QUEUE_BYTES)
+        self._blocks.append((path, block.nbytes, store.write(block)))
+
+    def drain(self, left: int = 0) -> None:
+        """Waits until at most so many bytes are not on disk."""
+        while self._blocks and sum(size for _, size, _ in self._blocks) > left:
+            path, _, future = self._blocks.popleft()
+            with _writing(path):
+                future.result()
+
+    def __enter__(self) -> _Queue:
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, _: Any) -> None:
+        """Nothing is written any more when this returns; the first error counts."""
+        try:
+            if error is None:
+                self.drain()
+        finally:
+            for _, _, future in self._blocks:
+                future.exception()
+
+
+def _zarr(
+    folder: Path, path: str, leaf: Leaf, dtype: np.dtype, queue: _Queue
+) -> dict[str, Any]:
+    """Begins to write a parameter; returns the specification that stands for it."""
+    stored = "target." + path.replace("/", ".")
+    chunks = _chunks(leaf.shape, _CHUNK_BYTES // dtype.itemsize)
+    metadata = {
+        "shape": list(leaf.shape),
+        "chunks": list(chunks),
+        "compressor": {"id": "gzip", "level": 1},
+    }
+    spec = {"driver": "zarr", "dtype": dtype.name, "metadata": metadata}
+    where = f"{remote.below(folder, stored)}/"
+    kvstore = {"driver": "file", "path": where}
+    with _writing(where):
+        store = ts.open({**spec, "kvstore": kvstore}, create=True, open=True).result()
+    for start in range(0, leaf.shape[0], chunks[0]):
+        rows = slice(start, min(start + chunks[0], leaf.shape[0]))
+        block = leaf.read((rows, *(slice(None),) * (len(leaf.shape) - 1)))
+        queue.put(where, store[rows], block.astype(dtype, copy=False))
+    return {**spec, "kvstore": {"driver": "file", "path": f"{stored}/"}}
+
+
+@contextlib.contextmanager
+def _writing(path: str) -> Iterator[None]:
+    """An OSError where TensorStore, which raises ValueError, cannot write."""
+    try:
+        yield
+    except ValueError as error:
+        said = str(error).split(" [", 1)[0].splitlines()[0]
+        raise OSError(f"{path} cannot be written: {said}") from error
+
+
+def _chunks(shape: Sequence[int], elements: int) -> tuple[int, ...]:
+    """The largest chunks of so many elements that divide a shape evenly."""
+    chunks = list(shape)
+    while math.prod(chunks) > elements:
+        axis = max(range(len(chunks)), key=chunks.__getitem__)
+        size = chunks[axis]
+        chunks[axis] = next(n for n in range(size - 1, 0, -1) if size % n == 0)
+    return tuple(chunks)
+
+
+def _slots(slots: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    return {
+        slot: value.read() if isinstance(value, Leaf) else np.asarray(value)
+        for slot, value in slots.items()
+    }
+
+
+def _gin(shape: T5Shape) -> str:
+    """A network as T5X's model gin files say it; T5X has constants for what is left."""
+    fields = {
+        field.name: getattr(shape, field.name)
+        for field in dataclasses.fields(T5Shape)
+        if not field.name.startswith("relative_")
+    }
+    scanned = getattr(shape, "relative_bias_per_layer", False)
+    package = "scalable_t5" if scanned else "t5"
+    lines = ["from __gin__ import dynamic_registration", ""]
+    lines += [f"from t5x.examples.{package} import network", ""]
+    lines += ["network.Transformer.config = @network.T5Config()", "network.T5Config:"]
+    lines += [f"  {name} = {value!r}" for name, value in fields.items()]
+    return "\n".join([*lines, *["  scan_layers = True"] * scanned, ""])
+
+
+def _sync(folder: Path) -> None:
+    """The names in a folder are on disk, too."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -105,8 +105,8 @@ def train(
     from jaxalign.training import run as runs
     from jaxalign.training import train
 
-    config = configs.config_str()
     run = runs.from_gin()
+    config = configs.config_str()
     if dry_run:
         return f"{config}\n{plan_of.describe(run)}"
     timeout = job.distributed_timeout

@@ -21,7 +21,7 @@ import orbax.checkpoint as ocp
 
 from jaxalign import models, remote, user_code, vocabularies
 from jaxalign.cluster import mesh as meshes
-from jaxalign.training import damage, remote_checkpoints
+from jaxalign.training import damage, foreign, remote_checkpoints
 from jaxalign.training.damage import DamagedCheckpointError
 from jaxalign.training.fingerprints import params_fingerprint
 from jaxalign.training.step import REFERENCE
@@ -65,7 +65,8 @@ def load(
     """Loads a network of a checkpoint.
 
     Args:
-      path: a run directory (its newest checkpoint is taken) or a checkpoint.
+      path: a run directory (its newest checkpoint is taken) or a checkpoint; a Hugging
+        Face folder; a T5X checkpoint; told by content.
       network: its name; None: the checkpoint's main one.
       mesh: where its parameters are spread; one device by default.
 
@@ -80,8 +81,8 @@ def load(
         policy = checkpoints.load("runs/dpo")
         policy.model.apply({"params": policy.params}, batch)
     """
-    folder = resolve(path)
-    meta = damage.read_meta(folder)
+    other = foreign.opened(path)
+    meta = foreign.meta(other) if other else read_meta(path)
     name = network or meta["main"]
     about = description(meta, name, path)
     if "from" in about:
@@ -89,6 +90,10 @@ def load(
     model = models.restored(about)
     _log.info("Network of %s: %s", path, models.describe(model))
     like = on_mesh(model, mesh)
+    if other:
+        params, vocabulary = other.params(like), other.foreign.vocabulary
+        return Network(model, params, vocabulary, meta, other.path, name)
+    folder = resolve(path)
     # Before it is decoded: decoders of damaged files print, wait or crash.
     damage.check_files(folder, meta, name)
     params = patiently(lambda: read_item(folder, meta, name, like))
@@ -160,6 +165,39 @@ def source(meta: Mapping[str, Any], name: str) -> str:
     return wanted if wanted in meta["networks"] else meta["main"]
 
 
+def network_in_gin(path: str | Path) -> str | None:
+    """Gin statements that make a run's network and vocabulary those of a checkpoint.
+
+    None where it says nothing of its vocabulary.
+    """
+    meta = read_meta(path)
+    if meta["vocabulary"] is None:
+        return None
+    shape = meta["networks"][meta["main"]]["shape"]
+    fields = {name: value for name, value in shape.items() if name != "dropout_rate"}
+    lines = (f"  {name} = {value!r}" for name, value in fields.items())
+    return "\n".join(
+        (
+            "from __gin__ import dynamic_registration",
+            "from jaxalign import models",
+            "from jaxalign.training import checkpoints",
+            "VOCABULARY = @checkpoints.vocabulary()",
+            f"checkpoints.vocabulary.path = {str(path)!r}",
+            "models.T5Config:",
+            *lines,
+            "",
+        )
+    )
+
+
+def vocabulary(path: str) -> Any:
+    """The vocabulary of a checkpoint of any format."""
+    if other := foreign.opened(path):
+        return other.foreign.vocabulary
+    folder = resolve(path)
+    return vocabularies.from_json(read_meta(path)["vocabulary"], folder.parents[1])
+
+
 def on_mesh(model: Any, mesh: jax.sharding.Mesh | None) -> Any:
     """A network's parameters as shapes with shardings; on one device without a mesh."""
     shapes = models.shapes(model)
@@ -214,9 +252,19 @@ def resolve(path: str | Path) -> Path:
     if not steps:
         raise FileNotFoundError(
             f"No checkpoint at {path}: expected a run directory with "
-            f"{_FOLDER}/<step>/, or one of those steps."
+            f"{_FOLDER}/<step>/, or one of those steps; a Hugging Face folder; or a "
+            f"T5X checkpoint. {_held(path)}"
         )
     return path / _FOLDER / str(steps[-1])
+
+
+def _held(path: Path) -> str:
+    if not path.exists():
+        return "There is no such path."
+    if path.is_file():
+        return "It is a file."
+    names = sorted(child.name for child in path.iterdir())
+    return f"It holds {', '.join(names[:5]) or 'nothing'}{', ...' * (len(names) > 5)}."
 
 
 def saved_steps(run_dir: str | Path) -> list[int]:
@@ -231,6 +279,8 @@ def read_meta(path: str | Path) -> dict[str, Any]:
     Raises:
       DamagedCheckpointError: when it is not what was written.
     """
+    if other := foreign.opened(path):
+        return foreign.meta(other)
     return damage.read_meta(resolve(path))
 
 
@@ -240,6 +290,8 @@ def verify(path: str | Path, network: str = "policy") -> None:
     Raises:
       DamagedCheckpointError: naming the file that differs.
     """
+    if foreign.opened(path):
+        return  # which lists no SHA-256 of its files
     folder = resolve(path)
     damage.check_files(folder, damage.read_meta(folder), network)
 

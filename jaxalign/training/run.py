@@ -17,6 +17,7 @@ from jaxalign.cluster import distributed
 from jaxalign.cluster import mesh as meshes
 from jaxalign.objectives import Objective
 from jaxalign.objectives.metrics import Metrics
+from jaxalign.training import checkpoints as ckpt
 from jaxalign.training import inputs as inputs_lib
 from jaxalign.training import sampling
 from jaxalign.training import step as steps
@@ -119,6 +120,12 @@ def from_gin() -> Run:
             "`jaxalign tasks` lists all."
         )
     run = make()
+    if run.initial_checkpoint_path and not configs.is_network_named():
+        # Nobody says which network: the checkpoint does.
+        path = run.initial_checkpoint_path
+        if text := ckpt.network_in_gin(path):
+            configs.set_network(text, f"as in {path}")
+            run = make()
     _log.info("Network: %s, %s", configs.network(), models.describe(run.model))
     return run
 

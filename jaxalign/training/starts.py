@@ -62,6 +62,8 @@ def _check_vocabulary(
 ) -> None:
     """Refuses a checkpoint whose ids mean other text."""
     theirs = meta.get("vocabulary_fingerprint")
+    if meta["vocabulary"] is None:  # another project's, without its tokenizer
+        return
     if theirs is None:  # an older checkpoint: from the model file beside it
         folder = ckpt.resolve(path).parents[1]
         theirs = vocabularies.from_json(meta["vocabulary"], folder).fingerprint

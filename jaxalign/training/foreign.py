@@ -1,0 +1,47 @@
+"""Checkpoints of other projects, described as if they were jaxalign's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from jaxalign import models, remote
+from jaxalign.interop.opening import Opened, open_foreign
+from jaxalign.training import remote_checkpoints
+
+
+def opened(path: str | Path) -> Opened | None:
+    """The checkpoint of another project at a path; None where it is jaxalign's own."""
+    if not remote.is_remote(path):
+        folder = Path(path)
+        if (folder / remote_checkpoints.FOLDER).is_dir() or (folder / "meta").is_dir():
+            return None
+    return open_foreign(path)
+
+
+def meta(found: Opened) -> dict[str, Any]:
+    """What ``meta`` says of such a checkpoint; all its parameters are read for it."""
+    files = (p for p in found.path.rglob("*") if p.is_file())
+    signature = sorted((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files)
+    vocabulary = found.foreign.vocabulary
+    about = models.stored(found.model())
+    about["fingerprint"] = _fingerprint(found, tuple(signature))
+    return {
+        "format": found.format,
+        "step": found.step or 0,
+        "main": found.name,
+        "networks": {found.name: about},
+        "vocabulary": vocabulary and vocabulary.to_json(),
+        "vocabulary_fingerprint": vocabulary and vocabulary.fingerprint,
+        "parents": {},
+    }
+
+
+_known: dict[tuple[Any, ...], str] = {}
+
+
+def _fingerprint(found: Opened, signature: tuple[Any, ...]) -> str:
+    """By the files as they are: a process asks more than once."""
+    if signature not in _known:
+        _known[signature] = found.fingerprint()
+    return _known[signature]

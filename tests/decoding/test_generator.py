@@ -14,7 +14,7 @@ from jaxalign.decoding.generator import prompt_bucket
 class Letters:
     """Ids 2..23 are letters."""
 
-    vocab_size = 24
+    vocab_size, eos_id = 24, 1
 
     def decode(self, ids):
         return "".join(chr(ord("a") + i - 2) for i in ids if i > 1)

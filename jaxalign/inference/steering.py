@@ -19,6 +19,7 @@ from jaxalign.cluster import exclusive
 from jaxalign.data import records
 from jaxalign.data.bad_rows import quoted, show
 from jaxalign.decoding import constraints, programs
+from jaxalign.decoding.checks import check_eos
 from jaxalign.decoding.generate import check_constraint
 from jaxalign.decoding.smc import smc
 from jaxalign.inference import generation, outputs
@@ -118,6 +119,7 @@ def steer(
     if count >= 0:
         return count
     policy = checkpoints.newest_policy(checkpoint)
+    check_eos(policy.vocabulary.eos_id, "Steering")
     examples, _ = records.load(
         prompts,
         "prompts",

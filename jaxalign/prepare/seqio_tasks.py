@@ -110,6 +110,13 @@ def to_seqio(vocabulary: Vocabulary) -> Any:
 
     if isinstance(vocabulary, ByteVocabulary):
         return seqio.ByteVocabulary(vocabulary.extra_ids)
+    if (vocabulary.pad_id, vocabulary.eos_id) != (0, 1) or not hasattr(
+        vocabulary, "model_bytes"
+    ):
+        raise ValueError(
+            f"seqio has no vocabulary with the ids of {vocabulary!r}; read files of "
+            "rows (DATA='file.jsonl') in place of a seqio task."
+        )
     return seqio.SentencePieceVocabulary(vocabulary.path, vocabulary.extra_ids)
 
 

@@ -301,11 +301,13 @@ def serve(
     server.require()
     key = _checked_key(os.environ.get(KEY_VARIABLE) if api_key is None else api_key)
 
+    from jaxalign.decoding.checks import check_eos
     from jaxalign.serving.backend import EngineBackend
     from jaxalign.training import checkpoints
 
     with server.listen(host, port) as sock:
         policy = checkpoints.load_policy(checkpoint)
+        check_eos(policy.vocabulary.eos_id, "The server")
         backend = EngineBackend(
             policy,
             max_prompt_tokens=max_prompt_tokens,

@@ -37,12 +37,12 @@ def madlad(tmp_path_factory):
     return SentencePieceVocabulary(path, 0, escape=False, pad_id=1, eos_id=2)
 
 
-@pytest.mark.parametrize("text", TEXTS)
-def test_texts_survive_behind_a_template_and_before_eos(vocabulary, text):
-    ids = vocabulary.encode(text)
+@pytest.mark.parametrize("said", TEXTS)
+def test_texts_survive_behind_a_template_and_before_eos(vocabulary, said):
+    ids = vocabulary.encode(said)
     assert ids[0] == 1 and 2 not in ids  # <s>, as RoBERTa's template has it
-    assert vocabulary.decode([*ids, 2, 70, 71]) == text
-    assert vocabulary.decode([0, *ids, 334, 0]) == text  # a sentinel is no text
+    assert vocabulary.decode([*ids, 2, 70, 71]) == said
+    assert vocabulary.decode([0, *ids, 334, 0]) == said  # a sentinel is no text
 
 
 @given(st.text(), st.text())

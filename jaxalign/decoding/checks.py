@@ -31,6 +31,15 @@ def check_uint32(name: str, value: int) -> None:
         raise ValueError(f"{name} must lie in [0, 2**32), got {value}.")
 
 
+def check_eos(eos_id: int, what: str) -> None:
+    """Refuses a vocabulary's EOS where decoding knows that of a T5 only."""
+    if eos_id != EOS_ID:
+        raise ValueError(
+            f"{what} ends texts with the id {EOS_ID}, and this vocabulary ends them "
+            f"with {eos_id}: sample instead (jaxalign generate), without constraints."
+        )
+
+
 def check_constraint(
     constraint: Constraint | None, max_new_tokens: int, prefixes: Prefixes = ()
 ) -> None:

@@ -11,9 +11,14 @@ import jax
 import numpy as np
 import tqdm
 
-from jaxalign.decoding.checks import check_constraint, check_sizes, check_uint32
+from jaxalign.decoding.checks import (
+    check_constraint,
+    check_eos,
+    check_sizes,
+    check_uint32,
+)
 from jaxalign.decoding.engine import Engine, Finished
-from jaxalign.decoding.rules import EOS_ID, PAD_ID, Constraint, Sampling
+from jaxalign.decoding.rules import PAD_ID, Constraint, Sampling
 from jaxalign.decoding.stops import LOOK, Cut, Stops
 
 # The smallest padded prompt length, and how many batches are sorted together: enough to
@@ -107,11 +112,8 @@ class Generator:
             batch_size=batch_size,
         )
         sampling = dataclasses.replace(sampling or Sampling(), eos_id=vocabulary.eos_id)
-        if constraint is not None and vocabulary.eos_id != EOS_ID:
-            raise ValueError(
-                f"Constraints end texts with the id {EOS_ID}, and this vocabulary "
-                f"with {vocabulary.eos_id}: sample without one."
-            )
+        if constraint is not None:
+            check_eos(vocabulary.eos_id, "A constraint")
         self._engine = functools.partial(
             Engine,
             model,

@@ -21,6 +21,7 @@ from jaxalign.decoding import (
     contrastive_search,
     mbr,
 )
+from jaxalign.decoding.checks import check_eos
 from jaxalign.decoding.generator import prompt_bucket
 from jaxalign.training import checkpoints
 
@@ -90,6 +91,7 @@ def search(
         k, alpha = contrastive
         method = functools.partial(contrastive_search, top_k=k, penalty_alpha=alpha)
     vocabulary, eos = policy.vocabulary, policy.vocabulary.eos_id
+    check_eos(eos, "A search")
     tokens = [[*vocabulary.encode(text), eos] for text in prompts]
     limit = max_prompt_length or max(map(len, tokens), default=1)
     tokens = [t if len(t) <= limit else [*t[: limit - 1], eos] for t in tokens]

@@ -20,7 +20,7 @@ from jaxalign import judges
 from jaxalign.cluster import exclusive
 from jaxalign.data.bad_rows import quoted, show
 from jaxalign.decoding import constraints, programs
-from jaxalign.decoding.checks import check_constraint
+from jaxalign.decoding.checks import check_constraint, check_eos
 from jaxalign.decoding.generator import prompt_bucket
 from jaxalign.decoding.smc import smc
 from jaxalign.inference import generation, outputs
@@ -118,6 +118,7 @@ def steer(
     if count >= 0:
         return count
     policy = checkpoints.newest(checkpoint)
+    check_eos(policy.vocabulary.eos_id, "Steering")
     rows = generation.read_rows(prompts, "prompts", output, field_map, on_bad_row)
     default = {"regex": regex, "include": tuple(include), "template": template}
     wishes = [_wish(i, raw, default) for i, (raw, _) in enumerate(rows)]

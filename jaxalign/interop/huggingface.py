@@ -295,7 +295,7 @@ def write(
         else:
             _write_json(folder / GENERATION, ids)
         if vocabulary is not None:
-            tokenizer_files.write(folder, vocabulary)
+            tokenizer_files.write(folder, vocabulary, config["model_type"])
         if card:
             (folder / "README.md").write_text(card, "utf-8")
         _write_json(folder / CONFIG, config | ids)

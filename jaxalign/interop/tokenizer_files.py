@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxalign.interop import unigram
 from jaxalign.interop.tensor_files import DamagedFolderError, read_json
 from jaxalign.vocabularies import (
     ByteVocabulary,
@@ -192,8 +193,15 @@ def _json(path: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
-def write(folder: Path, vocabulary: Vocabulary) -> None:
-    """Writes the files by which ``AutoTokenizer`` finds a vocabulary."""
+def write(folder: Path, vocabulary: Vocabulary, model_type: str = "t5") -> None:
+    """Writes the files by which ``AutoTokenizer`` finds a vocabulary.
+
+    Args:
+      folder: exists.
+      vocabulary: any.
+      model_type: as ``config.json`` says it. Pieces of a "umt5" are written as
+        ``tokenizer.json``, too, which takes the package ``tokenizers``.
+    """
     special = {}
     if isinstance(vocabulary, ByteVocabulary):
         settings = {"tokenizer_class": "ByT5Tokenizer"}
@@ -201,6 +209,9 @@ def write(folder: Path, vocabulary: Vocabulary) -> None:
         special = {"pad": "<pad>", "eos": "</s>", "unk": "<unk>"}
     elif isinstance(vocabulary, SentencePieceVocabulary):
         (folder / SPIECE).write_bytes(vocabulary.model_bytes)
+        if model_type == "umt5":
+            text = unigram.tokenizer_json(vocabulary)
+            (folder / TOKENIZER_FILE).write_text(text, "utf-8")
         settings = {"tokenizer_class": "T5Tokenizer"}
         settings["extra_ids"] = vocabulary.extra_ids
         for key in ("pad", "eos", "unk"):

@@ -241,6 +241,13 @@ def register(
 
     if isinstance(vocabulary, ByteVocabulary):
         theirs, escape = seqio.ByteVocabulary(vocabulary.extra_ids), str
+    elif (vocabulary.pad_id, vocabulary.eos_id) != (0, 1) or not hasattr(
+        vocabulary, "model_bytes"
+    ):
+        raise ValueError(
+            f"seqio has no vocabulary with the ids of {vocabulary!r}; read files of "
+            "rows (DATA='file.jsonl') in place of a seqio task."
+        )
     else:
         escape = vocabulary.escape_text
         theirs = seqio.SentencePieceVocabulary(vocabulary.path, vocabulary.extra_ids)

@@ -12,6 +12,7 @@ import transformers
 
 from jaxalign.decoding import Generator, Sampling
 from jaxalign.interop import huggingface
+from jaxalign.vocabularies import SentencePieceVocabulary
 
 TEXTS = [
     "The quick brown fox jumps over the lazy dog",
@@ -135,3 +136,20 @@ def test_greedy_text_is_that_of_transformers(family, tmp_path):
         assert row[1:][:ends] == ours.tokens[0].tolist()
     assert [ours.texts[0] for ours in found] == want
     assert len(set(want)) > 1
+
+
+def test_pieces_of_a_umt5_are_written_as_autotokenizer_reads_them(tmp_path):
+    foreign_folders.write("umt5", tmp_path / "in")
+    foreign_folders.write_tokenizer("pieces", tmp_path / "pieces")
+    pieces = str(tmp_path / "pieces" / "spiece.model")
+    vocabulary = SentencePieceVocabulary(pieces, 100, escape=False)
+    foreign = huggingface.open_folder(tmp_path / "in")
+    huggingface.write(tmp_path / "out", foreign.leaves, foreign.model(), vocabulary)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    for text in (*TEXTS, "two  spaces\nand {others} <extra_id_3> behind"):
+        ids = [*vocabulary.encode(text), vocabulary.eos_id]
+        assert ids == theirs(text).input_ids
+        assert huggingface.open_folder(tmp_path / "out").vocabulary.encode(text) == (
+            vocabulary.encode(text)
+        )
+    assert (theirs.pad_token_id, theirs.eos_token_id) == (0, 1)

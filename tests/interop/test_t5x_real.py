@@ -64,3 +64,10 @@ def test_t5x_restores_what_is_written_here(facts):
 def test_the_optimizers_slots_have_t5xs_shapes(facts):
     for fact in _of(facts, "slots"):
         assert fact["wrong"] == [], fact
+
+
+def test_three_adafactor_steps_equal_t5xs(facts):
+    found = _of(facts, "three steps")
+    assert [fact["case"] for fact in found] == ["t5_1_1", "t5_1_0"]
+    for fact in found:
+        assert fact["worst"] < 1e-5, fact

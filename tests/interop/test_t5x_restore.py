@@ -365,3 +365,36 @@ def test_initial_values_of_another_shape(checkpoint):
         )
     with pytest.raises(t5x.T5XError, match="initial has no value for token_embedder"):
         t5x.restore(checkpoint, _like(), assignment_map=rules, initial={})
+
+
+# --- What the optimizer keeps -------------------------------------------------
+
+
+def _shapes(**shapes):
+    return {
+        slot: {"encoder": {"kernel": jax.ShapeDtypeStruct(shape, np.float32)}}
+        for slot, shape in shapes.items()
+    }
+
+
+@pytest.mark.parametrize("factored", [True, False])
+def test_adafactors_moments_keep_the_axes_they_average(factored, tmp_path):
+    sizes = {"v_row": (4,), "v_col": (6,), "v": (1,)}
+    like = _shapes(v_row=(4, 1), v_col=(1, 6), v=(1, 1))
+    other = _shapes(v_row=(1, 1), v_col=(1, 1), v=(4, 6))
+    if not factored:
+        sizes, like, other = {"v_row": (1,), "v_col": (1,), "v": (4, 6)}, other, like
+    kept = {k: np.random.default_rng(3).random(v, "f4") for k, v in sizes.items()}
+    target = {"encoder": {"kernel": np.ones((4, 6), np.float32)}}
+    t5x.save(tmp_path, target, param_states={"encoder/kernel": kept})
+    checkpoint = t5x.open_checkpoint(tmp_path)
+    found = t5x.moments(checkpoint, like)
+    for slot, tree in like.items():
+        value = found[slot]["encoder"]["kernel"]
+        assert value.shape == tree["encoder"]["kernel"].shape
+        np.testing.assert_array_equal(value.ravel(), kept[slot].ravel())
+    with pytest.raises(t5x.T5XError, match="min_dim_size_to_factor differs"):
+        t5x.moments(checkpoint, other)
+    none = {"v": {"decoder": {"kernel": np.ones(3)}}}
+    with pytest.raises(t5x.T5XError, match="keeps no 'v' of decoder/kernel"):
+        t5x.moments(checkpoint, none)

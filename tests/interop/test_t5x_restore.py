@@ -183,6 +183,19 @@ def test_missing_arrays_and_wrong_shapes_are_named(tmp_path, params):
         t5x.describe(_without(tmp_path, wrong))
 
 
+def test_an_embedding_of_another_rank_is_named(tmp_path, params):
+    wrong = {**params, "token_embedder/embedding": np.ones(3, np.float32)}
+    with pytest.raises(t5x.T5XError, match=r"embedding must have 2 axes.* \(3,\)"):
+        t5x.describe(_without(tmp_path, wrong))
+
+
+def test_heads_are_told_from_kernels_that_keep_them_apart(tmp_path, params):
+    for lay_out in (made.scanned, made.heads_apart):
+        found = _without(tmp_path, lay_out(params), "relpos_bias")
+        with pytest.raises(t5x.T5XError, match="lacks target/.*relpos_bias"):
+            t5x.describe(found)  # it got so far
+
+
 def test_more_arrays_than_the_network_has(tmp_path, params):
     more = {**params, "decoder/adapter/kernel": np.zeros((2, 2), np.float32)}
     found = t5x.describe(_without(tmp_path, more))

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import seqio
 from flax import traverse_util
+from flax.core import freeze, unfreeze
 from t5x import adafactor, checkpoints, models, partitioning, utils
 from t5x.examples.scalable_t5 import network as scalable_t5
 from t5x.examples.t5 import network as t5
@@ -117,10 +118,11 @@ def steps_apart(checkpoint, state, params):
     )
     for i in range(3):
         grads = jax.tree.map(lambda x, i=i: np.sin(np.asarray(x) * 50 + i), params)
-        state = state.apply_gradient(grads=grads, learning_rate=0.1)
+        state = state.apply_gradient(grads=freeze(grads), learning_rate=0.1)
         updates, ours = optimizer.update(grads, ours, params)
         params = jax.tree.map(lambda x, u: x - 0.1 * u, params, updates)
-    apart = jax.tree.map(lambda a, b: np.abs(a - b).max(), params, state.params)
+    theirs = unfreeze(state.params)
+    apart = jax.tree.map(lambda a, b: np.abs(a - b).max(), params, theirs)
     return float(max(jax.tree.leaves(apart)))
 
 
@@ -171,7 +173,7 @@ def main(folder):
                 worst = float(np.abs(our_logits(ours, params) - wanted).max())
                 tell(case, "our logits", worst=worst)
         if not case.startswith("umt5"):
-            params = jax.tree.map(np.asarray, state.params)
+            params = jax.tree.map(np.asarray, unfreeze(state.params))
             worst = steps_apart(checkpoint, state, params)
             tell(case, "three steps", worst=worst)
         if case == "umt5_apart":

@@ -49,6 +49,7 @@ TRAIN = [
     "etils[epath]>=1.9.1",  # tensorflow-datasets' own floor
     "sentencepiece>=0.2",  # seqio's own floor
     "safetensors>=0.4",  # Hugging Face checkpoints, without PyTorch
+    "tensorstore>=0.1.86",  # T5X checkpoints; orbax-checkpoint brings it too
     "tensorboardX>=2.6.5",  # event files without TensorFlow
     "tqdm>=4.66",
 ]

@@ -14,6 +14,7 @@ from jaxalign.interop.t5x_leaves import Leaf, T5XError
 from jaxalign.interop.t5x_network import Description, describe
 from jaxalign.interop.t5x_restore import Report, restore
 from jaxalign.interop.t5x_save import save
+from jaxalign.interop.t5x_slots import moments
 
 __all__ = [
     "Checkpoint",
@@ -24,6 +25,7 @@ __all__ = [
     "T5XError",
     "describe",
     "detect",
+    "moments",
     "open_checkpoint",
     "restore",
     "save",

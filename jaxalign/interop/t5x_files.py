@@ -145,7 +145,8 @@ def _beside(folder: Path, name: str, spec: Mapping[str, Any], as_uint16: bool) -
     Its driver may be that of another file system and its path is relative; chunks and
     compressor are what the folder itself says.
     """
-    path = spec["kvstore"].get("path") or spec.get("path")
+    store = spec["kvstore"] if isinstance(spec["kvstore"], Mapping) else {}
+    path = store.get("path") or spec.get("path")
     if spec["driver"] != "zarr" or not isinstance(path, str):
         raise T5XError(
             f"{folder}: {name!r} must be a zarr folder, got the specification {spec}."

@@ -119,8 +119,8 @@ def joined(leaf: Leaf, axis: int) -> Leaf:
         whole = slice(first, -(-high // width))
         wider = (*index[:axis], whole, slice(0, width), *index[axis + 1 :])
         found = leaf.block(wider)
-        rest = found.shape[axis + 2 :]
-        found = found.reshape(*found.shape[:axis], -1, *rest)
+        length = found.shape[axis] * width
+        found = found.reshape(*found.shape[:axis], length, *found.shape[axis + 2 :])
         part = slice(low - first * width, high - first * width)
         return found[(*(slice(None),) * axis, part)]
 
@@ -136,9 +136,8 @@ def split(leaf: Leaf, axis: int, count: int) -> Leaf:
         first, second = index[axis], index[axis + 1]
         whole = slice(first.start * width, first.stop * width)
         found = leaf.block((*index[:axis], whole, *index[axis + 2 :]))
-        shape = (*found.shape[:axis], -1, width, *found.shape[axis + 1 :])
-        if not found.size:
-            shape = (*shape[:axis], first.stop - first.start, *shape[axis + 1 :])
+        length = first.stop - first.start
+        shape = (*found.shape[:axis], length, width, *found.shape[axis + 1 :])
         return found.reshape(shape)[(*(slice(None),) * (axis + 1), second)]
 
     shape = (*leaf.shape[:axis], count, width, *leaf.shape[axis + 1 :])

@@ -23,6 +23,7 @@ from jaxalign.models.t5 import T5
 TARGET = "target/"
 
 _log = logging.getLogger(__name__)
+_FIRST = "encoder/layers_0"
 _PER_LAYER = "relative_bias_per_layer"
 _UL2 = [4096, 16384, 32]  # emb_dim, mlp_dim, layers: gated by SiLU, not by GELU
 
@@ -59,11 +60,11 @@ def describe(
 ) -> Description:
     """The network of a checkpoint, from its arrays, its gin file and arguments.
 
-    Sizes are told from the arrays: the heads from the table of position biases. Two
-    things are not in them, and are taken from ``config.gin`` beside the checkpoint or
-    in its model directory, as T5X leaves it there: which activations the feed-forward
-    block has (else ReLU where it is not gated, T5 1.0, and tanh GELU where it is, T5
-    1.1, with a note in the log), and, in umT5's layout, nothing else.
+    Sizes are told from the arrays: the heads from the table of position biases. What is
+    not in them, the activations of the feed-forward block, is taken from ``config.gin``
+    in the checkpoint or in its model directory, where T5X leaves it; without one they
+    are assumed, with a note in the log: ReLU where the block is not gated (T5 1.0),
+    tanh GELU where it is (T5 1.1).
 
     Args:
       checkpoint: an opened one.
@@ -107,62 +108,82 @@ def describe(
 def _from_arrays(
     checkpoint: Checkpoint, given: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    leaves = checkpoint.leaves
-
-    def shape(name: str) -> tuple[int, ...]:
-        leaf = find(leaves, TARGET + name)
-        if leaf is None:
-            raise missing(checkpoint, [name])
-        return leaf.shape
-
-    def has(name: str) -> bool:
-        return find(leaves, TARGET + name) is not None
-
+    """The fields that the arrays tell, and that they do."""
+    where = checkpoint.found.path
     values: dict[str, Any] = {}
-    values["vocab_size"], values["emb_dim"] = shape("token_embedder/embedding")
+    embedding = _shape(checkpoint, "token_embedder/embedding", 2)
+    values["vocab_size"], values["emb_dim"] = embedding
     for stack in ("encoder", "decoder"):
         depth = 0
-        while has(f"{stack}/layers_{depth}/pre_mlp_layer_norm/scale"):
+        while _has(checkpoint, f"{stack}/layers_{depth}/pre_mlp_layer_norm/scale"):
             depth += 1
         if not depth:
             raise T5XError(
-                f"{checkpoint.found.path} has no {stack}: expected its layers as "
+                f"{where} has no {stack}: expected its layers as "
                 f"target/{stack}/layers_0/... or target/{stack}/{stack}/... It is no "
                 "encoder-decoder of T5X's."
             )
         values[f"num_{stack}_layers"] = depth
-    bias = "encoder/relpos_bias/rel_embedding"
-    per_layer = "encoder/layers_0/relpos_bias/rel_embedding"
-    split = leaves.get(TARGET + "encoder/layers_0/attention/query/kernel")
-    if has(bias) or has(per_layer):
-        table = shape(bias if has(bias) else per_layer)
-        values["num_heads"], values["relative_attention_num_buckets"] = table
-        if has(per_layer):
-            values[_PER_LAYER] = True
-    elif split is not None and len(split.shape) == 3:
-        values["num_heads"] = split.shape[1]
-    width = shape("encoder/layers_0/attention/query/kernel")[-1]
+    values |= _bias(checkpoint)
+    width = _shape(checkpoint, f"{_FIRST}/attention/query/kernel", 2)[1]
     heads = values.get("num_heads", given.get("num_heads"))
     if heads is None:
         raise ValueError(
-            f"num_heads cannot be told from the arrays of {checkpoint.found.path}: it "
-            f"has no {bias}, and its attention is {width} wide. Give num_heads, or the "
-            "gin file of the model."
+            f"num_heads cannot be told from the arrays of {where}: it has no "
+            f"encoder/relpos_bias/rel_embedding, and its attention is {width} wide. "
+            "Give num_heads, or the gin file of the model."
         )
     if width % heads:
         raise ValueError(
-            f"num_heads is {heads}, but the attention of {checkpoint.found.path} is "
-            f"{width} wide, which it does not divide."
+            f"num_heads is {heads}, but the attention of {where} is {width} wide, "
+            "which it does not divide."
         )
     values["head_dim"] = width // heads
-    values["mlp_dim"] = shape("encoder/layers_0/mlp/wo/kernel")[0]
-    values["logits_via_embedding"] = not has("decoder/logits_dense/kernel")
-    if _PER_LAYER in values and _PER_LAYER not in T5Shape.__dataclass_fields__:
-        raise T5XError(
-            f"{checkpoint.found.path} has a position bias in every layer (umT5's "
-            "layout); this network's layers share one for each stack."
-        )
+    values["mlp_dim"] = _shape(checkpoint, f"{_FIRST}/mlp/wo/kernel", 2)[0]
+    values["logits_via_embedding"] = not _has(checkpoint, "decoder/logits_dense/kernel")
     return values, dict.fromkeys(values, "arrays")
+
+
+def _bias(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What the table of position biases tells, or kernels with their heads apart."""
+    name = "relpos_bias/rel_embedding"
+    shared, own = f"encoder/{name}", f"{_FIRST}/{name}"
+    values: dict[str, Any] = {}
+    if _has(checkpoint, own):
+        if _PER_LAYER not in T5Shape.__dataclass_fields__:
+            raise T5XError(
+                f"{checkpoint.found.path} has a position bias in every layer (umT5's "
+                "layout); this network's layers share one for each stack."
+            )
+        values[_PER_LAYER] = True
+    if _has(checkpoint, own) or _has(checkpoint, shared):
+        table = _shape(checkpoint, own if values else shared, 2)
+        return {
+            **values,
+            "num_heads": table[0],
+            "relative_attention_num_buckets": table[1],
+        }
+    for layer, rank in ((_FIRST, 3), ("encoder/encoder", 4)):
+        kernel = checkpoint.leaves.get(f"{TARGET}{layer}/attention/query/kernel")
+        if kernel is not None and len(kernel.shape) == rank:
+            return {"num_heads": kernel.shape[-2]}
+    return {}
+
+
+def _has(checkpoint: Checkpoint, path: str) -> bool:
+    return find(checkpoint.leaves, TARGET + path) is not None
+
+
+def _shape(checkpoint: Checkpoint, path: str, rank: int) -> tuple[int, ...]:
+    leaf = find(checkpoint.leaves, TARGET + path)
+    if leaf is None:
+        raise missing(checkpoint, [path])
+    if len(leaf.shape) != rank:
+        raise T5XError(
+            f"{path} must have {rank} axes, but {leaf.names[0]!r} in "
+            f"{checkpoint.found.path} has the shape {leaf.shape}."
+        )
+    return leaf.shape
 
 
 def _activations(

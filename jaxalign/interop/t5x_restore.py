@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -14,8 +15,12 @@ from flax import traverse_util
 
 from jaxalign.interop.t5x_files import Checkpoint
 from jaxalign.interop.t5x_layouts import find
-from jaxalign.interop.t5x_leaves import Leaf, T5XError
+from jaxalign.interop.t5x_leaves import Leaf, T5XError, of_array
 from jaxalign.interop.t5x_network import TARGET, check_leaf, missing
+
+# Up to so many bytes the parts of a process are read in one go: chunks that lie in many
+# of them are unpacked once.
+_AT_ONCE = 1 << 30
 
 AssignmentMap = Sequence[tuple[str, str | None]]
 Initial = Mapping[str, Any] | Callable[[str], Any]
@@ -163,17 +168,41 @@ def _expanded(match: re.Match[str], replacement: str | None) -> str | None:
 
 
 def _place(leaf: Leaf, like: Any, dtype: Any) -> jax.Array:
+    """Reads a parameter onto its devices; devices that hold copies share one read."""
     dtype = jnp.dtype(dtype or like.dtype)
     sharding = _sharding(like)
-    blocks: dict[tuple, np.ndarray] = {}  # devices that hold copies share one read
+    held = sharding.addressable_devices_indices_map(leaf.shape).values()
+    parts = {_bounds(index, leaf.shape) for index in held}
+    box = tuple(
+        (min(low for low, _ in axis), max(high for _, high in axis))
+        for axis in zip(*parts, strict=True)
+    )
+    source, corner = leaf, tuple(0 for _ in box)
+    size = math.prod(high - low for low, high in box) * leaf.dtype.itemsize
+    if len(parts) > 1 and size <= _AT_ONCE:
+        block = leaf.read([slice(*bounds) for bounds in box])
+        source, corner = of_array(leaf.names[0], block), tuple(low for low, _ in box)
+    blocks: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
 
-    def block(index: tuple[slice, ...]) -> np.ndarray:
-        key = tuple((part.start, part.stop) for part in index)
-        if key not in blocks:
-            blocks[key] = leaf.read(index).astype(dtype, copy=False)
-        return blocks[key]
+    def block_of(index: tuple[slice, ...]) -> np.ndarray:
+        part = _bounds(index, leaf.shape)
+        if part not in blocks:
+            shifted = [
+                slice(low - first, high - first)
+                for (low, high), first in zip(part, corner, strict=True)
+            ]
+            blocks[part] = source.read(shifted).astype(dtype, copy=False)
+        return blocks[part]
 
-    return jax.make_array_from_callback(leaf.shape, sharding, block)
+    return jax.make_array_from_callback(leaf.shape, sharding, block_of)
+
+
+def _bounds(
+    index: Sequence[slice], shape: tuple[int, ...]
+) -> tuple[tuple[int, int], ...]:
+    return tuple(
+        part.indices(size)[:2] for part, size in zip(index, shape, strict=True)
+    )
 
 
 def _initial(initial: Any, path: str, like: Any, dtype: Any) -> jax.Array:

@@ -1,4 +1,4 @@
-"""The network in a T5X checkpoint: told from its arrays, placed, partly restored."""
+"""Parameters of a T5X checkpoint in every layout, placed, and restored in part."""
 
 import dataclasses
 
@@ -10,7 +10,7 @@ from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxalign import models
-from jaxalign.interop import t5x, t5x_files, t5x_network
+from jaxalign.interop import t5x, t5x_leaves, t5x_restore
 from jaxalign.models import networks
 
 SHAPE = models.T5Config(
@@ -22,19 +22,6 @@ SHAPE = models.T5Config(
     num_encoder_layers=2,
     num_decoder_layers=3,
 )
-GIN = """
-from __gin__ import dynamic_registration
-from t5x.examples.t5 import network
-include 't5x/examples/t5/t5_1_1/base.gin'
-ACTIVATIONS = ('swish', 'linear')
-VOCABULARY = @seqio.SentencePieceVocabulary()
-seqio.SentencePieceVocabulary.sentencepiece_model_file = 'gs://t5-data/sp.model'
-network.T5Config:
-  dtype = 'bfloat16'  # of its execution
-  head_dim = 6
-  mlp_activations = %ACTIVATIONS
-  dropout_rate = %DROPOUT_RATE
-"""
 
 
 @pytest.fixture(scope="module")
@@ -54,139 +41,6 @@ def _like(**fields):
 
 def _flat(tree):
     return traverse_util.flatten_dict(tree, sep="/")
-
-
-def _fields(description):
-    known = {field.name for field in dataclasses.fields(type(description.shape))}
-    return {name: getattr(description.shape, name) for name in known}
-
-
-# --- The shape ----------------------------------------------------------------
-
-
-def test_the_shape_is_told_from_the_arrays(checkpoint, params):
-    found = t5x.describe(checkpoint)
-    assert found.kind == "T5" and found.step == 7 and found.left_over == ()
-    assert _fields(found) == {name: getattr(SHAPE, name) for name in _fields(found)}
-    assert set(found.leaves) == set(params)
-    assumed = [name for name, source in found.sources.items() if source != "arrays"]
-    assert assumed == ["mlp_activations"]
-    assert found.sources["mlp_activations"] == "assumed"
-    assert found.vocabulary is None
-
-
-def test_t5_1_0(tmp_path):
-    made.write_msgpack(tmp_path / "checkpoint", made.random_params(t5_1_0=True))
-    shape = t5x.describe(t5x.open_checkpoint(tmp_path)).shape
-    assert shape.mlp_activations == ("relu",) and shape.logits_via_embedding
-
-
-def test_a_gin_file_beside_it_says_the_rest(checkpoint, tmp_path):
-    (tmp_path / "model" / "config.gin").write_text(GIN)
-    found = t5x.describe(checkpoint)
-    assert found.shape.mlp_activations == ("silu", "linear")
-    assert found.sources["mlp_activations"] == "config.gin"
-    assert found.shape.dropout_rate == 0
-    assert found.vocabulary == {
-        "class": "seqio.SentencePieceVocabulary",
-        "sentencepiece_model_file": "gs://t5-data/sp.model",
-    }
-    # That of the checkpoint itself is nearer, one that is given replaces both, and an
-    # argument is over all.
-    text = GIN.replace("swish", "relu")
-    (checkpoint.found.path / "config.gin").write_text(text)
-    assert t5x.describe(checkpoint).shape.mlp_activations[0] == "relu"
-    other = tmp_path / "other.gin"
-    other.write_text("dense.MlpBlock.activations = ('silu', 'linear')")  # Flaxformer's
-    found = t5x.describe(checkpoint, [other])
-    assert found.shape.mlp_activations[0] == "silu"
-    found = t5x.describe(checkpoint, mlp_activations=("gelu", "linear"))
-    assert found.shape.mlp_activations[0] == "gelu"
-    assert found.sources["mlp_activations"] == "argument"
-
-
-def test_included_gin_files_are_read_where_they_lie_beside(checkpoint, tmp_path):
-    (tmp_path / "base.gin").write_text("network.T5Config.mlp_activations = ('relu', 1)")
-    (tmp_path / "small.gin").write_text(
-        "include 't5x/examples/base.gin'\nnetwork.T5Config.mlp_activations = %A\n"
-        "A = ('silu', 'linear')\nVOCABULARY = @seqio.ByteVocabulary()"
-    )
-    found = t5x.describe(checkpoint, [tmp_path / "small.gin"])
-    assert found.shape.mlp_activations == ("silu", "linear")
-    assert found.vocabulary == {"class": "seqio.ByteVocabulary"}
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"num_heads": 2}, "num_heads is 2 by argument, but the arrays .* say 3"),
-        ({"mlp_activations": ("relu",)}, "is gated: it takes 2"),
-        ({"mlp_activations": ("gelu", "linearr")}, "Did you mean 'linear'"),
-        ({"num_head": 3}, "'num_head' is no field.*Did you mean 'num_heads'"),
-        ({"logits_via_embedding": True}, "logits_via_embedding is True by argument"),
-    ],
-    ids=str,
-)
-def test_what_contradicts_the_arrays_is_refused(fields, message, checkpoint):
-    with pytest.raises(ValueError, match=message):
-        t5x.describe(checkpoint, **fields)
-
-
-def test_a_gin_file_that_is_not_this_checkpoints(checkpoint, tmp_path):
-    file = tmp_path / "model" / "config.gin"
-    file.write_text("network.T5Config.emb_dim = 512")
-    with pytest.raises(ValueError, match="emb_dim is 512 by config.gin.* say 24"):
-        t5x.describe(checkpoint)
-    file.write_text("network.T5Config:\n  emb_dim = = 3")
-    with pytest.raises(ValueError, match="config.gin is not a gin file"):
-        t5x.describe(checkpoint)
-    with pytest.raises(FileNotFoundError):
-        t5x.describe(checkpoint, [tmp_path / "none.gin"])
-
-
-def _without(tmp_path, params, *names):
-    kept = {k: v for k, v in params.items() if not any(n in k for n in names)}
-    made.write_msgpack(tmp_path / "checkpoint", kept)
-    return t5x.open_checkpoint(tmp_path)
-
-
-def test_heads_that_no_array_tells_are_demanded(tmp_path, params):
-    found = _without(tmp_path, params, "relpos_bias")
-    with pytest.raises(ValueError, match="num_heads cannot be told.*18 wide"):
-        t5x.describe(found)
-    with pytest.raises(ValueError, match="18 wide, which it does not divide"):
-        t5x.describe(found, num_heads=4)
-    with pytest.raises(t5x.T5XError, match="lacks target/encoder/relpos_bias"):
-        t5x.describe(found, num_heads=3)
-
-
-def test_ul2_is_not_taken_for_a_t5_1_1():
-    sizes = {"emb_dim": 4096, "mlp_dim": 16384, "num_encoder_layers": 32}
-    empty = t5x_files.Checkpoint(t5x.Found("legacy", None, None), t5x_files.Leaves({}))
-    with pytest.raises(ValueError, match=r"UL2.*mlp_activations=\('silu', 'linear'\)"):
-        t5x_network._activations(empty, sizes, {})
-
-
-def test_missing_arrays_and_wrong_shapes_are_named(tmp_path, params):
-    name = "decoder/layers_1/encoder_decoder_attention/key/kernel"
-    for gone, message in {
-        name: f"lacks target/{name}; the nearest name it has is target/decoder/layers",
-        "decoder/": "has no decoder: expected its layers as target/decoder/layers_0/",
-        "token_embedder": "lacks target/token_embedder/embedding",
-    }.items():
-        with pytest.raises(t5x.T5XError, match=message):
-            t5x.describe(_without(tmp_path, params, gone))
-    wrong = {**params, name: params[name][:, :-1]}
-    with pytest.raises(
-        t5x.T5XError, match=rf"{name} must have.*\(24, 18\).*\(24, 17\)"
-    ):
-        t5x.describe(_without(tmp_path, wrong))
-
-
-def test_more_arrays_than_the_network_has(tmp_path, params):
-    more = {**params, "decoder/adapter/kernel": np.zeros((2, 2), np.float32)}
-    found = t5x.describe(_without(tmp_path, more))
-    assert found.left_over == ("target/decoder/adapter/kernel",)
 
 
 # --- Layouts of layers --------------------------------------------------------
@@ -240,7 +94,9 @@ def test_umt5_has_a_bias_in_every_layer(scan_layers, tmp_path, params):
 # --- Placing ------------------------------------------------------------------
 
 
-def test_each_device_reads_its_own_part(checkpoint, params, monkeypatch):
+@pytest.mark.parametrize("at_once", [0, 1 << 30])
+def test_each_device_gets_its_own_part(at_once, checkpoint, params, monkeypatch):
+    monkeypatch.setattr(t5x_restore, "_AT_ONCE", at_once)
     mesh = Mesh(np.array(jax.devices()[:8]).reshape(2, 4), ("data", "model"))
     like = {
         name: jax.ShapeDtypeStruct(
@@ -260,7 +116,8 @@ def test_each_device_reads_its_own_part(checkpoint, params, monkeypatch):
 
     def recorded(leaf, index=None):
         block = read(leaf, index)
-        reads.append((leaf.names[0], block.shape))
+        if leaf.block.__module__ != t5x_leaves.__name__:  # of a file, not of memory
+            reads.append((leaf.names[0], block.shape))
         return block
 
     monkeypatch.setattr(t5x.Leaf, "read", recorded)
@@ -269,8 +126,9 @@ def test_each_device_reads_its_own_part(checkpoint, params, monkeypatch):
         np.testing.assert_array_equal(value, params[name])
         assert value.sharding == like[name].sharding
     embedding = "target/token_embedder/embedding"
-    assert [shape for name, shape in reads if name == embedding] == [(10, 12)] * 8
-    assert len(reads) == 8 + len(params) - 1  # copies share one read
+    parts = [(40, 24)] if at_once else [(10, 12)] * 8
+    assert [shape for name, shape in reads if name == embedding] == parts
+    assert len(reads) == len(parts) + len(params) - 1  # copies share one read
 
 
 def test_dtypes(checkpoint, params):
@@ -365,3 +223,36 @@ def test_initial_values_of_another_shape(checkpoint):
         )
     with pytest.raises(t5x.T5XError, match="initial has no value for token_embedder"):
         t5x.restore(checkpoint, _like(), assignment_map=rules, initial={})
+
+
+# --- What the optimizer keeps -------------------------------------------------
+
+
+def _shapes(**shapes):
+    return {
+        slot: {"encoder": {"kernel": jax.ShapeDtypeStruct(shape, np.float32)}}
+        for slot, shape in shapes.items()
+    }
+
+
+@pytest.mark.parametrize("factored", [True, False])
+def test_adafactors_moments_keep_the_axes_they_average(factored, tmp_path):
+    sizes = {"v_row": (4,), "v_col": (6,), "v": (1,)}
+    like = _shapes(v_row=(4, 1), v_col=(1, 6), v=(1, 1))
+    other = _shapes(v_row=(1, 1), v_col=(1, 1), v=(4, 6))
+    if not factored:
+        sizes, like, other = {"v_row": (1,), "v_col": (1,), "v": (4, 6)}, other, like
+    kept = {k: np.random.default_rng(3).random(v, "f4") for k, v in sizes.items()}
+    target = {"encoder": {"kernel": np.ones((4, 6), np.float32)}}
+    t5x.save(tmp_path, target, param_states={"encoder/kernel": kept})
+    checkpoint = t5x.open_checkpoint(tmp_path)
+    found = t5x.moments(checkpoint, like)
+    for slot, tree in like.items():
+        value = found[slot]["encoder"]["kernel"]
+        assert value.shape == tree["encoder"]["kernel"].shape
+        np.testing.assert_array_equal(value.ravel(), kept[slot].ravel())
+    with pytest.raises(t5x.T5XError, match="min_dim_size_to_factor differs"):
+        t5x.moments(checkpoint, other)
+    none = {"v": {"decoder": {"kernel": np.ones(3)}}}
+    with pytest.raises(t5x.T5XError, match="keeps no 'v' of decoder/kernel"):
+        t5x.moments(checkpoint, none)

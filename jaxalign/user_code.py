@@ -93,14 +93,19 @@ def load_module(name: str, *, asked_as: str | None = None) -> ModuleType:
     3.0
     """
     asked_as = asked_as or name
+    look_in_working_folder()  # for what a file imports, too
     if name.endswith(".py"):
         return _run_file(asked_as, pathlib.Path(name).expanduser())
+    return _import(asked_as, name)
+
+
+def look_in_working_folder() -> None:
+    """Has modules looked up in the working folder, too, after the Python path."""
     working = os.getcwd()
     if working not in sys.path and "" not in sys.path:
         # Last: nothing there stands in for an installed package.
         sys.path.append(working)
         importlib.invalidate_caches()
-    return _import(asked_as, name)
 
 
 def fingerprint(module: ModuleType) -> str:

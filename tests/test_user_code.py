@@ -39,6 +39,12 @@ def test_a_file_may_hold_dataclasses_under_postponed_annotations(folder):
     assert json.loads("1") == 1
 
 
+def test_a_file_may_import_what_lies_in_the_working_folder(folder):
+    (folder / "own_words_of_mine.py").write_text("WORDS = 6\n")
+    (folder / "judge.py").write_text("from own_words_of_mine import WORDS\n")
+    assert user_code.load_module("judge.py").WORDS == 6
+
+
 def test_a_file_is_run_once_until_it_changes(folder):
     (folder / "mine.py").write_text(JUDGE)
     module = user_code.load_module("mine.py")

@@ -8,6 +8,7 @@ same rows.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import inspect
 from collections.abc import Callable
@@ -63,6 +64,8 @@ def identity(augment: Augment) -> str:
     given = [*map(repr, getattr(augment, "args", ()))]
     given += [f"{k}={v!r}" for k, v in getattr(augment, "keywords", {}).items()]
     name = getattr(function, "__qualname__", type(function).__qualname__)
+    if dataclasses.is_dataclass(function):
+        given += [f"{k}={v!r}" for k, v in vars(function).items()]
     try:
         source = inspect.getsource(inspect.getmodule(function) or function)
     except (OSError, TypeError):  # built in, or made at run time

@@ -326,7 +326,7 @@ class Study:
             return [self._identity(v) for v in value]
         if isinstance(value, dict):
             return {str(k): self._identity(v) for k, v in value.items()}
-        if callable(value):
+        if callable(value) or hasattr(value, "fingerprint"):
             return _function_key(value)
         return value
 

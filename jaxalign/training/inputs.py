@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxalign import batch as batches
 from jaxalign import data as data_lib
-from jaxalign import remote, vocabularies
+from jaxalign import configs, remote, vocabularies
 from jaxalign.data import synthetic
 from jaxalign.data.augment import Augment
 from jaxalign.objectives import Objective
@@ -284,7 +284,7 @@ def build(
             shuffle=dataset.shuffle and split == "train",
             reward_stats=reward_stats if objective.uses_rewards else None,
             row_columns=batches.extra(objective.columns, "rows"),
-            augment=dataset.augment,
+            augment=dataset.augment and configs.bound(dataset.augment),
         )
     return Inputs(
         train=feeds["train"],

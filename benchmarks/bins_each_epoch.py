@@ -83,16 +83,18 @@ def step(name: str):
     own = {"dropout": False} if name == "SFT" else {"beta": 0.5}
     objective = objectives.OBJECTIVES[name](model=MODEL, **own)
     tx = optax.adam(3e-3 if name == "SFT" else 1e-3)
-    online = objective.uses_reference
-    function = steps.make_train_step(objective, tx, reference_params=online)
+    function = steps.make_train_step(objective, tx)
     return objective, tx, jax.jit(function)
 
 
 def train(name: str, params, fed, reference=None):
     objective, tx, function = step(name)
-    state = steps.TrainState.create(jax.tree.map(jnp.copy, params), tx, objective)
+    networks = jax.tree.map(jnp.copy, params)
+    if reference is not None:
+        networks["reference"] = reference
+    state = steps.TrainState.create(networks, tx, objective)
     for batch in fed:
-        state, _ = function(state, batch, jax.random.key(0), reference)
+        state, _ = function(state, batch, jax.random.key(0))
     return state.params
 
 

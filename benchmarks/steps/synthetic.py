@@ -30,7 +30,8 @@ def batch(run: Run, objective: Objective, seed: int = 0) -> dict[str, np.ndarray
     rng = np.random.default_rng(seed)
     shape = programs.row_shape(run, objective)
     lengths = run.dataset.feature_lengths
-    columns = batches.extra(objective.columns, "pass")
+    cached = run.reference == "cached"
+    columns = batches.extra(objective.columns, "pass") if cached else ()
     per_prompt, count = shape.decoder_rows, shape.prompts
 
     def ids(length: int) -> np.ndarray:

@@ -94,9 +94,6 @@ def train_step(
     ready = runs.setup(run) if data else programs.abstract_setup(run, mesh)
     key = jax.random.key(0)
     state = ready.init_state(key)
-    frozen = None
-    if ready.online_reference:
-        frozen = jax.tree.map(jnp.copy, state.params["policy"])
 
     def placed(batch: dict[str, np.ndarray]) -> Any:
         return meshes.put_batch(mesh, batch, run.dataset.batch_size)
@@ -107,7 +104,7 @@ def train_step(
     else:
         batches = itertools.repeat(synthetic.batch(run, ready.objective))
     first = placed(next(batches))
-    arguments = (state, first, key, frozen)
+    arguments = (state, first, key)
     start = time.perf_counter()
     compiled = ready.train_step().lower(*arguments).compile()
     compile_seconds = time.perf_counter() - start
@@ -122,7 +119,7 @@ def train_step(
         else:
             batch, on_device = next(batches), first
             start = time.perf_counter()
-        state, _ = compiled(state, on_device, key, frozen)
+        state, _ = compiled(state, on_device, key)
         jax.block_until_ready(state.params)
         if i >= 2:
             seconds.append(time.perf_counter() - start)
@@ -156,7 +153,8 @@ def _with_reference(
     ready: runs.Setup, batches: Iterator[dict[str, np.ndarray]]
 ) -> Iterator[dict[str, np.ndarray]]:
     """Columns that a reference cache would join: numbers of the usual size."""
-    columns = batch_lib.extra(ready.objective.columns, "pass")
+    cached = ready.run.reference == "cached"
+    columns = batch_lib.extra(ready.objective.columns, "pass") if cached else ()
     for batch in batches:
         shape = batch["response_mask"].shape
         yield {**batch, **{c: np.full(shape, -50.0, np.float32) for c in columns}}

@@ -121,7 +121,7 @@ def evaluate(
 
     def texts(path: str) -> list[list[str]]:
         policy, sharding = generation.load(path, mesh)
-        used[path] = policy.meta["policy_fingerprint"]
+        used[path] = policy.fingerprint
         generations = generation.sample(
             policy,
             prompts,

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jaxalign import files, models, remote, user_code
+from jaxalign import files, remote, user_code
 from jaxalign.cluster import exclusive
 from jaxalign.cluster import mesh as meshes
 from jaxalign.data import jsonl, records
@@ -170,7 +170,7 @@ def generate(
         listing=bad_rows_beside(output),
     )
     rows = [(e.raw, record["prompt"]) for e in examples for record in e.records]
-    asked["checkpoint"] = policy.meta["policy_fingerprint"]
+    asked["checkpoint"] = policy.fingerprint
     per_prompt = 1 if mbr else num_samples
     with _Writer(local_output, asked, per_prompt) as writer:
         whole = writer.count // per_prompt  # prompts that need no decoding
@@ -230,26 +230,22 @@ def generate(
 
 def load(
     checkpoint: str, mesh: Mapping[str, int] | None
-) -> tuple[checkpoints.Policy, jax.sharding.Sharding | None]:
+) -> tuple[checkpoints.Network, jax.sharding.Sharding | None]:
     """A policy on a training mesh, and the sharding of rows over it.
 
     Without a mesh: one device, or every device of a job of several processes.
     """
     if mesh is None:
         if jax.process_count() == 1:
-            return checkpoints.newest_policy(checkpoint), None
+            return checkpoints.newest(checkpoint), None
         mesh = {}
-    meta = checkpoints.newest_meta(checkpoint)
-    model = checkpoints.stored_model(meta)
-    shapes = models.shapes(model)
     built = meshes.named_mesh(mesh)
-    shardings = meshes.param_shardings(built, models.logical_axes(model), shapes)
-    policy = checkpoints.newest_policy(checkpoint, shardings)
+    policy = checkpoints.newest(checkpoint, mesh=built)
     return policy, meshes.batch_sharding(built)
 
 
 def sample(
-    policy: checkpoints.Policy,
+    policy: checkpoints.Network,
     prompts: Sequence[str],
     *,
     num_samples: int = 1,

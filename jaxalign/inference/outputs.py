@@ -97,7 +97,7 @@ def input_key(path: str | Path) -> str:
 
 def policy_key(checkpoint: str) -> str:
     """The fingerprint of the policy that a checkpoint or a run directory stands for."""
-    return checkpoints.newest_meta(checkpoint)["policy_fingerprint"]
+    return checkpoints.fingerprint(checkpoint)
 
 
 def finish(path: Path, key: Key, **noted: Any) -> None:

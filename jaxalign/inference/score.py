@@ -71,7 +71,7 @@ def score(
         listing=generation.bad_rows_beside(output),
     )
     rows = [(e.raw, record) for e in examples for record in e.records]
-    key = {**asked, "checkpoint": policy.meta["policy_fingerprint"]}
+    key = {**asked, "checkpoint": policy.fingerprint}
     unfinished = _unfinished(output, key)
     logps, lengths = score_pairs(
         policy,
@@ -95,7 +95,7 @@ def score(
 
 
 def score_pairs(
-    policy: checkpoints.Policy,
+    policy: checkpoints.Network,
     pairs: Sequence[tuple[str, str]],
     *,
     batch_size: int = 16,

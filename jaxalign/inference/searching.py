@@ -80,7 +80,7 @@ class Found:
 
 
 def search(
-    policy: checkpoints.Policy,
+    policy: checkpoints.Network,
     prompts: Sequence[str],
     *,
     num_samples: int,

@@ -117,7 +117,7 @@ def steer(
     count = outputs.kept(output, lambda: key(outputs.policy_key(checkpoint)))
     if count >= 0:
         return count
-    policy = checkpoints.newest_policy(checkpoint)
+    policy = checkpoints.newest(checkpoint)
     examples, _ = records.load(
         prompts,
         "prompts",
@@ -186,7 +186,7 @@ def steer(
         for i, (raw, _) in enumerate(rows):
             yield from ({**raw, **line} for line in found[i])
 
-    return write_jsonl(output, lines(), key(policy.meta["policy_fingerprint"]))
+    return write_jsonl(output, lines(), key(policy.fingerprint))
 
 
 def _wish(i: int, raw: Mapping[str, Any], default: Mapping[str, Any]) -> _Wish:
@@ -274,7 +274,7 @@ class _Judge:
 
 
 def _program(
-    wish: _Wish, judge: _Judge | None, policy: checkpoints.Policy, max_new_tokens: int
+    wish: _Wish, judge: _Judge | None, policy: checkpoints.Network, max_new_tokens: int
 ) -> programs.Program:
     vocabulary, num_tokens = policy.vocabulary, policy.model.config.vocab_size
     parts: list[programs.Program] = []

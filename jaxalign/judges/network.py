@@ -23,15 +23,6 @@ _METRICX = Template("source: {prompt} candidate: {response}", "the token judge's
 _Forward = Callable[[Any, Any, batches.Batch], jax.Array]
 
 
-def _load(path: str) -> Any:
-    """``model, params, vocabulary, meta`` of a checkpoint."""
-    return checkpoints.load_policy(path)
-
-
-def _fingerprint(path: str) -> str:
-    return checkpoints.read_meta(path)["policy_fingerprint"]
-
-
 class NetworkJudge:
     """Scores by a forward pass of a network, loaded when it is first asked.
 
@@ -41,6 +32,7 @@ class NetworkJudge:
       forward: ``(model, params, response batch) -> [B, R]``.
       template: what the encoder reads instead of the prompt, without EOS unless it
         says ``eos: 1`` at its head; then the decoder is given nothing to read.
+      network: of the checkpoint; None: its main one.
 
     Raises:
       FileNotFoundError: for a checkpoint that is not there.
@@ -52,11 +44,13 @@ class NetworkJudge:
         kind: str,
         forward: _Forward,
         template: Template | None = None,
+        network: str | None = "policy",
     ):
         self._path, self._function, self._template = path, forward, template
+        self._network = network
         self._loaded: Any = None
         self._forward: Any = None  # the function of what is loaded, compiled once
-        self.fingerprint = f"{kind}:{_fingerprint(path)}"
+        self.fingerprint = f"{kind}:{checkpoints.fingerprint(path, network)}"
         if template is not None:
             self.fingerprint += f"#{template.fingerprint}"
 
@@ -72,7 +66,7 @@ class NetworkJudge:
           ValueError: when a number is not finite: the parameters are damaged.
         """
         if self._loaded is None:
-            loaded = self._loaded = _load(self._path)
+            loaded = self._loaded = checkpoints.newest(self._path, self._network)
             self._forward = lambda p, b: self._function(loaded.model, p, b)
         about = metadata or [None] * len(prompts)
         pairs = [
@@ -113,7 +107,7 @@ def reward(path: str) -> NetworkJudge:
             )
         return rewards
 
-    return NetworkJudge(path, "reward", forward)
+    return NetworkJudge(path, "reward", forward, network=None)
 
 
 def likelihood(text: str) -> NetworkJudge:

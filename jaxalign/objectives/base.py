@@ -19,6 +19,20 @@ Statistics = dict[str, tuple[jax.Array, jax.Array]]
 Outputs = dict[str, jax.Array]
 
 
+class Step(NamedTuple):
+    """What a loss is computed of, beside the parameters.
+
+    Attributes:
+      batch: the response batch, or a part of it.
+      statistics: sums and counts over the *global* batch (`Objective.statistics`).
+      key: of dropout; None: nothing is dropped.
+    """
+
+    batch: Batch
+    statistics: Statistics = {}
+    key: jax.Array | None = None
+
+
 class LossOutput(NamedTuple):
     """Sums by the denominator each is to be divided by, and metrics.
 
@@ -40,7 +54,10 @@ class Objective(abc.ABC):
     * ``schema``: the data schema it trains on;
     * ``columns``: batch arrays it needs beyond what every batch has;
     * ``min_prompts``: how many different prompts an encoder row must hold;
-    * ``running``: names of `statistics` that go on adding up over the steps of a run.
+    * ``running``: names of `statistics` that go on adding up over the steps of a run;
+    * ``main``: the network that a checkpoint is used for;
+    * ``frozen``: networks that no step changes;
+    * ``additive``: whether the loss of a batch is the sum of its microbatches' losses.
 
     Attributes:
       model: the policy's network.
@@ -56,6 +73,9 @@ class Objective(abc.ABC):
     columns: ClassVar[tuple[str, ...]] = ()
     min_prompts: ClassVar[int] = 1
     running: ClassVar[tuple[str, ...]] = ()
+    main: ClassVar[str] = "policy"
+    frozen: ClassVar[tuple[str, ...]] = ()
+    additive: ClassVar[bool] = True
 
     @property
     def uses_reference(self) -> bool:
@@ -75,7 +95,7 @@ class Objective(abc.ABC):
         return [f for f in ("reward", "label") if f"response_{f}" in self.columns]
 
     def networks(self) -> dict[str, Any]:
-        """The networks by name; ``"policy"`` is what a checkpoint is used for."""
+        """The networks by name, trainable and `frozen`; a checkpoint holds them all."""
         return {"policy": self.model}
 
     def init_params(self, key: jax.Array) -> Params:
@@ -91,9 +111,19 @@ class Objective(abc.ABC):
         """Logical axis names for each parameter, same tree as `init_params`."""
         return {n: models.logical_axes(net) for n, net in self.networks().items()}
 
-    def start_from(self, params: Params, policy_params: Any) -> Params:
-        """Replaces freshly initialised parameters by those of a trained policy."""
-        return {**params, "policy": policy_params}
+    def start(self, fresh: Params, loaded: Params) -> Params:
+        """The networks before the first step: ``{name: parameters}``.
+
+        Args:
+          fresh: what `init_params` makes.
+          loaded: of checkpoints, by name: what the run gives a network to start from.
+
+        A network without a checkpoint of its own starts from the main network's, where
+        there is one: it takes the leaves that have its own names and shapes
+        (`models.graft`), and the rest of it is new.
+        """
+        main = loaded.get(self.main, {})
+        return {n: models.graft(p, loaded.get(n, main)) for n, p in fresh.items()}
 
     def statistics(self, params: Params, batch: Batch) -> Statistics:
         """Sums and counts that a loss needs over the *global* batch, if any.
@@ -113,50 +143,36 @@ class Objective(abc.ABC):
         return batches.denominators(batch)
 
     @abc.abstractmethod
-    def loss(
-        self,
-        params: Params,
-        batch: Batch,
-        *,
-        statistics: Statistics,
-        dropout_key: jax.Array | None = None,
-    ) -> LossOutput:
+    def loss(self, params: Params, step: Step) -> LossOutput:
         """Loss sums and metrics of a batch, or of a part of one."""
 
     def whole(
-        self,
-        params: Params,
-        batch: Batch,
-        *,
-        join: Callable[[Statistics], Statistics],
-        dropout_key: jax.Array | None = None,
+        self, params: Params, step: Step, join: Callable[[Statistics], Statistics]
     ) -> tuple[LossOutput, Statistics]:
         """`statistics` and `loss` of a batch that is not cut into microbatches.
 
         Args:
           params: of the networks.
-          batch: the global batch.
+          step: the global batch, without statistics.
           join: makes of the batch's statistics those that the loss is given, as
             running ones are added up.
-          dropout_key: as for `loss`.
 
         Returns:
           The loss, and the joined statistics.
         """
-        found = join(self.statistics(params, batch))
-        out = self.loss(params, batch, statistics=found, dropout_key=dropout_key)
-        return out, found
+        found = join(self.statistics(params, step.batch))
+        return self.loss(params, step._replace(statistics=found)), found
 
     def response_logps(
-        self, params: Params, batch: Batch, dropout_key: jax.Array | None = None
+        self, params: Params, batch: Batch, key: jax.Array | None = None
     ) -> jax.Array:
         """``[B, R]`` summed log-probabilities of the responses under the policy."""
         return models.response_logps(
             self.model,
             params["policy"],
             batch,
-            deterministic=not self.dropout or dropout_key is None,
-            dropout_key=dropout_key,
+            deterministic=not self.dropout or key is None,
+            dropout_key=key,
         )
 
 
@@ -171,7 +187,7 @@ class WholeBatchObjective(Objective):
 
     @abc.abstractmethod
     def forward(
-        self, params: Params, batch: Batch, dropout_key: jax.Array | None = None
+        self, params: Params, batch: Batch, key: jax.Array | None = None
     ) -> Outputs:
         """What statistics and loss are made of, such as ``{"logps": [B, R]}``.
 
@@ -193,29 +209,18 @@ class WholeBatchObjective(Objective):
             batch, self.forward(jax.lax.stop_gradient(params), batch)
         )
 
-    def loss(
-        self,
-        params: Params,
-        batch: Batch,
-        *,
-        statistics: Statistics,
-        dropout_key: jax.Array | None = None,
-    ) -> LossOutput:
-        return self.loss_of(batch, self.forward(params, batch, dropout_key), statistics)
+    def loss(self, params: Params, step: Step) -> LossOutput:
+        outputs = self.forward(params, step.batch, step.key)
+        return self.loss_of(step.batch, outputs, step.statistics)
 
     def whole(
-        self,
-        params: Params,
-        batch: Batch,
-        *,
-        join: Callable[[Statistics], Statistics],
-        dropout_key: jax.Array | None = None,
+        self, params: Params, step: Step, join: Callable[[Statistics], Statistics]
     ) -> tuple[LossOutput, Statistics]:
-        if dropout_key is not None:  # statistics are those of the whole network
-            return super().whole(params, batch, join=join, dropout_key=dropout_key)
-        outputs = self.forward(params, batch)
-        found = join(self.statistics_of(batch, jax.lax.stop_gradient(outputs)))
-        return self.loss_of(batch, outputs, found), found
+        if step.key is not None:  # statistics are those of the whole network
+            return super().whole(params, step, join)
+        outputs = self.forward(params, step.batch)
+        found = join(self.statistics_of(step.batch, jax.lax.stop_gradient(outputs)))
+        return self.loss_of(step.batch, outputs, found), found
 
 
 def answers(batch: Batch) -> jax.Array:

@@ -17,6 +17,7 @@ from jaxalign.objectives.base import (
     Outputs,
     Params,
     Statistics,
+    Step,
     WholeBatchObjective,
     answers,
 )
@@ -52,10 +53,10 @@ class KTO(WholeBatchObjective):
     min_prompts: ClassVar[int] = 2
 
     def forward(
-        self, params: Params, batch: Batch, dropout_key: jax.Array | None = None
+        self, params: Params, batch: Batch, key: jax.Array | None = None
     ) -> Outputs:
-        if dropout_key is not None:
-            return {"logps": self.response_logps(params, batch, dropout_key)}
+        if key is not None:
+            return {"logps": self.response_logps(params, batch, key)}
         policy = params["policy"]
         encoded = models.encode(self.model, policy, batch)
         kl_logps = models.response_logps(
@@ -157,17 +158,11 @@ class APOZeroUnpaired(Objective):
     schema: ClassVar[str] = "trajectory"
     columns: ClassVar[tuple[str, ...]] = ("response_label", "response_ref_logps")
 
-    def loss(
-        self,
-        params: Params,
-        batch: Batch,
-        *,
-        statistics: Statistics,
-        dropout_key: jax.Array | None = None,
-    ) -> LossOutput:
+    def loss(self, params: Params, step: Step) -> LossOutput:
+        batch = step.batch
         labels = batch["response_label"]
         mask = answers(batch) * (labels >= 0)
-        logps = self.response_logps(params, batch, dropout_key)
+        logps = self.response_logps(params, batch, step.key)
         losses_ = losses.apo_zero_unpaired(
             logps,
             batch["response_ref_logps"],
@@ -205,9 +200,9 @@ class BCO(WholeBatchObjective):
     running: ClassVar[tuple[str, ...]] = ("rewards",)
 
     def forward(
-        self, params: Params, batch: Batch, dropout_key: jax.Array | None = None
+        self, params: Params, batch: Batch, key: jax.Array | None = None
     ) -> Outputs:
-        return {"logps": self.response_logps(params, batch, dropout_key)}
+        return {"logps": self.response_logps(params, batch, key)}
 
     def statistics_of(self, batch: Batch, outputs: Outputs) -> Statistics:
         mask = answers(batch) * (batch["response_label"] >= 0)

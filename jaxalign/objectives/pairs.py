@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxalign import batch as batches
 from jaxalign import losses
 from jaxalign.batch import Batch
-from jaxalign.objectives.base import LossOutput, Objective, Params, Statistics
+from jaxalign.objectives.base import LossOutput, Objective, Params, Step
 from jaxalign.objectives.metrics import Mean, Metrics, Values
 
 
@@ -89,15 +89,9 @@ class PairObjective(Objective):
     def pair_losses(self, pairs: PairInputs) -> jax.Array:
         """One loss per pair ``[B, Q]``."""
 
-    def loss(
-        self,
-        params: Params,
-        batch: Batch,
-        *,
-        statistics: Statistics,
-        dropout_key: jax.Array | None = None,
-    ) -> LossOutput:
-        return self.output(batch, self.response_logps(params, batch, dropout_key))
+    def loss(self, params: Params, step: Step) -> LossOutput:
+        logps = self.response_logps(params, step.batch, step.key)
+        return self.output(step.batch, logps)
 
     def output(self, batch: Batch, logps: jax.Array) -> LossOutput:
         """Sums and metrics, given the policy's log-probabilities ``[B, R]``."""

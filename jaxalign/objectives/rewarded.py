@@ -66,18 +66,11 @@ class DROV(WholeBatchObjective):
         )
         return {"policy": self.model, "value": value}
 
-    def start_from(self, params: Params, policy_params: Any) -> Params:
-        # The value starts from the policy's own trunk, under a fresh head; a copy,
-        # because a training step gives up its state's buffers.
-        value = models.graft(params["value"], policy_params)
-        value = jax.tree.map(jnp.copy, value)
-        return {**params, "policy": policy_params, "value": value}
-
     def forward(
-        self, params: Params, batch: Batch, dropout_key: jax.Array | None = None
+        self, params: Params, batch: Batch, key: jax.Array | None = None
     ) -> Outputs:
-        if not self.share_trunk or dropout_key is not None:
-            logps = self.response_logps(params, batch, dropout_key)
+        if not self.share_trunk or key is not None:
+            logps = self.response_logps(params, batch, key)
             return {"logps": logps, "values": self.values(params, batch)}
         encoded = models.encode(self.model, params["policy"], batch)
         logps = models.response_logps(
@@ -197,9 +190,9 @@ class DROP(WholeBatchObjective):
     columns: ClassVar[tuple[str, ...]] = ("response_reward", "response_ref_logps")
 
     def forward(
-        self, params: Params, batch: Batch, dropout_key: jax.Array | None = None
+        self, params: Params, batch: Batch, key: jax.Array | None = None
     ) -> Outputs:
-        return {"logps": self.response_logps(params, batch, dropout_key)}
+        return {"logps": self.response_logps(params, batch, key)}
 
     def statistics_of(self, batch: Batch, outputs: Outputs) -> Statistics:
         mask = answers(batch)

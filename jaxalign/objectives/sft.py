@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxalign import losses, models
 from jaxalign.batch import Batch
-from jaxalign.objectives.base import LossOutput, Objective, Params, Statistics
+from jaxalign.objectives.base import LossOutput, Objective, Params, Step
 from jaxalign.objectives.metrics import Mean, Metrics
 
 
@@ -40,21 +40,14 @@ class SFT(Objective):
         del batch
         return {}
 
-    def loss(
-        self,
-        params: Params,
-        batch: Batch,
-        *,
-        statistics: Statistics,
-        dropout_key: jax.Array | None = None,
-    ) -> LossOutput:
-        config = self.model.config
+    def loss(self, params: Params, step: Step) -> LossOutput:
+        batch, config = step.batch, self.model.config
         states, kernel, _ = models.final_states(
             self.model,
             params["policy"],
             batch,
-            deterministic=not self.dropout or dropout_key is None,
-            dropout_key=dropout_key,
+            deterministic=not self.dropout or step.key is None,
+            dropout_key=step.key,
         )
         targets, weights = batch["decoder_target_tokens"], self.token_weights(batch)
         out = models.head_outputs(states, kernel, targets, chunk=config.logits_chunk)

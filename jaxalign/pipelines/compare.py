@@ -193,7 +193,7 @@ def _answer(
     batch_size: int,
 ) -> None:
     texts = [row["prompt"] for row in quickstart.read(prompts)]
-    network = checkpoints.load_policy(policy)
+    network = checkpoints.load(policy)
     generations = generation.sample(
         network,
         texts,
@@ -204,7 +204,7 @@ def _answer(
     )
     given = [(g.texts[0], len(g.tokens[0])) for g in generations]
     pairs = list(zip(texts, [text for text, _ in given], strict=True))
-    base = checkpoints.load_policy(reference)
+    base = checkpoints.load(reference)
     own, _ = score.score_pairs(network, pairs, batch_size=batch_size)
     other, _ = score.score_pairs(base, pairs, batch_size=batch_size)
     rows = zip(texts, given, own, other, strict=True)

@@ -365,7 +365,7 @@ def content(path: str | Path) -> str:
     if path.is_file():
         return file_sha256(path)
     if (path / "meta").is_dir():  # one checkpoint of a run
-        return str(checkpoints.read_meta(path)["policy_fingerprint"])
+        return checkpoints.fingerprint(path, None)
     fingerprint = run_directory.read_manifest(path).get("params_fingerprint")
     if fingerprint is None:
         raise ValueError(

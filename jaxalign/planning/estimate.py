@@ -104,14 +104,14 @@ def candidate(
         "batch_size": run.dataset.batch_size,
         "parameter_count": {
             name: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
-            for name, tree in state.params.items()
+            for name, tree in state.networks.items()
         },
         "programs": {},
         "assumptions": assumptions(topology),
     }
     found["parameter_count"]["total"] = sum(found["parameter_count"].values())
     exact = {
-        "parameters": bytes_per_device(state.params),
+        "parameters": bytes_per_device(state.networks),
         "optimizer": bytes_per_device(state.opt_state),
     }
     for step in steps:

@@ -21,6 +21,7 @@ from jaxalign.decoding import Sampling, generate
 from jaxalign.objectives import Objective
 from jaxalign.training import reference_cache, scoring
 from jaxalign.training import run as runs
+from jaxalign.training.step import REFERENCE
 
 STEPS = ("train", "score", "decode")
 
@@ -92,10 +93,9 @@ def program(ready: runs.Setup, step: str) -> Program:
     policy = ready.abstract_state.params["policy"]
     if step == "train":
         key = jax.eval_shape(lambda: jax.random.key(0))
-        online = ready.online_reference
-        batch = abstract_batch(ready, reference=not online)
-        arguments = (ready.abstract_state, batch, key, policy if online else None)
-        return Program(ready.train_step(), arguments)
+        carried = REFERENCE in ready.networks
+        batch = abstract_batch(ready, reference=not carried)
+        return Program(ready.train_step(), (ready.abstract_state, batch, key))
     if step == "score":
         batch = abstract_batch(ready, reference=False)
         function = reference_cache.scorer(ready.objective)

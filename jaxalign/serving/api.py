@@ -305,7 +305,7 @@ def serve(
     from jaxalign.training import checkpoints
 
     with server.listen(host, port) as sock:
-        policy = checkpoints.load_policy(checkpoint)
+        policy = checkpoints.load(checkpoint)
         backend = EngineBackend(
             policy,
             max_prompt_tokens=max_prompt_tokens,

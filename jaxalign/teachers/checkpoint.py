@@ -21,8 +21,7 @@ class CheckpointTeacher:
     def __init__(self, path: str, batch_size: int = 16):
         self.path = path
         self.batch_size = batch_size
-        meta = checkpoints.read_meta(checkpoints.resolve(path))
-        self.fingerprint = f"policy:{meta['policy_fingerprint']}"
+        self.fingerprint = f"policy:{checkpoints.fingerprint(path)}"
         self._policy: Any = None
 
     def generate(
@@ -37,7 +36,7 @@ class CheckpointTeacher:
         seed: int = 0,
     ) -> list[list[str | None]]:
         """``n`` samples of each prompt, cut before the first stop."""
-        self._policy = self._policy or checkpoints.load_policy(self.path)
+        self._policy = self._policy or checkpoints.load(self.path)
         vocabulary = self._policy.vocabulary
         tokens = [[*vocabulary.encode(p), vocabulary.eos_id] for p in prompts]
         generator = Generator(

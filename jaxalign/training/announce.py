@@ -55,11 +55,12 @@ def describe(run: Any, ready: Any, step: int) -> list[str]:
     objective, config = ready.objective, run.model.config
     counts = {
         name: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
-        for name, params in ready.abstract_state.params.items()
+        for name, params in ready.abstract_state.networks.items()
     }
-    others = "".join(f", {n} {c:,}" for n, c in counts.items() if n != "policy")
+    main = counts.pop(objective.main)
+    others = "".join(f", {n} {c:,}" for n, c in counts.items())
     lines = [
-        f"{type(objective).__name__} of a T5: {counts['policy']:,} parameters{others} "
+        f"{type(objective).__name__} of a T5: {main:,} parameters{others} "
         f"({config.num_encoder_layers}+{config.num_decoder_layers} layers of width "
         f"{config.emb_dim}, {run.vocabulary.vocab_size:,} ids)",
         f"Data: {_data(ready.inputs.train)} of {', '.join(run.dataset.sources())}"

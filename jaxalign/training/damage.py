@@ -28,7 +28,7 @@ _T = TypeVar("_T")
 
 META_FILE = "meta/metadata"  # where Orbax's JSON handler looks too
 NEW_KEYS = _OWN, _FILES = "meta_fingerprint", "files"
-_KINDS = {"model": dict, "vocabulary": dict, "step": int, "policy_fingerprint": str}
+_KINDS = {"networks": dict, "main": str, "vocabulary": dict, "step": int}
 _PAUSES = (0.2, 1.0, 3.0)  # seconds between attempts to read
 
 
@@ -89,6 +89,8 @@ def read_meta(folder: Path) -> dict[str, Any]:
     own = meta.pop(_OWN, None)
     if (own or _FILES in meta) and own != files.json_sha256(meta):
         raise damaged(f"its own {_OWN} differs from its content")
+    if meta.get("format", 1) < 3:
+        meta = _with_networks(meta)
     for name, kind in _KINDS.items():
         if not isinstance(meta.get(name), kind):
             raise damaged(f"it lacks {name!r}")
@@ -98,15 +100,29 @@ def read_meta(folder: Path) -> dict[str, Any]:
     return meta
 
 
+def _with_networks(meta: dict[str, Any]) -> dict[str, Any]:
+    """The ``meta`` of formats 1 and 2, which described the policy alone."""
+    if not isinstance(meta.get("model"), dict):
+        return meta
+    policy = {
+        "kind": "T5",
+        "options": {},
+        "shape": meta["model"],
+        "execution": meta.get("execution", {}),
+        "fingerprint": meta.get("policy_fingerprint"),
+    }
+    return {**meta, "main": "policy", "networks": {"policy": policy}}
+
+
 def check_files(folder: Path, meta: dict[str, Any], *items: str) -> None:
-    """Compares the files of some items with those that were written.
+    """Compares the files of some items, or of all, with those that were written.
 
     Raises:
       DamagedCheckpointError: naming the first that is missing or differs.
       OSError: when one cannot be read.
     """
     listed = meta.get(_FILES, {})
-    names = [n for n in sorted(listed) if n.split("/", 1)[0] in items]
+    names = [n for n in sorted(listed) if not items or n.split("/", 1)[0] in items]
     missing = [n for n in names if not (folder / n).is_file()]
     if missing and folder.is_dir():
         raise DamagedCheckpointError(
@@ -160,14 +176,9 @@ def _read_as_it_is(path: Path) -> None:
 
 
 def compare(
-    folder: Path, meta: dict[str, Any], name: str, item: str, found: str
+    folder: Path, meta: dict[str, Any], item: str, written: str | None, found: str
 ) -> None:
-    """Compares the fingerprint of parameters that were read with the saved one.
-
-    Args:
-      name: the fingerprint's, such as ``"policy_fingerprint"``.
-    """
-    written = meta.get(name)
+    """Compares the fingerprint of parameters that were read with the saved one."""
     if written is None or written == found:
         return
     check_files(folder, meta, item)  # names the file, where there is a list

@@ -11,8 +11,10 @@ import numpy as np
 from jaxalign import batch as batch_lib
 from jaxalign import prepare
 from jaxalign.cluster import mesh as meshes
-from jaxalign.training import announce, checkpoints, inputs
+from jaxalign.training import announce, inputs
 from jaxalign.training import run as runs
+from jaxalign.training.fingerprints import leaf_names
+from jaxalign.training.step import REFERENCE
 
 
 def describe(run: runs.Run) -> str:
@@ -23,7 +25,7 @@ def describe(run: runs.Run) -> str:
     """
     ready = runs.setup(run)
     shapes = dict(ready.inputs.train.shapes)
-    if ready.objective.uses_reference and not ready.online_reference:
+    if ready.objective.uses_reference and REFERENCE not in ready.networks:
         columns = batch_lib.extra(ready.objective.columns, "pass")
         responses = shapes["response_mask"]
         shapes |= {name: responses for name in columns}
@@ -33,20 +35,19 @@ def describe(run: runs.Run) -> str:
         for name, s in shapes.items()
     }
     key = jax.eval_shape(lambda: jax.random.key(0))
-    frozen = ready.abstract_state.params["policy"] if ready.online_reference else None
-    lowered = ready.train_step().lower(ready.abstract_state, batch, key, frozen)
+    lowered = ready.train_step().lower(ready.abstract_state, batch, key)
     with announce.compiling("the training step"):
         compiled = lowered.compile()
     memory = compiled.memory_analysis()
     sizes = {
-        "parameters": _bytes(ready.abstract_state.params),
+        "parameters": _bytes(ready.abstract_state.networks),
         "optimizer": _bytes(ready.abstract_state.opt_state),
         "batch": _bytes(batch),
         "temporaries of a step, per device": int(memory.temp_size_in_bytes),
     }
     announce.random_start(run, ready.objective)
     lines = announce.describe(run, ready, 0)
-    lines += ["", "Parameters:", *_parameter_table(ready.abstract_state.params)]
+    lines += ["", "Parameters:", *_parameter_table(ready.abstract_state.networks)]
     lines += ["", "Batch:"]
     lines += [f"  {n:<26}{s.dtype!s:<10}{s.shape}" for n, s in sorted(batch.items())]
     lines += ["", "Memory:"]
@@ -74,7 +75,7 @@ def describe_data(run: runs.Run) -> str:
 
 
 def _parameter_table(params: Any) -> list[str]:
-    named = checkpoints.leaf_names(params)
+    named = leaf_names(params)
     width = max(map(len, named)) + 2
     lines = [
         f"  {name:<{width}}{s.shape!s:<20}{s.dtype!s:<9}{s.sharding.spec}"

@@ -48,39 +48,39 @@ def params_fingerprint(params: Any) -> str:
     """
     digest = hashlib.sha256()
     for name, leaf in leaf_names(params).items():
-        digest.update(name.encode())
-        digest.update(_bytes(leaf))
+        _update(digest, name, _bytes(leaf))
     return digest.hexdigest()
 
 
-def fingerprints(params: dict[str, Any]) -> dict[str, str]:
-    """`params_fingerprint` of all networks and of the policy, in one pass.
+def fingerprints(networks: dict[str, Any], trained: Iterable[str]) -> dict[str, Any]:
+    """`params_fingerprint` of each network, and of all trained ones, in one pass.
 
     Args:
-      params: ``{"policy": ..., ...}``, as a train state holds them.
+      networks: ``{name: parameters}``.
+      trained: names of those that training changes.
 
     Returns:
-      ``{"params_fingerprint": ..., "policy_fingerprint": ...}``.
+      ``{"params_fingerprint": ..., "networks": {name: ...}}``.
     """
-    everything, policy = hashlib.sha256(), hashlib.sha256()
+    trained = set(trained)
+    everything, own = hashlib.sha256(), {name: hashlib.sha256() for name in networks}
     with ThreadPoolExecutor(1) as beside:
-        for name, leaf in leaf_names(params).items():
+        for name, leaf in leaf_names(networks).items():
+            network, _, rest = name.partition("/")
             content = _bytes(leaf)
-            own = beside.submit(_update_policy, policy, name, content)
-            everything.update(name.encode())
-            everything.update(content)
-            own.result()
+            done = beside.submit(_update, own[network], rest, content)
+            if network in trained:
+                _update(everything, name, content)
+            done.result()
     return {
         "params_fingerprint": everything.hexdigest(),
-        "policy_fingerprint": policy.hexdigest(),
+        "networks": {name: digest.hexdigest() for name, digest in own.items()},
     }
 
 
-def _update_policy(digest: Any, name: str, content: np.ndarray) -> None:
-    network, _, rest = name.partition("/")
-    if network == "policy":
-        digest.update(rest.encode())
-        digest.update(content)
+def _update(digest: Any, name: str, content: np.ndarray) -> None:
+    digest.update(name.encode())
+    digest.update(content)
 
 
 def files_sha256(folder: Path, names: Iterable[str]) -> dict[str, str]:

@@ -24,6 +24,7 @@ from jaxalign.training.damage import DamagedCheckpointError
 _log = logging.getLogger(__name__)
 
 FOLDER = "checkpoints"
+_OF_TRAINING = ("state", "rest")  # items that only a run that goes on reads
 
 
 def complete(run_dir: str) -> list[int]:
@@ -89,13 +90,13 @@ def set_aside(url: str) -> None:
             fs.mv(name, f"{aside}{name[len(path) :]}")
 
 
-def take(url: str, target: Path, items: tuple[str, ...] = ()) -> str | None:
+def take(url: str, target: Path, without: tuple[str, ...] = ()) -> str | None:
     """Copies a checkpoint from a bucket, whole or not at all.
 
     Args:
       url: of the checkpoint, ``.../checkpoints/<step>``.
       target: the folder to make.
-      items: which of its items; all if empty.
+      without: items that are left there.
 
     Returns:
       None, or what is wrong with the checkpoint's files.
@@ -106,7 +107,7 @@ def take(url: str, target: Path, items: tuple[str, ...] = ()) -> str | None:
     except DamagedCheckpointError as error:
         return str(error)
     names = listed if listed is not None else remote.listing(url)
-    names = [n for n in names if not items or n.split("/", 1)[0] in items]
+    names = [n for n in names if n.split("/", 1)[0] not in without]
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".taken-") as taken:
         try:
@@ -129,10 +130,10 @@ def take(url: str, target: Path, items: tuple[str, ...] = ()) -> str | None:
     return None
 
 
-def copy_policy(path: str) -> Path:
+def copy_networks(path: str) -> Path:
     """A local copy of a remote checkpoint, or of a run directory's newest.
 
-    It has what inference reads: the policy, ``meta`` and the vocabulary. A copy that is
+    It has what inference reads: networks, ``meta`` and the vocabulary. A copy that is
     there is used again as long as the checkpoint is the same.
     """
     url = path.rstrip("/")
@@ -152,7 +153,7 @@ def copy_policy(path: str) -> Path:
     with _alone(target):
         if not (target.is_dir() and mark.is_file() and mark.read_text() == version):
             mark.unlink(missing_ok=True)
-            problem = take(url, target, ("policy", "meta"))
+            problem = take(url, target, _OF_TRAINING)
             if problem or not (target / "meta").is_dir():
                 raise DamagedCheckpointError(
                     f"{url} is damaged: {problem or 'it has no meta'}"

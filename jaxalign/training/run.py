@@ -11,13 +11,12 @@ from typing import Any
 import jax
 import optax
 
-from jaxalign import configs, models, vocabularies
+from jaxalign import configs, models, user_code, vocabularies
 from jaxalign.batch import Batch
 from jaxalign.cluster import distributed
 from jaxalign.cluster import mesh as meshes
 from jaxalign.objectives import Objective
 from jaxalign.objectives.metrics import Metrics
-from jaxalign.training import checkpoints as ckpt
 from jaxalign.training import inputs as inputs_lib
 from jaxalign.training import sampling
 from jaxalign.training import step as steps
@@ -46,8 +45,10 @@ class Run:
       seed: of initialisation, dropout and samples.
       mesh: sizes ``{"data", "fsdp", "tensor"}``; all devices along data by default.
       num_microbatches: pieces each batch is cut into, to save memory.
-      initial_checkpoint_path: the policy to start from; random if None.
+      initial_checkpoint_path: what the objective's main network starts from, such as
+        the policy; random if None.
       reference_checkpoint_path: the reference policy; the initial one if None.
+      networks: checkpoints that other networks start from, by their names.
       reference: ``"cached"`` scores the data once, before training; ``"online"`` does
         it in every step; ``"moving"`` does it with a reference that follows the policy.
       moving_reference: how it follows.
@@ -78,6 +79,7 @@ class Run:
     num_microbatches: int = 1
     initial_checkpoint_path: str | None = None
     reference_checkpoint_path: str | None = None
+    networks: Mapping[str, str] | None = None
     reference: str = "cached"
     moving_reference: steps.MovingReference = steps.MovingReference()
     verify_reference: bool = False
@@ -132,62 +134,67 @@ class Setup:
     abstract_state: steps.TrainState
 
     @property
-    def online_reference(self) -> bool:
-        return self.objective.uses_reference and self.run.reference == "online"
+    def networks(self) -> dict[str, Any]:
+        """The networks of the train state by name, the reference among them."""
+        return _networks(self.run, self.objective)
 
     @property
     def moving_reference(self) -> steps.MovingReference | None:
-        return _moving_reference(self.run, self.objective)
+        moves = self.objective.uses_reference and self.run.reference == "moving"
+        return self.run.moving_reference if moves else None
 
     @property
-    def policy_shardings(self) -> Any:
-        """Where the policy's parameters live."""
-        policy = self.abstract_state.params["policy"]
-        return jax.tree.map(lambda s: s.sharding, policy)
+    def starts(self) -> dict[str, str]:
+        """The checkpoints that networks start from, by name."""
+        run = self.run
+        found = dict(run.networks or {})
+        if run.initial_checkpoint_path:
+            found[self.objective.main] = run.initial_checkpoint_path
+        if run.reference_checkpoint_path:
+            found[steps.REFERENCE] = run.reference_checkpoint_path
+        return found
 
-    def create_state(self, params: Any) -> steps.TrainState:
-        """A state before the first step, of given parameters."""
-        return _create_state(self.run, self.objective, params)
-
-    def init_state(
-        self, key: jax.Array, policy: Any = None, reference: Any = None
-    ) -> steps.TrainState:
-        """A state before the first step, made where its shards live.
+    def init_networks(
+        self, key: jax.Array, loaded: Any = None, only: tuple[str, ...] = ()
+    ) -> Any:
+        """Networks before the first step, made where their shards live.
 
         Args:
           key: of what is initialised at random.
-          policy: parameters to start from, which are given up to the state; random if
-            None. Of an objective's other networks, and of the optimizer's state, all
-            that depends on the policy is made from these.
-          reference: where a moving reference starts; a copy of the policy if None.
+          loaded: ``{name: parameters}`` of checkpoints, which are given up to these.
+          only: names of those wanted; all if empty.
+
+        Returns:
+          ``{name: parameters}``.
         """
-        shardings = jax.tree.map(lambda s: s.sharding, self.abstract_state)
+        like = self.abstract_state.networks
+        shardings = jax.tree.map(
+            lambda s: s.sharding, {name: like[name] for name in only or like}
+        )
 
         # Compiled as one program: what is initialised only to be replaced, such as a
         # random policy beside a given one, is never computed.
-        def create(policy: Any, key: jax.Array, reference: Any) -> steps.TrainState:
-            params = self.objective.init_params(key)
-            if policy is not None:
-                params = self.objective.start_from(params, policy)
-            state = self.create_state(params)
-            if reference is not None:
-                carried = {**state.carried, "reference": {"policy": reference}}
-                state = dataclasses.replace(state, carried=carried)
-            return state
+        def create(loaded: Any, key: jax.Array) -> Any:
+            made = self.objective.start(self.objective.init_params(key), loaded)
+            made[steps.REFERENCE] = loaded.get(steps.REFERENCE, made.get("policy"))
+            return {name: made[name] for name in shardings}
 
-        return jax.jit(create, out_shardings=shardings, donate_argnums=(0, 2))(
-            policy, jax.random.fold_in(key, _INIT_STREAM), reference
+        with warnings.catch_warnings():
+            # Of a trunk that is grafted, only a part is wanted.
+            warnings.filterwarnings("ignore", message="Some donated buffers")
+            return jax.jit(create, out_shardings=shardings, donate_argnums=0)(
+                loaded or {}, jax.random.fold_in(key, _INIT_STREAM)
+            )
+
+    def init_state(self, key: jax.Array, loaded: Any = None) -> steps.TrainState:
+        """A state before the first step; see `init_networks`."""
+        shardings = jax.tree.map(lambda s: s.sharding, self.abstract_state)
+        create = jax.jit(
+            lambda networks: _create_state(self.run, self.objective, networks),
+            out_shardings=shardings,
+            donate_argnums=0,
         )
-
-    def init_policy(self, key: jax.Array) -> Any:
-        """The policy's parameters of `init_state`, without the rest of a state."""
-
-        def create(key: jax.Array) -> Any:
-            return self.objective.init_params(key)["policy"]
-
-        return jax.jit(create, out_shardings=self.policy_shardings)(
-            jax.random.fold_in(key, _INIT_STREAM)
-        )
+        return create(self.init_networks(key, loaded))
 
     def in_layout(self, scan_layers: bool) -> Setup:
         """The same run with its layers stacked, or apart."""
@@ -205,7 +212,6 @@ class Setup:
             self.objective,
             self.run.optimizer,
             num_microbatches=self.run.num_microbatches,
-            reference_params=self.online_reference,
             moving_reference=self.moving_reference,
         )
         shardings = jax.tree.map(lambda s: s.sharding, self.abstract_state)
@@ -215,7 +221,7 @@ class Setup:
             out_shardings=(shardings, meshes.replicated(self.mesh)),
         )
 
-    def eval_step(self) -> Callable[[Any, Batch], Metrics]:
+    def eval_step(self) -> Callable[[steps.TrainState, Batch], Metrics]:
         """The compiled evaluation step."""
         return jax.jit(
             meshes.with_activation_rules(
@@ -240,6 +246,8 @@ def setup(run: Run, reward_stats: tuple[float, float] | None = None) -> Setup:
             "Dataset.augment and synthetic data make other rows in every epoch, which "
             "cannot be scored before: set REFERENCE='online'."
         )
+    steps.check_microbatches(objective, run.num_microbatches)
+    _check_names(run, objective)
     mesh = meshes.named_mesh(run.mesh)
     meshes.check_batch(mesh, run.dataset.batch_size, run.num_microbatches)
     state = abstract_state(run, objective, mesh)
@@ -260,9 +268,11 @@ def abstract_state(
         do not divide over the mesh.
     """
     meshes.check_network(mesh, objective.model.config)
-    shapes = jax.eval_shape(objective.init_params, jax.random.key(0))
+    nets = _networks(run, objective)
+    shapes = {name: models.shapes(net) for name, net in nets.items()}
+    axes = {name: models.logical_axes(net) for name, net in nets.items()}
     state = jax.eval_shape(lambda p: _create_state(run, objective, p), shapes)
-    params = meshes.param_shardings(mesh, objective.logical_axes(), shapes)
+    params = meshes.param_shardings(mesh, axes, shapes)
     shardings = meshes.shardings_like(shapes, params, state, mesh)
     return jax.tree.map(
         lambda s, sh: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sh),
@@ -271,49 +281,47 @@ def abstract_state(
     )
 
 
-def _moving_reference(run: Run, objective: Objective) -> steps.MovingReference | None:
-    moves = objective.uses_reference and run.reference == "moving"
-    return run.moving_reference if moves else None
+def _networks(run: Run, objective: Objective) -> dict[str, Any]:
+    found = objective.networks()
+    if objective.uses_reference and run.reference != "cached":
+        found = {**found, steps.REFERENCE: objective.model}
+    return found
 
 
-def _create_state(run: Run, objective: Objective, params: Any) -> steps.TrainState:
-    return steps.TrainState.create(
-        params, run.optimizer, objective, _moving_reference(run, objective)
-    )
+def _create_state(run: Run, objective: Objective, networks: Any) -> steps.TrainState:
+    return steps.TrainState.create(networks, run.optimizer, objective)
 
 
-def load_policy(path: str, ready: Setup) -> ckpt.Policy:
-    """Loads a policy onto the run's mesh and in its layout, if it is the same network.
+_ITEMS = ("meta", "rest", "state")  # of checkpoints, beside their networks
+
+
+def _check_names(run: Run, objective: Objective) -> None:
+    """Refuses names of networks that there are not, or that cannot be.
 
     Raises:
-      ValueError: naming what differs: a field of the architecture, or the vocabulary.
+      ValueError: naming the network.
     """
-    found = ckpt.read_meta(path)
-    # Dropout changes no parameter's meaning, and is off when a reference is there.
-    ours = ready.run.model.config.architecture()
-    differing = {
-        name: (found["model"].get(name), value)
-        for name, value in ours.items()
-        if name != "dropout_rate" and found["model"].get(name) != value
-    }
-    if differing:
-        raise ValueError(
-            f"{path} holds another network. "
-            + "; ".join(
-                f"{name}: checkpoint {theirs!r}, MODEL {ours!r}"
-                for name, (theirs, ours) in differing.items()
+    own = objective.networks()
+    kind = type(objective).__name__
+    for name in own:
+        if name in _ITEMS or name == steps.REFERENCE or not name.isidentifier():
+            raise ValueError(
+                f"{kind}.networks() has the name {name!r}: expected a word, and none "
+                f"of {(*_ITEMS, steps.REFERENCE)}, which checkpoints use."
             )
-        )
-    _check_vocabulary(path, found, ready.run.vocabulary)
-    own = ready.run.model.config.scan_layers
-    stored = ckpt.stored_model(found).config.scan_layers
-    if stored == own:
-        return ckpt.load_policy(path, ready.policy_shardings)
-    policy = ckpt.load_policy(path, ready.in_layout(stored).policy_shardings)
-    like = ready.abstract_state.params["policy"]
-    return dataclasses.replace(
-        policy, model=ready.run.model, params=in_layout_of(like, policy.params)
-    )
+    for name in (objective.main, *objective.frozen):
+        if name not in own:
+            raise ValueError(
+                f"{kind} names a network {name!r}, of {sorted(own)}."
+                f"{user_code.hint(name, own)}"
+            )
+    for name in run.networks or {}:
+        if name not in own or name == objective.main:
+            raise ValueError(
+                f"NETWORKS has {name!r}: {kind} has the networks {sorted(own)}, of "
+                f"which {objective.main!r} starts from INITIAL_CHECKPOINT_PATH."
+                f"{user_code.hint(name, own)}"
+            )
 
 
 def in_layout_of(like: Any, tree: Any) -> Any:
@@ -328,100 +336,3 @@ def in_layout_of(like: Any, tree: Any) -> Any:
         # Arrays that are cut or stacked cannot be written in place: nothing is lost.
         warnings.filterwarnings("ignore", message="Some donated buffers")
         return change(tree)
-
-
-def _check_vocabulary(
-    path: str, meta: Mapping[str, Any], vocabulary: vocabularies.Vocabulary
-) -> None:
-    """Refuses a checkpoint whose ids mean other text."""
-    theirs = meta.get("vocabulary_fingerprint")
-    if theirs is None:  # an older checkpoint: from the model file beside it
-        folder = ckpt.resolve(path).parents[1]
-        theirs = vocabularies.from_json(meta["vocabulary"], folder).fingerprint
-    if theirs != vocabulary.fingerprint:
-        raise ValueError(
-            f"{path} was trained with another vocabulary: {meta['vocabulary']} with "
-            f"the fingerprint {theirs[:12]}; VOCABULARY is {vocabulary!r} with "
-            f"{vocabulary.fingerprint[:12]}. Use the checkpoint's, "
-            f"{vocabularies.MODEL_FILE} in its run directory."
-        )
-
-
-def run_parents(ready: Setup, saved: Mapping[str, Any] | None) -> dict[str, str | None]:
-    """Fingerprints of the policies that a run begins with: ``initial``, ``reference``.
-
-    Args:
-      ready: the run.
-      saved: the ``meta`` of the checkpoint that it goes on from, if it does.
-
-    Returns:
-      By content, not by path. None stands for one made from the run's seed; there is a
-      ``reference`` only where the objective has one.
-    """
-    run = ready.run
-    found = {"initial": _content(run.initial_checkpoint_path, saved, "initial")}
-    if ready.objective.uses_reference:
-        path = run.reference_checkpoint_path
-        found["reference"] = (
-            _content(path, saved, "reference") if path else found["initial"]
-        )
-        if found["reference"] is None and saved:
-            found["reference"] = saved["parents"].get("reference")
-    return found
-
-
-def _content(
-    path: str | None, saved: Mapping[str, Any] | None, name: str
-) -> str | None:
-    """The fingerprint of the policy at a path."""
-    if not path:
-        return None
-    try:
-        return ckpt.read_meta(path)["policy_fingerprint"]
-    except FileNotFoundError:
-        if saved is None or saved["parents"].get(name) is None:
-            raise
-        # A run that goes on may do without what it began with.
-        _log.warning(
-            "The %s checkpoint %s is gone: that the run began with it is not checked.",
-            name,
-            path,
-        )
-        return saved["parents"][name]
-
-
-def reference_policy(
-    ready: Setup,
-    key: jax.Array,
-    parents: Mapping[str, str | None],
-    beginning: steps.TrainState | None,
-) -> tuple[str, Callable[[], Any]]:
-    """The reference policy's fingerprint, and how to get its parameters.
-
-    Args:
-      ready: the run.
-      key: the run's.
-      parents: of `run_parents`.
-      beginning: the run's state if it is the one before the first step. Where it holds
-        the reference already, nothing is loaded.
-    """
-    run = ready.run
-    path = run.reference_checkpoint_path or run.initial_checkpoint_path
-    same = not path or parents["initial"] == parents["reference"]
-    if beginning is not None and same:
-        policy = beginning.params["policy"]
-        fingerprint = parents["reference"] or ckpt.params_fingerprint(policy)
-        return fingerprint, lambda: policy
-    if path:
-        return parents["reference"], lambda: load_policy(path, ready).params
-
-    def again() -> Any:
-        policy = ready.init_policy(key)
-        if ckpt.params_fingerprint(policy) != parents["reference"]:
-            raise ValueError(
-                "The reference of this run is the policy that its seed gave, and this "
-                "version of jax gives another: go on with the version in manifest.json."
-            )
-        return policy
-
-    return parents["reference"], again

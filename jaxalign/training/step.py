@@ -14,9 +14,11 @@ import optax
 from jaxalign import batch as batches
 from jaxalign.batch import Batch
 from jaxalign.objectives import Objective, reference_columns
-from jaxalign.objectives.base import Statistics
+from jaxalign.objectives.base import Statistics, Step
 from jaxalign.objectives.metrics import Mean, Metrics
 from jaxalign.training.optimizers import gradient_norms
+
+REFERENCE = "reference"  # the network that fills the ``ref`` columns of a batch
 
 
 @flax.struct.dataclass
@@ -25,48 +27,53 @@ class TrainState:
 
     Attributes:
       step: how many steps have been taken.
-      params: ``{"policy": ..., ...}``, float32.
+      params: of the networks that are trained, ``{name: parameters}``, float32.
       opt_state: the optimizer's.
       finite: False once a loss or gradient was not finite. From then on no step
         changes anything, so the state stays the last good one until the host looks.
-      carried: what else goes from step to step, empty for most runs: ``"running"``, the
-        statistics an objective adds up over steps, and ``"reference"``, a reference
-        policy that follows the policy.
+      frozen: of the networks that no gradient reaches, ``{name: parameters}``; one of
+        them may be the reference, which rests or follows the policy by a rule.
+      running: the statistics that an objective adds up over steps.
     """
 
     step: jax.Array
     params: Any
     opt_state: Any
     finite: jax.Array
-    carried: dict[str, Any] = flax.struct.field(default_factory=dict)
+    frozen: dict[str, Any] = flax.struct.field(default_factory=dict)
+    running: Statistics = flax.struct.field(default_factory=dict)
 
     @classmethod
     def create(
         cls,
-        params: Any,
+        networks: dict[str, Any],
         tx: optax.GradientTransformation,
         objective: Objective | None = None,
-        moving_reference: MovingReference | None = None,
     ) -> TrainState:
         """A state before the first step.
 
         Args:
-          params: ``{"policy": ..., ...}``.
+          networks: ``{name: parameters}``.
           tx: the optimizer.
-          objective: says which statistics add up over steps; None: none do.
-          moving_reference: whether the state carries a reference policy, which starts
-            as a copy of the policy.
+          objective: says which networks are frozen, beside the reference, and which
+            statistics add up over steps; None: none are or do.
         """
-        carried: dict[str, Any] = {}
-        if objective and objective.running:
-            zero = jnp.zeros((), jnp.float32)
-            carried["running"] = dict.fromkeys(objective.running, (zero, zero))
-        if moving_reference:
-            # Under the policy's name, so that it is sharded as the policy is.
-            carried["reference"] = {"policy": jax.tree.map(jnp.copy, params["policy"])}
+        held = {REFERENCE, *(objective.frozen if objective else ())}
+        params = {name: tree for name, tree in networks.items() if name not in held}
+        zero = jnp.zeros((), jnp.float32)
         return cls(
-            jnp.zeros((), jnp.int32), params, tx.init(params), jnp.array(True), carried
+            jnp.zeros((), jnp.int32),
+            params,
+            tx.init(params),
+            jnp.array(True),
+            {name: tree for name, tree in networks.items() if name in held},
+            dict.fromkeys(objective.running if objective else (), (zero, zero)),
         )
+
+    @property
+    def networks(self) -> dict[str, Any]:
+        """The parameters of all networks by name."""
+        return {**self.frozen, **self.params}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,18 +147,31 @@ def total_loss(
     )
 
 
+def check_microbatches(objective: Objective, count: int) -> None:
+    """Refuses to cut a batch whose loss is no sum over its parts.
+
+    Raises:
+      ValueError: naming the objective.
+    """
+    if count > 1 and not objective.additive:
+        raise ValueError(
+            f"The loss of {type(objective).__name__} compares all rows of a batch: it "
+            f"is no sum over {count} microbatches. Set NUM_MICROBATCHES=1."
+        )
+
+
 def make_train_step(
     objective: Objective,
     tx: optax.GradientTransformation,
     *,
     num_microbatches: int = 1,
-    reference_params: bool = False,
     moving_reference: MovingReference | None = None,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
-    """Makes ``step(state, batch, key, reference=None) -> (state, metrics)``, unjitted.
+    """Makes ``step(state, batch, key) -> (state, metrics)``, unjitted.
 
     ``key`` is the run's key: a step folds its own number in, so that a step is a
-    function of the state, the batch and the run's seed alone.
+    function of the state, the batch and the run's seed alone. A batch without the
+    reference's columns is scored with the reference that the state holds.
 
     Args:
       objective: what to minimise.
@@ -159,37 +179,34 @@ def make_train_step(
       num_microbatches: pieces the batch is cut into, one after another, to save
         memory. The result does not depend on it: denominators and statistics are the
         whole batch's.
-      reference_params: whether the step is given the reference policy's parameters
-        and scores the batch with them, in place of cached columns.
-      moving_reference: how the reference in ``state.carried`` follows the policy; the
-        batch is then scored with that one.
+      moving_reference: how the state's reference follows the policy; None: it rests.
+
+    Raises:
+      ValueError: for microbatches of an objective that cannot be cut.
     """
+    check_microbatches(objective, num_microbatches)
 
     def step(
-        state: TrainState, batch: Batch, key: jax.Array, reference: Any = None
+        state: TrainState, batch: Batch, key: jax.Array
     ) -> tuple[TrainState, Metrics]:
-        if moving_reference:
-            reference = state.carried["reference"]["policy"]
-        if reference_params or moving_reference:
-            batch = with_reference(objective, reference, batch)
+        batch = with_reference(objective, state.frozen, batch)
         denominators = objective.denominators(batch)
         dropout_key = jax.random.fold_in(key, state.step) if objective.dropout else None
 
         def whole(params: Any) -> tuple[jax.Array, Any]:
             out, statistics = objective.whole(
-                params,
-                batch,
-                join=lambda found: with_running(found, state.carried),
-                dropout_key=dropout_key,
+                {**state.frozen, **params},
+                Step(batch, key=dropout_key),
+                lambda found: with_running(found, state.running),
             )
             return total_loss(out.sums, denominators), (*out, statistics)
 
-        def part(params: Any, piece: Batch, statistics: Any, key: Any) -> Any:
-            out = objective.loss(params, piece, statistics=statistics, dropout_key=key)
+        def part(params: Any, piece: Step) -> Any:
+            out = objective.loss({**state.frozen, **params}, piece)
             return total_loss(out.sums, denominators), (out.sums, out.metrics)
 
         def statistics_of(piece: Batch) -> Statistics:
-            return objective.statistics(state.params, piece)
+            return objective.statistics(state.networks, piece)
 
         if num_microbatches == 1:
             grads, (sums, metrics, statistics) = jax.grad(whole, has_aux=True)(
@@ -198,19 +215,21 @@ def make_train_step(
         else:
             grad = jax.grad(part, has_aux=True)
             pieces = split_microbatches(batch, num_microbatches)
-            statistics = with_running(_sum_over(pieces, statistics_of), state.carried)
+            statistics = with_running(_sum_over(pieces, statistics_of), state.running)
 
             def accumulate(carry: Any, piece: Any) -> tuple[Any, Metrics]:
                 index, mb = piece
                 mb_key = None
                 if dropout_key is not None:
                     mb_key = jax.random.fold_in(dropout_key, index)
-                grads, (sums, metrics) = grad(state.params, mb, statistics, mb_key)
+                grads, (sums, metrics) = grad(
+                    state.params, Step(mb, statistics, mb_key)
+                )
                 return jax.tree.map(jnp.add, carry, (grads, sums)), metrics
 
             first = jax.tree.map(lambda x: x[0], pieces)
             shapes, (sum_shapes, _) = jax.eval_shape(
-                grad, state.params, first, statistics, dropout_key
+                grad, state.params, Step(first, statistics, dropout_key)
             )
             zeros = jax.tree.map(
                 lambda s: jnp.zeros(s.shape, s.dtype), (shapes, sum_shapes)
@@ -225,18 +244,23 @@ def make_train_step(
             finite &= state.finite
             updates, opt_state = tx.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
-        carried = {}
-        if objective.running:
-            carried["running"] = {name: statistics[name] for name in objective.running}
+        running = {name: statistics[name] for name in objective.running}
+        moved = {}
         if moving_reference:
-            moved = moving_reference.update(reference, params["policy"], state.step + 1)
-            carried["reference"] = {"policy": moved}
+            moved[REFERENCE] = moving_reference.update(
+                state.frozen[REFERENCE], params["policy"], state.step + 1
+            )
         with jax.named_scope("optimizer"):
             # A select, not a branch: it fuses with the update.
-            params, opt_state, carried = jax.tree.map(
+            params, opt_state, running, moved = jax.tree.map(
                 lambda new, old: jnp.where(finite, new, old),
-                (params, opt_state, carried),
-                (state.params, state.opt_state, state.carried),
+                (params, opt_state, running, moved),
+                (
+                    state.params,
+                    state.opt_state,
+                    state.running,
+                    {name: state.frozen[name] for name in moved},
+                ),
             )
             norms["update_norm"] = optax.tree.norm(updates)
             norms["param_norm"] = optax.tree.norm(params)
@@ -248,47 +272,56 @@ def make_train_step(
         for name in ("tokens", "responses", "pairs"):
             metrics[f"batch/{name}"] = Mean(counts[name], one)
         advanced = TrainState(
-            state.step + finite.astype(jnp.int32), params, opt_state, finite, carried
+            state.step + finite.astype(jnp.int32),
+            params,
+            opt_state,
+            finite,
+            {**state.frozen, **moved},
+            running,
         )
         return advanced, metrics
 
     return step
 
 
-def with_reference(objective: Objective, reference: Any, batch: Batch) -> Batch:
-    """The batch with the reference columns an objective needs, scored now."""
+def with_reference(objective: Objective, frozen: dict[str, Any], batch: Batch) -> Batch:
+    """The batch with the reference columns an objective needs, scored now.
+
+    One that has them, or a state without a reference, leaves it as it is.
+    """
+    if REFERENCE not in frozen or "response_ref_logps" in batch:
+        return batch
     columns = reference_columns(
-        objective.model, reference, batch, mismatched=objective.uses_mismatched
+        objective.model,
+        frozen[REFERENCE],
+        batch,
+        mismatched=objective.uses_mismatched,
     )
     return {**batch, **columns}
 
 
-def with_running(statistics: Statistics, carried: dict[str, Any]) -> Statistics:
+def with_running(statistics: Statistics, running: Statistics) -> Statistics:
     """A batch's statistics, those that run on added to all before them."""
-    before = carried.get("running", {})
     return {
-        name: jax.tree.map(jnp.add, before[name], found) if name in before else found
+        name: jax.tree.map(jnp.add, running[name], found) if name in running else found
         for name, found in statistics.items()
     }
 
 
 def make_eval_step(objective: Objective) -> Callable[..., Metrics]:
-    """Makes ``step(params, batch, carried={}) -> metrics``, unjitted, without dropout.
+    """Makes ``step(state, batch) -> metrics``, unjitted, without dropout.
 
-    ``carried`` is the training state's: its running statistics and its reference stand
-    in for the batch's own, and are not changed.
+    The training state's running statistics and its reference stand in for the batch's
+    own, and nothing is changed; of the rest of the state only networks are read.
 
     The objective's sums come back as ``objective/<denominator>`` metrics, so that the
     loss over a whole evaluation set is `evaluation_loss` of their summary.
     """
 
-    def step(params: Any, batch: Batch, carried: dict[str, Any] | None = None) -> Any:
-        carried = carried or {}
-        if "reference" in carried:
-            reference = carried["reference"]["policy"]
-            batch = with_reference(objective, reference, batch)
+    def step(state: TrainState, batch: Batch) -> Metrics:
+        batch = with_reference(objective, state.frozen, batch)
         out, _ = objective.whole(
-            params, batch, join=lambda found: found | carried.get("running", {})
+            state.networks, Step(batch), lambda found: found | state.running
         )
         # A batch that keeps nothing has a count of 0, and so weighs nothing.
         counts = objective.denominators(batch)

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from jaxalign import files
+from jaxalign import files, models
 from jaxalign.cluster import distributed, exclusive, watchdog
 from jaxalign.cluster import mesh as meshes
 from jaxalign.objectives.metrics import Metrics, sample_pairs, summarize
@@ -26,21 +25,15 @@ from jaxalign.training import (
     profiling,
     reference_cache,
     run_directory,
+    starts,
     symptoms,
 )
 from jaxalign.training import checkpoints as ckpt
 from jaxalign.training import step as steps
+from jaxalign.training.checkpoint_writer import Checkpoints
 from jaxalign.training.metric_writers import MetricWriter, write_calibration
 from jaxalign.training.progress import Progress
-from jaxalign.training.run import (
-    Run,
-    Setup,
-    in_layout_of,
-    load_policy,
-    reference_policy,
-    run_parents,
-    setup,
-)
+from jaxalign.training.run import Run, Setup, in_layout_of, setup
 
 _log = logging.getLogger(__name__)
 
@@ -90,7 +83,7 @@ def train(run: Run, config_text: str = "") -> dict[str, float]:
     dataset = run.dataset
     feed = ready.inputs.train
     rows = meshes.process_rows(ready.mesh, dataset.batch_size)
-    parents = run_parents(ready, before)
+    parents = starts.parents(ready, before)
     this = identity.of(ready, parents)
     if before:
         identity.check(before, this, ready, folder.name)
@@ -107,31 +100,28 @@ def train(run: Run, config_text: str = "") -> dict[str, float]:
 
     # ---- 3. State: this run's checkpoint, else the initial policy, else random ------
     key = jax.random.key(run.seed)
-    checkpoints = ckpt.Checkpoints(run_dir, keep=run.keep_checkpoints)
+    checkpoints = Checkpoints(run_dir, keep=run.keep_checkpoints)
     watch = symptoms.Watch()
     restored = restore(checkpoints, ready, before)
     folder.set_aside(checkpoints.set_aside)
     if restored:
         state, before = restored
+        state = starts.with_frozen(ready, key, state)
         identity.check(before, this, ready, folder.name)
         watch.resume(before.get("symptoms") or watch.state())
         _log.info("Resumed %s at step %d", folder.name, int(state.step))
     else:
-        state = start(ready, key)
+        state = starts.start(ready, key)
     announce.started(run, ready, int(state.step))
 
     # ---- 4. The reference policy's log-probabilities --------------------------------
-    frozen = None
     if ready.objective.uses_reference:
-        beginning = None if restored else state
-        parents["reference"], load = reference_policy(ready, key, parents, beginning)
+        parents["reference"], load = starts.reference_policy(
+            ready, key, parents, state, new=not restored
+        )
         if not restored and run.reference_checkpoint_path and main_process:
             # With its numbers cached it may never be loaded.
             ckpt.verify(run.reference_checkpoint_path)
-        if ready.online_reference:
-            frozen = load()
-            if frozen is state.params["policy"]:  # whose buffers the first step takes
-                frozen = jax.tree.map(jnp.copy, frozen)
         eval_feed = ready.inputs.evaluation
         join = functools.partial(
             reference_cache.join,
@@ -154,11 +144,11 @@ def train(run: Run, config_text: str = "") -> dict[str, float]:
 
     # ---- 5. What is written, and by whom --------------------------------------------
     meta = {
-        "format": 2,
+        "format": 3,
         "identity": this,
         "objective": type(ready.objective).__name__,
-        "model": run.model.config.architecture(),
-        "execution": run.model.config.execution(),
+        "main": ready.objective.main,
+        "networks": starts.described(ready, parents),
         "vocabulary": run.vocabulary.to_json(),
         "vocabulary_fingerprint": run.vocabulary.fingerprint,
         "seed": run.seed,
@@ -173,7 +163,12 @@ def train(run: Run, config_text: str = "") -> dict[str, float]:
         if config_text:
             files.write_atomically(run_dir / "config.gin", config_text)
         run_directory.update_manifest(
-            run_dir, status="running", **meta, **run_directory.environment()
+            run_dir,
+            status="running",
+            **{name: value for name, value in meta.items() if name != "networks"},
+            model=run.model.config.architecture(),
+            execution=run.model.config.execution(),
+            **run_directory.environment(),
         )
     folder.started()
     writer = MetricWriter(run_dir, use_wandb=run.use_wandb, enabled=main_process)
@@ -187,8 +182,12 @@ def train(run: Run, config_text: str = "") -> dict[str, float]:
 
     def saved(meta: dict[str, Any]) -> None:  # in another thread, while steps go on
         def reached() -> None:
-            names = ("step", "params_fingerprint", "policy_fingerprint")
-            run_directory.update_manifest(run_dir, **{k: meta[k] for k in names})
+            run_directory.update_manifest(
+                run_dir,
+                step=meta["step"],
+                params_fingerprint=meta["params_fingerprint"],
+                networks={n: it["fingerprint"] for n, it in meta["networks"].items()},
+            )
 
         folder.saved(meta["step"], reached if main_process else lambda: None)
 
@@ -201,6 +200,8 @@ def train(run: Run, config_text: str = "") -> dict[str, float]:
     eval_step = ready.eval_step()
     first = int(state.step)
     sample_period = run.sample_period or run.eval_period
+    main = ready.objective.main
+    can_generate = isinstance(ready.networks[main], models.EncoderDecoder)
     window: list[Metrics] = []
     latest: dict[str, float] = {}
     progress = Progress(first, run.train_steps, enabled=main_process)
@@ -218,8 +219,8 @@ def train(run: Run, config_text: str = "") -> dict[str, float]:
                 rows_of_step = next(batches)
                 batch = meshes.put_batch(ready.mesh, rows_of_step, dataset.batch_size)
             with announce.compiling("the training step", step == first):
-                train_step = profile.compiled(train_step, state, batch, key, frozen)
-                state, metrics = train_step(state, batch, key, frozen)
+                train_step = profile.compiled(train_step, state, batch, key)
+                state, metrics = train_step(state, batch, key)
             profile.after(done, state)
             window.append(metrics)
             last = done == run.train_steps
@@ -251,11 +252,11 @@ def train(run: Run, config_text: str = "") -> dict[str, float]:
                         write_calibration(run_dir, done, *pairs)
                 dog.beat(f"the evaluation after step {done}")
             if (last or done % sample_period == 0) and not told_to_stop:
-                if run.sampler:
+                if run.sampler and can_generate:
                     path = run_dir / "samples" / f"{done}.jsonl"
                     with dog.patient(f"the samples after step {done}"):
                         found = run.sampler.write(
-                            path, ready, state.params["policy"], run.seed
+                            path, ready, state.params[main], run.seed
                         )
                     writer.write(done, found)
                     watched(found)
@@ -289,11 +290,11 @@ def train(run: Run, config_text: str = "") -> dict[str, float]:
 
 
 def restore(
-    checkpoints: ckpt.Checkpoints, ready: Setup, saved: dict[str, Any] | None
+    checkpoints: Checkpoints, ready: Setup, saved: dict[str, Any] | None
 ) -> tuple[steps.TrainState, dict[str, Any]] | None:
     """The newest intact state of a run, in the layout that the run has now."""
     own = ready.run.model.config.scan_layers
-    layout = ckpt.stored_model(saved).config.scan_layers if saved else own
+    layout = _scans(saved) if saved else own
     if layout == own:
         return checkpoints.restore(ready.abstract_state)
     found = checkpoints.restore(ready.in_layout(layout).abstract_state)
@@ -303,15 +304,10 @@ def restore(
     return in_layout_of(ready.abstract_state, state), meta
 
 
-def start(ready: Setup, key: jax.Array) -> steps.TrainState:
-    """The state before the first step."""
-    run, policy, reference = ready.run, None, None
-    if run.initial_checkpoint_path:
-        policy = load_policy(run.initial_checkpoint_path, ready).params
-    # Without a path of its own it starts as a copy of the policy.
-    if ready.moving_reference and run.reference_checkpoint_path:
-        reference = load_policy(run.reference_checkpoint_path, ready).params
-    return ready.init_state(key, policy, reference)
+def _scans(meta: dict[str, Any]) -> bool:
+    """Whether the layers of a checkpoint's networks are stacked."""
+    main = meta["networks"][meta["main"]]
+    return main.get("execution", {}).get("scan_layers", False)
 
 
 def evaluate(
@@ -331,7 +327,7 @@ def evaluate(
     found = []
     for i, batch in enumerate(feed.evaluation_batches(rows, bins)):
         placed = meshes.put_batch(ready.mesh, batch, feed.batch_size)
-        found.append(eval_step(state.params, placed, state.carried))
+        found.append(eval_step(state, placed))
         beat(f"batch {i} of the evaluation", found[-1])
     return found
 

@@ -237,7 +237,7 @@ def test_one_device_eight_devices_and_two_processes_agree_and_resume_each_other(
 
 
 def policy(folder: Path) -> dict[str, np.ndarray]:
-    return checkpoints.leaf_names(checkpoints.load_policy(folder).params)
+    return checkpoints.leaf_names(checkpoints.load(folder).params)
 
 
 @pytest.mark.slow

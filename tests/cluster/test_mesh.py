@@ -8,6 +8,7 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import tiny_run
 from jax.sharding import PartitionSpec as P
@@ -105,6 +106,7 @@ def test_activation_rules_reach_the_networks_layers_and_change_no_number():
     mesh = meshes.make_mesh(data=2, fsdp=2, tensor=2)
     objective = objectives.OBJECTIVES["SFT"](models.T5(tiny_run.CONFIG))
     params = objective.init_params(jax.random.key(0))
+    state = steps.TrainState.create(params, optax.sgd(1.0), objective)
     row = RowShape(8, 1, 8, 1, 1, 1)
     batch = convert.empty_batch(row, 4)
     batch["encoder_input_tokens"][:] = batch["decoder_target_tokens"][:] = 7
@@ -114,11 +116,11 @@ def test_activation_rules_reach_the_networks_layers_and_change_no_number():
     step = steps.make_eval_step(objective)
     plain = jax.jit(step)
     ruled = jax.jit(meshes.with_activation_rules(mesh, step))
-    assert "sharding_constraint" not in plain.lower(params, batch).as_text()
-    text = ruled.lower(params, meshes.put_batch(mesh, batch)).as_text()
+    assert "sharding_constraint" not in plain.lower(state, batch).as_text()
+    text = ruled.lower(state, meshes.put_batch(mesh, batch)).as_text()
     assert text.count("sharding_constraint") >= 10
-    expected = summarize([plain(params, batch)])
-    found = summarize([ruled(params, meshes.put_batch(mesh, batch))])
+    expected = summarize([plain(state, batch)])
+    found = summarize([ruled(state, meshes.put_batch(mesh, batch))])
     for name, value in expected.items():
         np.testing.assert_allclose(found[name], value, rtol=1e-5)
 

@@ -36,14 +36,18 @@ def policy():
     model = models.T5(tiny_run.CONFIG)
     params = models.init_params(model, jax.random.key(0))
     vocabulary = vocabs.ByteVocabulary(extra_ids=125)
-    return checkpoints.Policy(
-        model, params, vocabulary, {"policy_fingerprint": "abc"}, None
+    return checkpoints.Network(
+        model,
+        params,
+        vocabulary,
+        {"networks": {"policy": {"fingerprint": "abc"}}},
+        None,
     )
 
 
 @pytest.fixture
 def run(policy, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoints, "load_policy", lambda path: policy)
+    monkeypatch.setattr(checkpoints, "load", lambda path: policy)
     prompts = tmp_path / "prompts.jsonl"
     rows = [{"prompt": f"say {'long ' * (i % 7)}{i}", "id": i} for i in range(40)]
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -131,7 +135,7 @@ def test_a_finished_output_is_kept_and_only_for_the_same_settings(
         with pytest.raises(ValueError, match=r"seed=0 \(now seed=1\)"):
             again(seed=1)
         with pytest.raises(ValueError, match="checkpoint='abc' .now checkpoint='abd'"):
-            patch.setitem(policy.meta, "policy_fingerprint", "abd")
+            patch.setitem(policy.meta["networks"]["policy"], "fingerprint", "abd")
             again()
     with pytest.raises(ValueError, match="prompts="):
         again(short=False)
@@ -173,19 +177,17 @@ def test_a_mesh_and_other_batches_change_no_text(run, policy, monkeypatch):
     _, output = run("whole.jsonl")
     calls = []
 
-    def load_policy(path, shardings=None):
-        calls.append(shardings)
+    def load(path, network="policy", mesh=None):
+        calls.append(mesh)
         params = policy.params
-        if shardings is not None:
-            params = jax.device_put(params, shardings)
-        return checkpoints.Policy(
+        if mesh is not None:
+            like = checkpoints.on_mesh(policy.model, mesh)
+            params = jax.device_put(params, jax.tree.map(lambda s: s.sharding, like))
+        return checkpoints.Network(
             policy.model, params, policy.vocabulary, policy.meta, None
         )
 
-    monkeypatch.setattr(checkpoints, "load_policy", load_policy)
-    monkeypatch.setattr(checkpoints, "resolve", lambda path: path)
-    shape = {"model": vars(tiny_run.CONFIG)}
-    monkeypatch.setattr(checkpoints, "read_meta", lambda path: shape)
+    monkeypatch.setattr(checkpoints, "load", load)
     _, other = run("mesh.jsonl", mesh={"data": 4, "fsdp": 2}, batch_size=16, slots=None)
     assert calls[-1] is not None
     texts = [

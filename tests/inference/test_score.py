@@ -21,8 +21,8 @@ def run(tmp_path, monkeypatch):
     model = models.T5(tiny_run.CONFIG)
     params = models.init_params(model, jax.random.key(0))
     vocabulary = vocabs.ByteVocabulary(extra_ids=125)
-    meta = {"policy_fingerprint": "abc"}
-    policy = checkpoints.Policy(model, params, vocabulary, meta, None)
+    meta = {"networks": {"policy": {"fingerprint": "abc"}}}
+    policy = checkpoints.Network(model, params, vocabulary, meta, None)
     monkeypatch.setattr(generation, "load", lambda *_: (policy, None))
     monkeypatch.setattr(outputs, "policy_key", lambda _: "abc")
     data = tiny_run.write_data(tmp_path / "data.jsonl")

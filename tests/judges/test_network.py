@@ -8,7 +8,6 @@ import pytest
 import tiny_run
 
 from jaxalign import judges, models
-from jaxalign.judges import network
 from jaxalign.training import checkpoints
 from jaxalign.vocabularies import ByteVocabulary
 
@@ -18,9 +17,9 @@ PROMPTS, RESPONSES = ["say 1", "a longer prompt", "p"], ["one", "", "three of th
 def loaded(monkeypatch, kind):
     model, vocabulary = kind(tiny_run.CONFIG), ByteVocabulary(extra_ids=125)
     params = models.init_params(model, jax.random.key(0))
-    found = checkpoints.Policy(model, params, vocabulary, {}, None)
-    monkeypatch.setattr(network, "_load", lambda path: found)
-    monkeypatch.setattr(network, "_fingerprint", lambda path: f"{path}'s")
+    found = checkpoints.Network(model, params, vocabulary, {}, None)
+    monkeypatch.setattr(checkpoints, "newest", lambda path, network: found)
+    monkeypatch.setattr(checkpoints, "fingerprint", lambda path, network: f"{path}'s")
     return found
 
 

@@ -118,7 +118,7 @@ def test_reference_in_the_step_equals_cached_columns(case):
         return
     batch = make_batch(case.rows, 2)
     cached = case.step(case.with_reference(batch))
-    online = case.step(batch, reference=case.reference, reference_params=True)
+    online = case.step(batch, reference=case.reference)
     jax.tree.map(np.testing.assert_array_equal, online[0], cached[0])
 
 

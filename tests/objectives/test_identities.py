@@ -13,6 +13,7 @@ from objectives_cases import CONFIG, BagOfTokens, make_batch, make_rows
 
 from jaxalign import batch as batches
 from jaxalign import models, objectives
+from jaxalign.objectives.base import Step
 from jaxalign.objectives.metrics import summarize
 from jaxalign.training import step as steps
 
@@ -35,7 +36,7 @@ def value(name: str, **settings) -> tuple[float, dict[str, float]]:
     objective = objectives.OBJECTIVES[name](model=MODEL, **settings)
     batch = {**BATCH, **REFERENCE}
     statistics = objective.statistics(PARAMS, batch)
-    out = objective.loss(PARAMS, batch, statistics=statistics)
+    out = objective.loss(PARAMS, Step(batch, statistics))
     divisors = {**batches.denominators(batch), **objective.denominators(batch)}
     total = sum(out.sums[name] / divisors[name] for name in out.sums)
     return float(total), summarize([out.metrics])

@@ -61,8 +61,8 @@ def test_a_batch_of_which_nothing_counts_weighs_nothing_in_an_evaluation(name):
     nothing = {**batch, "pair_mask": 0 * batch["pair_mask"]}
     nothing["response_mask"] = 0 * batch["response_mask"]
     evaluate = jax.jit(steps.make_eval_step(case.objective))
-    found = evaluate(case.params, batch)
-    with_nothing = [found, *[evaluate(case.params, nothing)] * 3]
+    found = evaluate(case.state(), batch)
+    with_nothing = [found, *[evaluate(case.state(), nothing)] * 3]
     alone = steps.evaluation_loss(summarize([found]))
     assert steps.evaluation_loss(summarize(with_nothing)) == alone
     assert all(jnp.isfinite(x) for x in alone.values())
@@ -73,7 +73,7 @@ def test_a_filter_that_keeps_nothing_of_a_batch_counts_no_token_of_it():
     batch = make_batch(case.rows, 2)
     rejected = {**batch, "response_reward": batch["response_reward"] - 100.0}
     evaluate = jax.jit(steps.make_eval_step(case.objective))
-    found = [evaluate(case.params, b) for b in (batch, rejected, rejected)]
+    found = [evaluate(case.state(), b) for b in (batch, rejected, rejected)]
     objective = [
         steps.evaluation_loss(summarize(some))["objective"]
         for some in (found[:1], found)
@@ -92,7 +92,7 @@ def test_no_mean_log_ratio_on_data_is_called_a_kl(name):
 def test_the_value_is_compared_with_its_own_target():
     case = get_case("DROV", BagOfTokens)
     batch = case.with_reference(make_batch(case.rows, 2))
-    metrics = jax.jit(steps.make_eval_step(case.objective))(case.params, batch)
+    metrics = jax.jit(steps.make_eval_step(case.objective))(case.state(), batch)
     values, targets = sample_pairs([metrics], "value/correlation")
     logps = case.objective.response_logps(case.params, batch)
     soft = batch["response_reward"] - case.objective.tau * (

@@ -133,12 +133,12 @@ def test_rounds_chain_and_hold_on_to_the_reference_asked_for(folder, reference, 
     assert cli.main(argv) == 0
     assert "round 2: samples score" in capsys.readouterr().out
     home = folder / reference
-    initial = run_directory.read_manifest(folder / "sft")["policy_fingerprint"]
+    initial = run_directory.read_manifest(folder / "sft")["networks"]["policy"]
     first, second = (
         run_directory.read_manifest(home / f"round{n}" / "train") for n in (1, 2)
     )
     assert first["parents"] == {"initial": initial, "reference": initial}
-    start = first["policy_fingerprint"]
+    start = first["networks"]["policy"]
     held = {"fixed": initial, "refreshed": start}[reference]
     assert second["parents"] == {"initial": start, "reference": held}
     rows = [json.loads(x) for x in (home / "rounds.jsonl").read_text().splitlines()]

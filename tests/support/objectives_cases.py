@@ -140,14 +140,17 @@ class Case:
             return batch
         return {**batch, **jax.device_get(self._score(self.reference, batch))}
 
-    def state(self, params=None):
-        return steps.TrainState.create(params or self.params, self.tx, self.objective)
+    def state(self, params=None, reference=None):
+        networks = dict(params or self.params)
+        if reference is not None:
+            networks["reference"] = reference
+        return steps.TrainState.create(networks, self.tx, self.objective)
 
     def step(self, batch, *, params=None, reference=None, **settings):
         """``(gradients, metrics)`` of one step."""
-        state = self.state(params)
+        state = self.state(params, reference)
         function = self.step_function(**settings)
-        new, metrics = function(state, batch, self.key, reference)
+        new, metrics = function(state, batch, self.key)
         return (
             jax.tree.map(lambda a, b: a - b, state.params, new.params),
             objectives.metrics.summarize([metrics]),

@@ -21,7 +21,13 @@ import orbax.checkpoint as ocp
 
 from jaxalign import models, objectives
 from jaxalign import vocabularies as vocabs
-from jaxalign.training import checkpoints, inputs, optimizers, sampling, schedules
+from jaxalign.training import (
+    checkpoint_writer,
+    inputs,
+    optimizers,
+    sampling,
+    schedules,
+)
 from jaxalign.training import train as loop
 
 STEPS = 6
@@ -115,7 +121,7 @@ def arm(moment: str, step: int) -> None:
 
 def fill_disk(save: int) -> None:
     """From a save on, files cannot grow beyond a few bytes, as on a full disk."""
-    original = checkpoints.Checkpoints.save
+    original = checkpoint_writer.Checkpoints.save
     calls = {"count": 0}
 
     def full(*args, **kwargs):
@@ -124,7 +130,7 @@ def fill_disk(save: int) -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (64, resource.RLIM_INFINITY))
         return original(*args, **kwargs)
 
-    checkpoints.Checkpoints.save = full
+    checkpoint_writer.Checkpoints.save = full
 
 
 def sampler() -> sampling.Sampler:

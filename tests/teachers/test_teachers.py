@@ -150,11 +150,11 @@ def test_what_names_no_teacher_is_refused(text, told):
 def test_a_checkpoint_answers_up_to_the_first_stop(monkeypatch):
     model, vocabulary = models.T5(tiny_run.CONFIG), ByteVocabulary(extra_ids=125)
     params = models.init_params(model, jax.random.key(0))
-    meta = {"policy_fingerprint": "abc"}
-    policy = checkpoints.Policy(model, params, vocabulary, meta, None)
+    meta = {"networks": {"policy": {"fingerprint": "abc"}}}
+    policy = checkpoints.Network(model, params, vocabulary, meta, None)
     monkeypatch.setattr(checkpoints, "resolve", lambda path: path)
     monkeypatch.setattr(checkpoints, "read_meta", lambda path: meta)
-    monkeypatch.setattr(checkpoints, "load_policy", lambda path: policy)
+    monkeypatch.setattr(checkpoints, "load", lambda path: policy)
     teacher = CheckpointTeacher("runs/sft")
 
     def answers(**more):

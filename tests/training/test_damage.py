@@ -18,20 +18,23 @@ import tiny_run
 
 from jaxalign import cli, models
 from jaxalign import vocabularies as vocabs
-from jaxalign.training import checkpoints, damage, run_directory
+from jaxalign.training import checkpoints, damage, run_directory, starts
 from jaxalign.training import train as loop
+from jaxalign.training.checkpoint_writer import Checkpoints, CheckpointWriteError
 from jaxalign.training.step import TrainState
 
+MODEL = models.T5(tiny_run.CONFIG)
 META = {
-    "model": dataclasses.asdict(tiny_run.CONFIG),
+    "format": 3,
+    "main": "policy",
+    "networks": {"policy": models.stored(MODEL), "value": models.stored(MODEL)},
     "vocabulary": vocabs.ByteVocabulary(extra_ids=125).to_json(),
 }
 
 
 def make_state(step: int) -> TrainState:
     """A state as a run has it, of random numbers; nothing is compiled."""
-    model = models.T5(tiny_run.CONFIG)
-    shapes = jax.eval_shape(lambda: models.init_params(model, jax.random.key(0)))
+    shapes = models.shapes(MODEL)
     draw = np.random.default_rng(step)
 
     def arrays():
@@ -58,7 +61,7 @@ def like() -> TrainState:
 def saved(tmp_path_factory) -> Path:
     """A run directory with the checkpoints of steps 2 and 4."""
     folder = tmp_path_factory.mktemp("damage") / "run"
-    with checkpoints.Checkpoints(folder) as found:
+    with Checkpoints(folder) as found:
         for step in (2, 4):
             found.save(make_state(step), {**META, "step": step})
         found.close()
@@ -72,7 +75,7 @@ def run(saved, tmp_path) -> Path:
 
 
 def restore(run: Path) -> TrainState | None:
-    found = checkpoints.Checkpoints(run)
+    found = Checkpoints(run)
     restored = found.restore(like())
     found.close()
     return restored and restored[0]
@@ -89,15 +92,14 @@ def files(checkpoint: Path) -> list[str]:
 
 def test_what_is_saved_is_restored_with_its_fingerprints(saved):
     state = make_state(4)
-    restored, meta = checkpoints.Checkpoints(saved).restore(like())
+    restored, meta = Checkpoints(saved).restore(like())
     assert same(restored.params, state.params)
     assert same(restored.opt_state, state.opt_state)
     assert int(restored.step) == meta["step"] == 4
     assert meta["params_fingerprint"] == checkpoints.params_fingerprint(state.params)
-    policy = checkpoints.load_policy(saved)
-    assert policy.meta["policy_fingerprint"] == checkpoints.params_fingerprint(
-        state.params["policy"]
-    )
+    for name, params in state.params.items():
+        found = checkpoints.load(saved, name)
+        assert found.fingerprint == checkpoints.params_fingerprint(params)
 
 
 def flip(path: Path, draw: random.Random) -> None:
@@ -123,17 +125,17 @@ def check_damaged(run: Path, name: str, caplog) -> None:
     step = run / "checkpoints" / "4"
     if item in ("policy", "meta"):
         with pytest.raises(damage.DamagedCheckpointError, match="damaged") as refused:
-            checkpoints.load_policy(run)
+            checkpoints.load(run)
         assert str(step / name) in str(refused.value)
         assert "\n" not in str(refused.value)
-        before = checkpoints.newest_policy(run)
+        before = checkpoints.newest(run)
         assert same(before.params, make_state(2).params["policy"])
         with pytest.raises(damage.DamagedCheckpointError):
-            checkpoints.newest_policy(step)
+            checkpoints.newest(step)
     else:
-        assert same(checkpoints.load_policy(run).params, make_state(4).params["policy"])
+        assert same(checkpoints.load(run).params, make_state(4).params["policy"])
     state = restore(run)
-    if item in ("policy", "rest", "meta"):
+    if item in ("policy", "value", "state", "meta"):
         assert same(state.params, make_state(2).params)
         assert same(state.opt_state, make_state(2).opt_state)
         assert "going back to step 2" in caplog.text and name in caplog.text
@@ -144,7 +146,13 @@ def check_damaged(run: Path, name: str, caplog) -> None:
 
 
 # One file of each kind; the slow test takes them all.
-KINDS = ("meta/metadata", "policy/_METADATA", "policy/ocdbt*/d/*", "rest/manifest*")
+KINDS = (
+    "meta/metadata",
+    "policy/_METADATA",
+    "policy/ocdbt*/d/*",
+    "state/manifest*",
+    "value/ocdbt*/d/*",
+)
 
 
 @pytest.mark.parametrize("way", [flip, cut, delete])
@@ -190,7 +198,7 @@ def test_older_checkpoints_are_loaded_and_compared_by_their_parameters(run, capl
     )
     flip(arrays, random.Random(1))
     with pytest.raises(damage.DamagedCheckpointError, match="fingerprint|damaged"):
-        checkpoints.load_policy(run)
+        checkpoints.load(run)
     assert same(restore(run).params, make_state(2).params)
     assert "going back to step 2" in caplog.text
 
@@ -200,7 +208,7 @@ def test_other_settings_are_no_damage(run, listed):
     if not listed:
         without_lists(run)
     other = dataclasses.replace(like(), opt_state={"nu": like().opt_state["mu"]})
-    found = checkpoints.Checkpoints(run)
+    found = Checkpoints(run)
     with pytest.raises(ValueError, match="does not fit this model and optimizer"):
         found.restore(other)
     assert found.steps() == [2, 4] and found.set_aside == []
@@ -217,14 +225,14 @@ def test_a_read_that_fails_is_repeated_and_proves_nothing(run, monkeypatch):
 
     monkeypatch.setattr(damage.fingerprints, "file_sha256", failing)
     assert same(restore(run).params, make_state(4).params)
-    arrays = checkpoints._read
+    arrays = checkpoints.read_item
 
     def stale(*arguments):
         if failures:
             raise failures.pop()
         return arrays(*arguments)
 
-    monkeypatch.setattr(checkpoints, "_read", stale)
+    monkeypatch.setattr(checkpoints, "read_item", stale)
     failures.append(OSError(errno.ESTALE, "Stale file handle"))
     assert same(restore(run).params, make_state(4).params)
     failures.extend([OSError(errno.EIO, "no")] * 99)
@@ -240,13 +248,13 @@ def test_where_none_is_intact_nothing_is_renamed(run):
         restore(run)
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["2", "4"]
     with pytest.raises(damage.DamagedCheckpointError, match="meta/metadata is damaged"):
-        checkpoints.newest_policy(run)
+        checkpoints.newest(run)
 
 
 def test_a_set_aside_checkpoint_is_never_written_over(run):
     (run / "checkpoints" / "4.damaged").mkdir()
     (run / "checkpoints" / "4" / "meta" / "metadata").write_text("{}")
-    found = checkpoints.Checkpoints(run)
+    found = Checkpoints(run)
     found.restore(like())
     found.save(make_state(4), {**META, "step": 4})
     found.close()
@@ -257,7 +265,7 @@ def test_a_set_aside_checkpoint_is_never_written_over(run):
 
 def test_saving_goes_on_beside_training(tmp_path, monkeypatch):
     """`save` returns before anything is written; the state may be donated then."""
-    found = checkpoints.Checkpoints(tmp_path)
+    found = Checkpoints(tmp_path)
     waits, told = [], []
     begin = found._manager.save
     monkeypatch.setattr(
@@ -274,7 +282,7 @@ def test_saving_goes_on_beside_training(tmp_path, monkeypatch):
     gate.set()
     found.settle()
     assert [meta["params_fingerprint"] for meta in told] == [expected]
-    restored, _ = checkpoints.Checkpoints(tmp_path).restore(like())
+    restored, _ = Checkpoints(tmp_path).restore(like())
     assert checkpoints.params_fingerprint(restored.params) == expected
 
 
@@ -287,21 +295,21 @@ def test_saving_goes_on_beside_training(tmp_path, monkeypatch):
     ],
 )
 def test_a_failed_save_is_told_by_the_next_call(run, monkeypatch, error, advice):
-    found = checkpoints.Checkpoints(run)
+    found = Checkpoints(run)
 
     def failing(*args, **kwargs):
         raise error
 
     monkeypatch.setattr(found._manager, "save", failing)
     found.save(make_state(6), {**META, "step": 6})
-    with pytest.raises(checkpoints.CheckpointWriteError) as told:
+    with pytest.raises(CheckpointWriteError) as told:
         found.settle()
     said = str(told.value)
     assert "The checkpoint of step 6" in said and str(error) in said
     assert f"That of step 4 is intact: {advice}, then start" in said
     # An error of the loop may be its consequence: the cause is told.
     found.save(make_state(6), {**META, "step": 6})
-    with pytest.raises(checkpoints.CheckpointWriteError), found:
+    with pytest.raises(CheckpointWriteError), found:
         raise OSError("metrics cannot be written either")
 
 
@@ -332,14 +340,14 @@ def test_a_damaged_start_or_reference_is_refused(run, tmp_path):
     data = tiny_run.write_data(tmp_path / "data.jsonl")
     job = tiny_run.make_run(tmp_path / "next", data, tmp_path)
     ready = loop.setup(job)
-    assert loop.load_policy(str(run), ready).meta["step"] == 4
+    starts.load_network(str(run), "policy", ready)
     arrays = max(
         (run / "checkpoints" / "4" / "policy").glob("ocdbt*/d/*"),
         key=lambda path: path.stat().st_size,
     )
     flip(arrays, random.Random(1))
     with pytest.raises(damage.DamagedCheckpointError, match="fingerprint"):
-        loop.load_policy(str(run), ready)
+        starts.load_network(str(run), "policy", ready)
     with pytest.raises(damage.DamagedCheckpointError, match="fingerprint"):
         checkpoints.verify(run)
 
@@ -348,8 +356,9 @@ def test_a_damaged_start_or_reference_is_refused(run, tmp_path):
     ("change", "problem"),
     [
         ({"reward_stats": [1.0]}, r"reward_stats is \[1.0\], expected mean and"),
-        ({"model": None}, "it lacks 'model'"),
-        ({"policy_fingerprint": 3}, "it lacks 'policy_fingerprint'"),
+        ({"networks": None}, "it lacks 'networks'"),
+        ({"main": 3}, "it lacks 'main'"),
+        ({"format": 2, "networks": None}, "it lacks 'networks'"),
     ],
 )
 def test_an_older_meta_that_lacks_something_is_named(run, change, problem):
@@ -357,6 +366,6 @@ def test_an_older_meta_that_lacks_something_is_named(run, change, problem):
     path = run / "checkpoints" / "4" / "meta" / "metadata"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(damage.DamagedCheckpointError, match=problem) as refused:
-        checkpoints.load_policy(run)
+        checkpoints.load(run)
     assert str(path) in str(refused.value)
-    assert checkpoints.newest_meta(run)["step"] == 2
+    assert checkpoints.newest(run).meta["step"] == 2

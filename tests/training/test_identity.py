@@ -16,9 +16,16 @@ import sentencepiece
 import tiny_run
 
 from jaxalign import models, objectives, vocabularies
-from jaxalign.training import checkpoints, identity, optimizers, run_directory
+from jaxalign.training import (
+    checkpoints,
+    identity,
+    optimizers,
+    run_directory,
+    starts,
+)
 from jaxalign.training import run as runs
 from jaxalign.training import train as loop
+from jaxalign.training.checkpoint_writer import Checkpoints
 from jaxalign.training.step import MovingReference
 
 
@@ -126,7 +133,7 @@ def test_another_run_is_refused_by_name_and_changes_nothing(work, name):
 
 
 def _check(ready, saved):
-    parents = runs.run_parents(ready, saved)
+    parents = starts.parents(ready, saved)
     identity.check(saved, identity.of(ready, parents), ready, "DIR")
 
 
@@ -147,11 +154,12 @@ def test_how_and_how_long_are_no_part_of_it(work, changes):
 
 
 def _as_format_1(meta, ready):
-    old = {k: v for k, v in meta.items() if k not in ("identity", "execution")}
+    old = {k: v for k, v in meta.items() if k not in ("identity", "networks")}
+    policy = meta["networks"]["policy"]
     return {
         **json.loads(json.dumps(old)),
         "format": 1,
-        "model": {**meta["model"], **meta["execution"]},
+        "model": {**policy["shape"], **policy["execution"]},
     }
 
 
@@ -184,7 +192,7 @@ def test_the_initial_checkpoint_may_be_gone(work, caplog):
     _check(runs.setup(gone), saved)
     assert "is gone" in caplog.text
     with pytest.raises(FileNotFoundError):
-        runs.run_parents(runs.setup(gone), None)
+        starts.parents(runs.setup(gone), None)
 
 
 def test_another_library_is_no_other_optimizer(work):
@@ -206,7 +214,7 @@ def test_another_library_is_no_other_optimizer(work):
 def test_a_checkpoint_restores_in_the_other_layout(work):
     """Scanned and back: every leaf of the state, the optimizer's too."""
     plain = runs.setup(job(work, "run"))
-    manager = checkpoints.Checkpoints(work / "run")
+    manager = Checkpoints(work / "run")
     saved = checkpoints.run_meta(work / "run")
     state, _ = loop.restore(manager, plain, saved)
     scanned = plain.in_layout(True)
@@ -221,8 +229,8 @@ def test_a_checkpoint_restores_in_the_other_layout(work):
     jax.tree.map(np.testing.assert_array_equal, other.params["policy"], expected)
     back = runs.in_layout_of(plain.abstract_state, other)
     jax.tree.map(np.testing.assert_array_equal, back, state)
-    policy = runs.load_policy(str(work / "run"), scanned)
-    jax.tree.map(np.testing.assert_array_equal, policy.params, expected)
+    policy = starts.load_network(str(work / "run"), "policy", scanned)
+    jax.tree.map(np.testing.assert_array_equal, policy, expected)
 
 
 @pytest.mark.parametrize("factored", [1, 128])
@@ -250,10 +258,11 @@ def test_a_start_holds_one_copy_and_begins_at_the_loaded_policy(work):
     ready = runs.setup(
         job(work, "start", "DROV", optimizer=optax.contrib.schedule_free_sgd(1e-8))
     )
-    policy = jax.device_get(runs.load_policy(str(work / "sft"), ready).params)
+    sft = str(work / "sft")
+    policy = jax.device_get(starts.load_network(sft, "policy", ready))
     policy = jax.tree.map(np.array, policy)
-    placed = runs.load_policy(str(work / "sft"), ready).params
-    state = ready.init_state(jax.random.key(0), placed)
+    placed = starts.load_network(sft, "policy", ready)
+    state = ready.init_state(jax.random.key(0), {"policy": placed})
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(placed))
     jax.tree.map(np.testing.assert_array_equal, state.params["policy"], policy)
     jax.tree.map(np.testing.assert_array_equal, state.opt_state.z["policy"], policy)
@@ -295,6 +304,6 @@ def test_two_models_of_equal_settings_are_two_vocabularies(tmp_path):
     # A checkpoint that names its content, and an older one that has it beside itself.
     for stored in ({**meta, "vocabulary_fingerprint": one.fingerprint}, meta):
         for path in (tmp_path / "run", step):
-            runs._check_vocabulary(str(path), stored, one)
+            starts._check_vocabulary(str(path), stored, one)
             with pytest.raises(ValueError, match="trained with another vocabulary"):
-                runs._check_vocabulary(str(path), stored, two)
+                starts._check_vocabulary(str(path), stored, two)

@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 
 import buckets
+import jax
+import numpy as np
 import pytest
 import tiny_run
 
@@ -22,6 +24,7 @@ from jaxalign.training import (
     mirror,
     remote_checkpoints,
     run_directory,
+    starts,
 )
 from jaxalign.training import train as loop
 
@@ -109,8 +112,8 @@ def test_a_run_in_a_bucket_is_resumed_elsewhere_to_the_bits_of_a_local_one(
     fetched = remote.home() / "fetched"
     fs, path = remote.connect(url)
     fs.get(path, str(fetched), recursive=True)
-    ours = checkpoints.load_policy(fetched).params
-    theirs = checkpoints.load_policy(local).params
+    ours = checkpoints.load(fetched).params
+    theirs = checkpoints.load(local).params
     assert checkpoints.params_fingerprint(ours) == checkpoints.params_fingerprint(
         theirs
     )
@@ -257,8 +260,9 @@ def test_outputs_are_uploaded_whole_or_refused(uploaded, machine, capsys):
 
 def test_a_run_starts_from_a_policy_in_a_bucket(work, uploaded, machine, tmp_path):
     job = tiny_run.make_run(tmp_path / "next", work / "data.jsonl", work)
-    policy = loop.load_policy(uploaded, loop.setup(job))
-    assert policy.meta["step"] == 6
+    policy = starts.load_network(uploaded, "policy", loop.setup(job))
+    own = checkpoints.load(f"{uploaded}/checkpoints/6").params
+    jax.tree.map(np.testing.assert_array_equal, policy, own)
 
 
 def test_a_run_that_was_copied_by_other_means_is_named_by_its_checkpoint(
@@ -267,10 +271,10 @@ def test_a_run_that_was_copied_by_other_means_is_named_by_its_checkpoint(
     url = f"{new_bucket()}/copied"
     buckets.put_folder(local, url)
     with pytest.raises(FileNotFoundError, match=r"No checkpoint at .* 6\.json|<step>"):
-        checkpoints.load_policy(url)
+        checkpoints.load(url)
     assert f"has to be named itself: {url}/checkpoints/6" in caplog.text
-    theirs = checkpoints.load_policy(local).params
-    ours = checkpoints.load_policy(f"{url}/checkpoints/6").params
+    theirs = checkpoints.load(local).params
+    ours = checkpoints.load(f"{url}/checkpoints/6").params
     assert checkpoints.params_fingerprint(ours) == checkpoints.params_fingerprint(
         theirs
     )

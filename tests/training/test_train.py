@@ -68,10 +68,10 @@ def test_every_objective_trains_from_a_file(work, objective):
     assert any("eval/objective" in line for line in metrics(folder))
     samples = (folder / "samples" / "6.jsonl").read_text().splitlines()
     assert set(json.loads(samples[0])) >= {"prompt", "response", "target", "logp"}
-    policy = checkpoints.load_policy(folder)
+    policy = checkpoints.load(folder)
     assert (
         checkpoints.params_fingerprint(policy.params)
-        == (manifest["policy_fingerprint"])
+        == (manifest["networks"]["policy"])
     )
 
 
@@ -196,9 +196,10 @@ def test_alignment_starts_from_the_supervised_policy(work):
     loop.train(run(work, "base", "SFT"))
     job = run(work, "dro", "DROV", initial_checkpoint_path=str(work / "base"))
     ready = loop.setup(job)
-    policy = checkpoints.load_policy(work / "base").params
-    state = ready.init_state(jax.random.key(0))
-    params = ready.objective.start_from(state.params, policy)
+    policy = checkpoints.load(work / "base").params
+    params = ready.init_networks(
+        jax.random.key(0), {"policy": jax.tree.map(jnp.copy, policy)}
+    )
     for network in ("policy", "value"):
         found = params[network]["encoder"]
         jax.tree.map(np.testing.assert_array_equal, found, policy["encoder"])

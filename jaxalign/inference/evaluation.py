@@ -75,7 +75,7 @@ def evaluate(
     given = {k: v for k, v in locals().items() if k not in ("output", *_EXECUTION)}
     if not judge and not metric_fns:
         raise ValueError(
-            "Nothing to evaluate with: give --judge=module:function, or "
+            "Nothing to evaluate with: give --judge=my_judge.py:score, or "
             "--metrics=exact_match (any of jaxalign.evaluation.metrics)."
         )
     judged = judges.resolve(judge) if judge else None

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from jaxalign import batch as batches
-from jaxalign import data as data_lib
 from jaxalign import configs, remote, vocabularies
+from jaxalign import data as data_lib
 from jaxalign.data import synthetic
 from jaxalign.data.augment import Augment
 from jaxalign.objectives import Objective

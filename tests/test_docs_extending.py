@@ -87,7 +87,7 @@ def manifest(folder, name):
 
 def trained_with_its_margin(folder):
     found = manifest(folder, "hinge")["identity"]["objective"]
-    assert (found[""], found["margin"]) == ("SquaredHinge", 0.5)
+    assert (found[""], found["margin"]) == ("my_objectives.SquaredHinge", 0.5)
     the_same_with_and_without_the_family()
 
 

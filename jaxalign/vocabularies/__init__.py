@@ -20,6 +20,17 @@ from jaxalign.vocabularies.base import EOS_ID, PAD_ID, UNK_ID
 from jaxalign.vocabularies.byte import ByteVocabulary
 from jaxalign.vocabularies.sentence_piece import MODEL_FILE, SentencePieceVocabulary
 
+__all__ = [
+    "EOS_ID",
+    "MODEL_FILE",
+    "PAD_ID",
+    "UNK_ID",
+    "ByteVocabulary",
+    "SentencePieceVocabulary",
+    "Vocabulary",
+    "from_json",
+]
+
 Vocabulary = ByteVocabulary | SentencePieceVocabulary
 
 

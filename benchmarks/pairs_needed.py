@@ -79,13 +79,8 @@ def measure(
     for seed in range(seeds):
         sft = compare.supervised(study, seed)
         start, suffix = (teach(study, seed, sft), "-taught") if taught else (sft, "")
-        prompts = quickstart.village_prompts(
-            study,
-            f"responses/{split}/seed{seed}/prompts.jsonl",
-            split,
-            num_prompts,
-            seed,
-        )
+        home = f"responses/{split}/seed{seed}"
+        prompts = quickstart.village_prompts(study, home, split, num_prompts, seed)
         for size in sizes:
             for method in METHODS:
                 own = compare.settings_of(method, steps)[1]

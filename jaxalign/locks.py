@@ -53,7 +53,7 @@ def hold(
 
     Args:
       place: a path or an address such as ``gs://...``; made if it is a local folder.
-      what: it is, for the message: ``"run directory"``.
+      what: it is, for the message.
       is_file: it is a file; its lock lies beside it.
 
     Raises:
@@ -61,14 +61,9 @@ def hold(
       OSError: when the lock cannot be written.
 
     >>> import tempfile
-    >>> folder = tempfile.mkdtemp()
-    >>> with hold(folder, "run directory"):
-    ...     try:
-    ...         with hold(folder, "run directory"):
-    ...             print("never")
-    ...     except HeldError as error:
-    ...         print(str(error)[:13], "is in use by process" in str(error))
-    The run direc True
+    >>> with hold(tempfile.mkdtemp(), "run directory"):
+    ...     print("nobody else writes there")
+    nobody else writes there
     """
     with contextlib.ExitStack() as stack:
         if remote.is_remote(place):
@@ -80,15 +75,19 @@ def hold(
             # The kernel knows the processes that share this folder, the bucket others.
             stack.enter_context(_holding(_File(copy / NAME), url, what))
             stat = copy.stat()
-            sharing = f"{_machine()}:{stat.st_dev}:{stat.st_ino}"
-            lock = _Object(entry, sharing)
+            lock = _Object(entry, f"{_machine()}:{stat.st_dev}:{stat.st_ino}")
             stack.enter_context(_holding(lock, url, what))
         else:
             path = Path(place).expanduser().absolute()
             file = path.with_name(f".{path.name}{NAME}") if is_file else path / NAME
             if not file.parent.exists():
                 file.parent.mkdir(parents=True, exist_ok=True)
-                stack.callback(_remove_empty, file.parent)
+
+                @stack.callback
+                def remove_what_came_to_nothing() -> None:
+                    with contextlib.suppress(OSError):
+                        file.parent.rmdir()
+
             try:
                 stack.enter_context(_holding(_File(file), path, what))
             except OSError as error:
@@ -97,12 +96,6 @@ def hold(
                 lock = _Object(f"file://{file}", "")
                 stack.enter_context(_holding(lock, path, what))
         yield
-
-
-def _remove_empty(folder: Path) -> None:
-    """Leaves no trace of what came to nothing."""
-    with contextlib.suppress(OSError):
-        folder.rmdir()
 
 
 @contextlib.contextmanager
@@ -115,7 +108,16 @@ def _holding(
         # The kernel has vouched that whoever shares it with us is dead.
         if before and before.get("machine") != lock.machine:
             _watch(lock, before)
-        holder = _holder(lock.machine)
+        program = os.path.basename(sys.argv[0] or "python")
+        holder = {
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "machine": lock.machine,
+            "command": shlex.join([program, *sys.argv[1:]])[:1000],
+            "since": time.strftime("%Y-%m-%d %H:%M:%S%z"),
+            "token": uuid.uuid4().hex,
+            "beat": 0,
+        }
         lock.write(holder)
         if isinstance(lock, _Object):  # of two that come at once, the later one stays
             time.sleep(SETTLE)
@@ -123,16 +125,23 @@ def _holding(
     except _InUse as found:
         lock.abandon()
         raise HeldError(
-            f"The {what} {place} is in use by {_named(found.holder)}. Wait until it "
-            "has ended or stop it; or write to another place."
+            f"The {what} {place} is in use by {_named(found.args[0] or {})}. Wait "
+            "until it has ended or stop it; or write to another place."
         ) from None
     except BaseException:
         lock.abandon()
         raise
     ended = threading.Event()
-    beating = threading.Thread(
-        target=_beat, args=(lock, holder, ended), name="lock", daemon=True
-    )
+
+    def beat() -> None:
+        while not ended.wait(BEAT):
+            holder["beat"] += 1
+            # A beat that fails is made up for by the next one.
+            with contextlib.suppress(OSError, _InUse):
+                _check_ours(lock, holder)
+                lock.write(holder)
+
+    beating = threading.Thread(target=beat, name="lock", daemon=True)
     beating.start()
     try:
         yield
@@ -142,20 +151,8 @@ def _holding(
         lock.release(holder)
 
 
-class _InUse(Exception):  # noqa: N818 - a finding
-    def __init__(self, holder: dict[str, Any] | None):
-        self.holder = holder or {}
-
-
-def _beat(
-    lock: _File | _Object, holder: dict[str, Any], ended: threading.Event
-) -> None:
-    while not ended.wait(BEAT):
-        holder["beat"] += 1
-        # A beat that fails is made up for by the next one.
-        with contextlib.suppress(OSError, _InUse):
-            _check_ours(lock, holder)
-            lock.write(holder)
+class _InUse(Exception):
+    """Somebody holds the lock: what stands in it."""
 
 
 def _check_ours(lock: _File | _Object, holder: dict[str, Any]) -> None:
@@ -180,30 +177,18 @@ def _watch(lock: _File | _Object, before: dict[str, Any]) -> None:
             raise _InUse(now)
 
 
-def _holder(machine: str) -> dict[str, Any]:
-    program = os.path.basename(sys.argv[0] or "python")
-    return {
-        "pid": os.getpid(),
-        "host": socket.gethostname(),
-        "machine": machine,
-        "command": shlex.join([program, *sys.argv[1:]])[:1000],
-        "since": time.strftime("%Y-%m-%d %H:%M:%S%z"),
-        "token": uuid.uuid4().hex,
-        "beat": 0,
-    }
-
-
 def _named(holder: dict[str, Any]) -> str:
     """A holder for a message; anybody may have written what is read here."""
     if not isinstance(holder.get("pid"), int):
         return "another process"
-    host, command, since = (_shown(holder.get(k)) for k in ("host", "command", "since"))
-    return f"process {holder['pid']} on {host} (`{command}`, since {since})"
-
-
-def _shown(value: Any) -> str:
-    text = "".join(c if c.isprintable() else "?" for c in str(value))
-    return text if len(text) <= 160 else text[:160] + "..."
+    shown = {}
+    for name in ("host", "command", "since"):
+        text = "".join(c if c.isprintable() else "?" for c in str(holder.get(name)))
+        shown[name] = text if len(text) <= 160 else text[:160] + "..."
+    return (
+        f"process {holder['pid']} on {shown['host']} (`{shown['command']}`, since "
+        f"{shown['since']})"
+    )
 
 
 @functools.cache
@@ -216,11 +201,9 @@ def _machine() -> str:
 
 
 def _decoded(content: bytes) -> dict[str, Any] | None:
-    try:
+    with contextlib.suppress(ValueError):  # nothing yet, or half of it
         found = json.loads(content)
-    except ValueError:  # nothing yet, or half of it
-        return None
-    return found if isinstance(found, dict) else None
+        return found if isinstance(found, dict) else None
 
 
 class _File:
@@ -252,11 +235,9 @@ class _File:
             return False
 
     def read(self) -> dict[str, Any] | None:
-        try:
+        with contextlib.suppress(OSError):
             # Opened anew: a shared disk shows other hosts' writes only then.
             return _decoded(self._path.read_bytes())
-        except OSError:
-            return None
 
     def write(self, holder: dict[str, Any]) -> None:
         os.pwrite(self._file, json.dumps(holder).encode().ljust(_SIZE), 0)
@@ -283,15 +264,11 @@ class _Object:
         # Who shares our kernel's lock beside it; without one, only beats tell.
         self.machine = machine or uuid.uuid4().hex
 
-    def acquire(self) -> None:
-        pass
+    def acquire(self) -> None: ...
 
     def read(self) -> dict[str, Any] | None:
-        try:
-            with remote.reporting(self._url):
-                return _decoded(self._fs.cat_file(self._path))
-        except FileNotFoundError:
-            return None
+        with contextlib.suppress(FileNotFoundError), remote.reporting(self._url):
+            return _decoded(self._fs.cat_file(self._path))
 
     def write(self, holder: dict[str, Any]) -> None:
         content = json.dumps(holder).encode()
@@ -308,8 +285,7 @@ class _Object:
             _check_ours(self, holder)
             self._fs.rm_file(self._path)
 
-    def abandon(self) -> None:
-        pass
+    def abandon(self) -> None: ...
 
 
 def _close_in_child() -> None:

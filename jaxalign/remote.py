@@ -30,10 +30,7 @@ def is_remote(path: str | os.PathLike[str]) -> bool:
 
 
 def local_only(path: str | os.PathLike[str], what: str) -> pathlib.Path:
-    """The path, refused if it is remote.
-
-    Args:
-      what: it is for, for the message.
+    """The path, refused if it is remote; ``what`` it is for, the message says.
 
     >>> local_only("/tmp/cache", "CACHE_DIR")
     PosixPath('/tmp/cache')
@@ -57,11 +54,7 @@ def below(folder: str | os.PathLike[str], name: Any) -> pathlib.Path:
 
     A name that was read (in a bucket's listing, an index, a manifest, an answer) comes
     from whoever wrote it. Every such name becomes a path here, so that none leads out
-    of the folder.
-
-    Args:
-      folder: where the file belongs.
-      name: what was read; ``/`` parts folders.
+    of the folder. ``/`` parts folders.
 
     Raises:
       ValueError: for what names nothing below the folder: an absolute path, ``..``,
@@ -76,8 +69,7 @@ def below(folder: str | os.PathLike[str], name: Any) -> pathlib.Path:
     """
     parts = name.split("/") if isinstance(name, str) else [""]
     if any(part in ("", ".", "..") or "\0" in part for part in parts):
-        shown = repr(name)
-        shown = shown if len(shown) <= 200 else f"{shown[:200]}..."
+        shown = repr(name)[:200] + "..." * (len(repr(name)) > 200)
         raise ValueError(f"Expected the name of a file below {folder}, got {shown}.")
     return pathlib.Path(folder, *parts)
 
@@ -157,7 +149,8 @@ def copy(path: str | os.PathLike[str]) -> pathlib.Path:
     mark = target.with_name(f".{target.name}.version")
     with reporting(url):
         version = fs.ukey(inside)
-        if not (target.is_file() and _text(mark) == version):
+        known = mark.read_text() if mark.is_file() else None
+        if not (target.is_file() and known == version):
             target.parent.mkdir(parents=True, exist_ok=True)
             mark.unlink(missing_ok=True)
             with tempfile.TemporaryDirectory(dir=target.parent) as folder:
@@ -174,7 +167,6 @@ def copy_folder(
     """A local folder with the content of a path: itself, or the copy of a remote one.
 
     Args:
-      path: a folder.
       wanted: which of a remote folder's files to copy, by their path in it. What the
         remote folder no longer has is removed from the copy.
 
@@ -200,12 +192,7 @@ def copy_folder(
 
 
 def holds(url: str, *names: str) -> bool:
-    """Whether a remote folder has one of some files.
-
-    Args:
-      url: of the folder.
-      names: paths from there.
-    """
+    """Whether a remote folder has one of some files, given by their path from it."""
     fs, path = connect(url)
     with reporting(url):
         return any(fs.exists(f"{path.rstrip('/')}/{name}") for name in names)
@@ -242,10 +229,3 @@ def writing(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
         file = pathlib.Path(folder) / url.rsplit("/", 1)[-1]
         yield file
         upload({url: file})
-
-
-def _text(path: pathlib.Path) -> str | None:
-    try:
-        return path.read_text()
-    except OSError:
-        return None

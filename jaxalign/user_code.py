@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterable
 from types import ModuleType
 from typing import Any
 
+from jaxalign.files import file_sha256
+
 
 class NoFunctionError(TypeError, ValueError):
     """What a user named is there, and cannot be called."""
@@ -27,9 +29,8 @@ class NoFunctionError(TypeError, ValueError):
 def resolve_callable(spec: str) -> Callable[..., Any]:
     """The callable that a gin file or the command line names.
 
-    Args:
-      spec: ``"package.module:function"`` (``module:Class.method`` too) or
-        ``"path/to/file.py:function"``.
+    It is named as ``"package.module:function"`` (``module:Class.method`` too) or as
+    ``"path/to/file.py:function"``.
 
     Raises:
       ValueError: saying which part was not found, and the nearest names there are.
@@ -68,21 +69,30 @@ def function_key(spec: str, function: Callable[..., Any] | None = None) -> str:
     >>> function_key("math:sqrt")
     'math:sqrt'
     """
-    function = function or resolve_callable(spec)
-    try:
-        source = inspect.getsource(inspect.getmodule(function) or function)
-    except (OSError, TypeError):  # built in, or made at run time
+    digest = source_digest(function or resolve_callable(spec))
+    if digest == _NO_SOURCE:
         return spec
-    digest = hashlib.sha256(source.encode("utf-8", "surrogatepass")).hexdigest()
     return f"{spec.rpartition(':')[2]} of {digest[:16]}"
 
 
+def source_digest(function: Callable[..., Any]) -> str:
+    """SHA-256 of the module a function is written in; of nothing if it is built in."""
+    try:
+        source = inspect.getsource(inspect.getmodule(function) or function)
+    except (OSError, TypeError):  # built in, or made at run time
+        return _NO_SOURCE
+    return hashlib.sha256(source.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+_NO_SOURCE = hashlib.sha256().hexdigest()
+
+
 def load_module(name: str, *, asked_as: str | None = None) -> ModuleType:
-    """The module that a user named.
+    """The module ``package.module`` or ``path/to/file.py`` that a user named.
+
+    A file is run once as long as its content stays the same.
 
     Args:
-      name: ``package.module`` or ``path/to/file.py``. A file is run once as long as its
-        content stays the same.
       asked_as: what the user wrote, for messages; `name` if None.
 
     Raises:
@@ -111,8 +121,7 @@ def look_in_working_folder() -> None:
 def fingerprint(module: ModuleType) -> str:
     """SHA-256 of a module's own file: it changes when its code does."""
     file = getattr(module, "__file__", None)
-    content = pathlib.Path(file).read_bytes() if file else b""
-    return hashlib.sha256(content).hexdigest()
+    return file_sha256(file) if file else _NO_SOURCE
 
 
 def hint(name: str, names: Iterable[str]) -> str:
@@ -131,18 +140,15 @@ def _import(asked_as: str, module: str) -> ModuleType:
             raise  # the module is there; something that it imports is not
         parent, _, name = missing.rpartition(".")
         path = None  # the top level
-        names: list[str] = []
         if parent:
-            package = importlib.import_module(parent)
-            if not hasattr(package, "__path__"):
+            path = getattr(importlib.import_module(parent), "__path__", None)
+            if path is None:
                 raise ValueError(
                     f"Cannot resolve {asked_as!r}: {parent!r} is a module, not a "
                     f"package; use '{parent}:function'."
                 ) from error
-            path = package.__path__
-        else:
-            names += sys.stdlib_module_names
-        names += [found.name for found in pkgutil.iter_modules(path)]
+        names = [found.name for found in pkgutil.iter_modules(path)]
+        names += [] if parent else sys.stdlib_module_names
         raise ValueError(
             f"Cannot resolve {asked_as!r}: no module named {missing!r}."
             f"{hint(name, names)} Modules are looked up on the Python path and in the "
@@ -165,8 +171,7 @@ def _run_file(asked_as: str, path: pathlib.Path) -> ModuleType:
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
     except BaseException:

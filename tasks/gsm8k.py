@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxalign.data.bad_rows import OptionError
-from jaxalign.prepare.tasks import Tfds, add_task
+from jaxalign.prepare.tasks import add_task
 
 _ANNOTATION = re.compile(r"<<(.*?)>>")
 _CALCULATOR = {"strip": "", "keep": r"<<\1>>", "brackets": r"[\1]"}
@@ -92,5 +92,5 @@ add_task(
         "trajectory": trajectories,
         "rationale": rationales,
     },
-    source=Tfds("gsm8k"),
+    source="gsm8k",
 )

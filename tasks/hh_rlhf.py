@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxalign.data.bad_rows import FieldError, show
-from jaxalign.prepare.tasks import Tfds, add_task
+from jaxalign.prepare.tasks import add_task
 
 TURN = "\n\nAssistant:"
 
@@ -44,5 +44,5 @@ add_task(
     "hh_rlhf",
     doc="Anthropic HH-RLHF: dialogues with a preferred and a rejected last answer.",
     records={"preference": preferences},
-    source=Tfds("huggingface:anthropic__hh_rlhf"),
+    source="huggingface:anthropic__hh_rlhf",
 )

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxalign.data.bad_rows import FieldError, show
-from jaxalign.prepare.tasks import Tfds, add_task, as_rows
+from jaxalign.prepare.tasks import add_task, as_rows
 
 
 def prompt(post: Mapping[str, Any]) -> str:
@@ -44,5 +44,5 @@ add_task(
     "tldr",
     doc="Reddit TL;DR: filtered posts with summaries, and comparisons of summaries.",
     records={"supervised": demonstrations, "preference": preferences},
-    source=Tfds("huggingface:openai__summarize_from_feedback"),
+    source="huggingface:openai__summarize_from_feedback",
 )

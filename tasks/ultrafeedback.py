@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxalign.data.bad_rows import FieldError, OptionError, nearest
-from jaxalign.prepare.tasks import Tfds, add_task, as_rows
+from jaxalign.prepare.tasks import add_task, as_rows
 
 _RATED = ("helpfulness", "honesty", "instruction_following", "truthfulness")
 ASPECTS = ("overall", *_RATED, "mean")
@@ -105,5 +105,5 @@ add_task(
         "trajectory": trajectories,
         "preference": preferences,
     },
-    source=Tfds("huggingface:openbmb__ultrafeedback"),
+    source="huggingface:openbmb__ultrafeedback",
 )

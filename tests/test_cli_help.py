@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from gin_macros import macro
 
 from jaxalign import cli, configs
 from jaxalign.cli import flags, signatures
@@ -108,8 +109,8 @@ def test_flags_override_macros_override_files_override_the_signature(
     )
     assert seen["stop"] == ("a,b", "c") and seen["seed"] == -1
     assert seen["mesh"] == {"data": 2} and seen["prompts"] == "p"
-    assert configs.macro("TEMPERATURE") == 0.7 and configs.macro("TOP_K") == 3
-    assert configs.macro("MBR") == "chrf" and configs.macro("TOP_P") == 1.0
+    assert macro("TEMPERATURE") == 0.7 and macro("TOP_K") == 3
+    assert macro("MBR") == "chrf" and macro("TOP_P") == 1.0
 
 
 NEEDED = "--checkpoint=c --prompts=p --output=o"

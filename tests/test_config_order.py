@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
+from gin_macros import macro
 
 from jaxalign import configs
 from jaxalign.configs import ConfigError
@@ -36,7 +37,7 @@ def folder(tmp_path, monkeypatch):
 def network():
     import gin
 
-    config = configs.macro("MODEL").config
+    config = macro("MODEL").config
     return (
         config.emb_dim,
         config.head_dim,
@@ -49,13 +50,13 @@ def check(model, run=None, own=False):
     shape, vocabulary = network()
     assert shape == MODELS[model][:4] and MODELS[model][4] in vocabulary
     if own:
-        assert configs.macro("MODEL").config.dropout_rate == 0.25
-        assert configs.macro("ADDED") == configs.macro("BATCH_SIZE") == 6
-        assert configs.macro("LEARNING_RATE") == 3e-5
+        assert macro("MODEL").config.dropout_rate == 0.25
+        assert macro("ADDED") == macro("BATCH_SIZE") == 6
+        assert macro("LEARNING_RATE") == 3e-5
     if run:
         rate, warmup = RUNS[run]
-        assert configs.macro("WARMUP_STEPS") == warmup
-        assert own or configs.macro("LEARNING_RATE") == rate
+        assert macro("WARMUP_STEPS") == warmup
+        assert own or macro("LEARNING_RATE") == rate
 
 
 @pytest.mark.parametrize("run", RUNS)
@@ -76,8 +77,8 @@ def test_the_command_line_overrides_files_in_every_order(folder):
     files = ["models/byt5_small.gin", "runs/dpo.gin", "own.gin"]
     for order in itertools.permutations(files):
         configs.parse(order, ["LEARNING_RATE = 9.0", "models.T5Config.emb_dim = 32"])
-        assert configs.macro("LEARNING_RATE") == 9.0
-        assert configs.macro("MODEL").config.emb_dim == 32
+        assert macro("LEARNING_RATE") == 9.0
+        assert macro("MODEL").config.emb_dim == 32
 
 
 def test_a_default_network_is_taken_where_none_is_named(folder):
@@ -106,9 +107,9 @@ def test_own_files_among_themselves_keep_their_order(folder):
     (folder / "a.gin").write_text("include 'base.gin'\nLEARNING_RATE = 2.0\n")
     (folder / "b.gin").write_text("LEARNING_RATE = 3.0\ninclude 'runs/sft.gin'\n")
     configs.parse(["a.gin", "b.gin"])
-    assert configs.macro("LEARNING_RATE") == 3.0
+    assert macro("LEARNING_RATE") == 3.0
     configs.parse(["b.gin", "a.gin"])
-    assert (configs.macro("LEARNING_RATE"), configs.macro("BATCH_SIZE")) == (2.0, 4)
+    assert (macro("LEARNING_RATE"), macro("BATCH_SIZE")) == (2.0, 4)
 
 
 def test_a_copy_of_what_a_run_includes_stays_below_the_run(folder):
@@ -117,7 +118,7 @@ def test_a_copy_of_what_a_run_includes_stays_below_the_run(folder):
     (folder / "runs" / "train.gin").write_text(text)
     configs.parse(["runs/dpo.gin", "models/byt5_small.gin"])
     check("byt5_small", "dpo")
-    assert configs.macro("PACKING") == 5
+    assert macro("PACKING") == 5
 
 
 OWN_MODEL = """
@@ -132,12 +133,12 @@ def test_a_network_of_ones_own(folder):
     (folder / "net.gin").write_text(OWN_MODEL)
     for order in itertools.permutations(["net.gin", "runs/dpo.gin"]):
         configs.parse(order)
-        config = configs.macro("MODEL").config
+        config = macro("MODEL").config
         assert (config.emb_dim, config.num_encoder_layers) == (512, 3)
         assert configs.network() == "net.gin"
     # Named beside the file that it includes it is still the one network.
     configs.parse(["net.gin", "runs/dpo.gin", "models/t5_1_1_small.gin"])
-    assert configs.macro("MODEL").config.num_encoder_layers == 3
+    assert macro("MODEL").config.num_encoder_layers == 3
 
 
 @pytest.mark.parametrize("other", ["t5_1_1_tiny", "t5_1_1_base", "mt5_base"])
@@ -176,7 +177,7 @@ def test_a_run_without_effect_is_refused(folder):
     with pytest.raises(ConfigError, match=r"own.gin sets OBJECTIVE, so runs/dpo.gin"):
         configs.parse(["own.gin", "runs/dpo.gin"])
     configs.parse(["runs/dpo.gin", "own.gin"])
-    assert configs.macro("OBJECTIVE") is None
+    assert macro("OBJECTIVE") is None
 
 
 def test_networks_and_runs_set_different_things():

@@ -258,7 +258,9 @@ def test_light_environment_imports_every_module(light):
         "from jaxalign import configs\n"
         "assert 'models/t5_1_1_tiny.gin' in configs.available()\n"
         "configs.parse(['models/t5_1_1_tiny.gin'])\n"
-        "print(configs.macro('MODEL').config.emb_dim)\n"
+        "import copy, gin\n"
+        "model = copy.deepcopy(gin.query_parameter('MODEL/gin.macro.value'))\n"
+        "print(model.config.emb_dim)\n"
     )
     assert light("python", "-c", code).strip() == "64"
 

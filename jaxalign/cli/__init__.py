@@ -62,35 +62,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     except _MISTAKES as error:
         if os.environ.get("JAXALIGN_TRACEBACK"):
             raise
-        told = configs.message(error)
-        print(f"{type(error).__name__}: {told}", file=sys.stderr)
-        _leave(2, f"{type(error).__name__}: {told}")
+        told = f"{type(error).__name__}: {configs.message(error)}"
+        print(told, file=sys.stderr)
+        _leave(2, told)
         return 2
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         _leave(130, "interrupted.")
         return 130
     except Exception as error:
-        if _in_a_job():  # the traceback comes before all end
-            traceback.print_exc()
-            _leave(1, f"{type(error).__name__}: {configs.message(error)}")
+        _leave(1, f"{type(error).__name__}: {configs.message(error)}", trace=True)
         raise
 
 
-def _in_a_job() -> bool:
-    """Whether this process is one of several; none is before JAX is there."""
-    if "jax" not in sys.modules:
-        return False
+def _leave(status: int, reason: str, trace: bool = False) -> None:
+    """Ends the whole job, if there is one: the others would wait for this process."""
+    if "jax" not in sys.modules:  # no process is one of several before it is there
+        return
     from jaxalign.cluster import failures
 
-    return failures.in_a_job()
-
-
-def _leave(status: int, reason: str) -> None:
-    """Ends the whole job, if there is one: the others would wait for this process."""
-    if _in_a_job():
-        from jaxalign.cluster import failures
-
+    if failures.in_a_job():
+        if trace:  # the traceback comes before all end
+            traceback.print_exc()
         failures.leave(status, reason)
 
 
@@ -139,8 +132,12 @@ def _run(name: str, verb: Verb, argv: list[str]) -> int:
         configs.parse(*passed, defaults)
     function = _load(verb)
     result = configs.configured(function)(**own) if verb.macros else function(**own)
-    if not verb.job or _is_first():
-        _show(result, function, own.get("output"))
+    if verb.job:
+        import jax
+
+        if jax.process_index() > 0:
+            return 0
+    _show(result, function, own.get("output"))
     return 0
 
 
@@ -164,12 +161,6 @@ def _load(verb: Verb) -> Any:
     else:
         module = user_code.load_module(source, asked_as=verb.function)
     return getattr(module, name)
-
-
-def _is_first() -> bool:
-    import jax
-
-    return jax.process_index() == 0
 
 
 def _show(result: Any, function: Any, output: str | None) -> None:

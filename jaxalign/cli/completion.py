@@ -47,12 +47,7 @@ bashcompinit
 
 
 def script(shell: str, verbs: Mapping[str, table.Verb]) -> str:
-    """The completion script of a shell.
-
-    Args:
-      shell: ``"bash"`` or ``"zsh"``.
-      verbs: by name.
-    """
+    """The completion script of a shell, ``"bash"`` or ``"zsh"``."""
     flags, values = [], []
     for name, verb in verbs.items():
         words = []
@@ -63,8 +58,7 @@ def script(shell: str, verbs: Mapping[str, table.Verb]) -> str:
                     words.append(flag if parameter.type == "bool" else f"{flag}=")
                 if parameter.choices:
                     values.append((f'"{name} {flag}"', parameter.choices))
-        if table.takes_gin(verb):
-            words += ["--gin_file=", "--gin."]
+        words += ["--gin_file=", "--gin."] * table.takes_gin(verb)
         flags.append((f'"{name}"', words))
     values.append(('*" --gin_file"', configs.available()))
     body = _FUNCTION % {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,6 +13,12 @@ from jaxalign.cli.signatures import REQUIRED, Parameter
 
 # Flags and macros that are not called as their parameter is.
 _FLAGS = {"metric_fns": "metrics"}
+_KINDS = {
+    "int": (int, "a whole number"),
+    "float": (float, "a number"),
+    "bool": (bool, "True or False"),
+}
+_LITERAL = "a Python literal, quotes and brackets closed"
 _MACROS = {"seed": "RANDOM_SEED", "metric_fns": "METRICS", "model": "MODEL_NAME"}
 
 
@@ -24,18 +31,10 @@ def macro(parameter: Parameter) -> str:
 
 
 def parse(argv: Sequence[str], parameters: Mapping[str, Parameter]) -> dict[str, Any]:
-    """The values that a command line gives to parameters.
+    """The values that words after the verb, without gin's flags, give to parameters.
 
     ``--name=value`` and ``--name value`` are the same; a flag of a list may be
     repeated, and commas part one whose text says "comma-separated".
-
-    Args:
-      argv: the words after the verb, without gin's flags.
-      parameters: by name.
-
-    Raises:
-      ConfigError: for an unknown flag, naming the nearest, a value of another type, or
-        what is missing.
     """
     known = {flag(p): p for p in parameters.values() if not p.positional}
     words = [p for p in parameters.values() if p.positional]
@@ -65,11 +64,8 @@ def parse(argv: Sequence[str], parameters: Mapping[str, Parameter]) -> dict[str,
         if parameter.many:
             value = (*given.get(parameter.name, ()), *value)
         given[parameter.name] = value
-    missing = [
-        p.name.upper() if p.positional else f"{flag(p)}=..."
-        for p in parameters.values()
-        if p.default is REQUIRED and p.name not in given
-    ]
+    asked = (p for p in parameters.values() if p.name not in given)
+    missing = [_shown(p) for p in asked if p.default is REQUIRED]
     if missing:
         raise configs.ConfigError(f"Missing {', '.join(missing)}.")
     return given
@@ -86,18 +82,20 @@ def _value(parameter: Parameter, text: str, argument: str) -> Any:
         return tuple(text.split(",")) if parted else (text,)
     if parameter.type == "str" or parameter.choices:
         return text
-    try:
-        if parameter.type == "float":
+    kind, what = _KINDS.get(parameter.type, (object, _LITERAL))
+    with contextlib.suppress(ValueError, SyntaxError):
+        if kind is float:
             return float(text)
         value = ast.literal_eval(text.capitalize() if text.islower() else text)
-        expected = {"int": int, "bool": bool}.get(parameter.type, object)
-        if type(value) is expected or expected is object:
+        if kind in (type(value), object):
             return value
-    except (ValueError, SyntaxError):
-        pass
-    what = {"int": "a whole number", "float": "a number", "bool": "True or False"}
-    expected = what.get(parameter.type, "a Python literal, quotes and brackets closed")
-    raise configs.ConfigError(f"{argument}: expected {expected}.")
+    raise configs.ConfigError(f"{argument}: expected {what}.")
+
+
+def _shown(parameter: Parameter) -> str:
+    if parameter.positional:
+        return parameter.name.upper()
+    return f"{flag(parameter)}=..."
 
 
 def usage(
@@ -109,9 +107,7 @@ def usage(
     """What ``jaxalign VERB --help`` prints."""
     every = [p for group in groups.values() for p in group.values()]
     needed = [
-        f"{p.name.upper()}{'...' if p.many else ''}"
-        if p.positional
-        else f"{flag(p)}=..."
+        _shown(p) + "..." * (p.positional and p.many)
         for p in every
         if p.default is REQUIRED
     ]
@@ -120,10 +116,8 @@ def usage(
     for title, group in groups.items():
         lines += ["", f"{title}:"] if title else [""]
         for p in group.values():
-            lines.append(f"  {p.name.upper() if p.positional else flag(p)}")
-            lines += textwrap.wrap(
-                _text(p), 88, initial_indent=" " * 6, subsequent_indent=" " * 6
-            )
+            lines.append("  " + _shown(p).removesuffix("=..."))
+            lines += (" " * 6 + line for line in textwrap.wrap(_text(p), 82))
     if gin:
         lines += ["", "Gin: --gin_file=FILE (repeatable), --gin.NAME=VALUE."]
     return "\n".join(lines)

@@ -21,21 +21,13 @@ REQUIRED = object()
 
 
 class Parameter(NamedTuple):
-    """One parameter as it is written.
-
-    Attributes:
-      name: its name.
-      type: its annotation's source, without ``| None``.
-      default: a literal, or `REQUIRED`.
-      text: what the docstring says of it.
-      positional: whether it is a word of the command line rather than a flag.
-    """
+    """One parameter as it is written."""
 
     name: str
-    type: str
-    default: Any
-    text: str
-    positional: bool = False
+    type: str  # its annotation's source, without ``| None``
+    default: Any  # a literal, or `REQUIRED`
+    text: str  # what the docstring says of it
+    positional: bool = False  # a word of the command line rather than a flag
 
     @property
     def choices(self) -> tuple[str, ...]:
@@ -48,16 +40,11 @@ class Parameter(NamedTuple):
 
 
 class Signature(NamedTuple):
-    """What a function takes.
+    """What a function takes."""
 
-    Attributes:
-      summary: the docstring's first sentence.
-      parameters: its own, by name.
-      groups: those of the classes that annotate its other parameters, by parameter.
-    """
-
-    summary: str
-    parameters: dict[str, Parameter]
+    summary: str  # the docstring's first sentence
+    parameters: dict[str, Parameter]  # its own, by name
+    # those of the classes that annotate its other parameters, by parameter
     groups: dict[str, dict[str, Parameter]]
 
 
@@ -68,19 +55,16 @@ def read(function: str) -> Signature:
     A parameter whose annotation is a class of the same file stands for the class's
     fields.
 
-    Raises:
-      ValueError: for a module or function that is not there, naming the nearest.
-
     >>> read("inference/generation.py:generate").parameters["top_k"].default
     0
     """
     source, _, name = function.rpartition(":")
-    tree = ast.parse(_path(source).read_text(encoding="utf-8"))
-    defined = {
-        node.name: node
-        for node in tree.body
-        if isinstance(node, ast.FunctionDef | ast.ClassDef)
-    }
+    path = PACKAGE / source
+    if not path.is_file():
+        path = Path(user_code.load_module(source).__file__)
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    kinds = ast.FunctionDef | ast.ClassDef
+    defined = {node.name: node for node in tree.body if isinstance(node, kinds)}
     node = defined.get(name)
     if not isinstance(node, ast.FunctionDef):
         raise ValueError(
@@ -89,33 +73,24 @@ def read(function: str) -> Signature:
     texts = _texts(node)
     own: dict[str, Parameter] = {}
     groups: dict[str, dict[str, Parameter]] = {}
-    arguments = node.args
-    words = [*arguments.posonlyargs, *arguments.args]
-    missing = [None] * (len(words) - len(arguments.defaults))
-    pairs = [*zip(words, [*missing, *arguments.defaults], strict=True)]
-    pairs += zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)
-    for at, (argument, default) in enumerate(pairs):
+    given = node.args
+    words = [*given.posonlyargs, *given.args]
+    defaults = [None] * (len(words) - len(given.defaults)) + given.defaults
+    pairs = zip(words + given.kwonlyargs, defaults + given.kw_defaults, strict=True)
+    for argument, default in pairs:
         made = _parameter(argument.arg, argument.annotation, default, texts)
         if isinstance(group := defined.get(made.type), ast.ClassDef):
             of_class = _texts(group)
-            fields = [f for f in group.body if isinstance(f, ast.AnnAssign)]
             groups[made.name] = {
                 f.target.id: _parameter(f.target.id, f.annotation, f.value, of_class)
-                for f in fields
+                for f in group.body
+                if isinstance(f, ast.AnnAssign)
             }
         else:
-            own[made.name] = made._replace(
-                positional=at < len(words) and made.default is REQUIRED
-            )
+            is_word = argument in words and made.default is REQUIRED
+            own[made.name] = made._replace(positional=is_word)
     summary = (ast.get_docstring(node) or "").partition("\n\n")[0]
     return Signature(" ".join(summary.split()), own, groups)
-
-
-def _path(source: str) -> Path:
-    packaged = PACKAGE / source
-    if packaged.is_file():
-        return packaged
-    return Path(user_code.load_module(source).__file__)
 
 
 def _parameter(

@@ -10,17 +10,11 @@ from jaxalign.cli.signatures import PACKAGE, Parameter
 
 
 class Verb(NamedTuple):
-    """A function that the command line calls.
+    """A function that the command line calls."""
 
-    Attributes:
-      function: ``"inference/generation.py:generate"``, or a user's.
-      macros: whether gin's macros give its defaults: ``--gin.TOP_K=4``.
-      job: whether several processes may run it together.
-    """
-
-    function: str
-    macros: bool = False
-    job: bool = False
+    function: str  # ``"inference/generation.py:generate"``, or a user's
+    macros: bool = False  # gin's macros give its defaults: ``--gin.TOP_K=4``
+    job: bool = False  # several processes may run it together
 
 
 _OWN = ("train", "data", "plan", "tasks", "report", "completion")
@@ -38,10 +32,9 @@ GIN = ("gin", "gin_files", "bindings", "search_paths")
 def known_verbs() -> dict[str, Verb]:
     """Every verb by name; a file of ``pipelines/`` that defines ``run`` is one."""
     own = {name: Verb(f"cli/verbs.py:{name}") for name in _OWN}
-    files = sorted((PACKAGE / "pipelines").glob("*.py"))
     pipelines = {
         path.stem: Verb(f"pipelines/{path.name}:run")
-        for path in files
+        for path in sorted((PACKAGE / "pipelines").glob("*.py"))
         if re.search(r"^def run\(", path.read_text(encoding="utf-8"), re.M)
     }
     return {**own, **_INFERENCE, **pipelines}

@@ -13,6 +13,10 @@ from typing import Literal
 
 from jaxalign import configs
 
+# Of the flags of `Settings` that are not called as their macro is.
+_MACROS = {"checkpoint": "INITIAL_CHECKPOINT_PATH", "steps": "TRAIN_STEPS"}
+_MACROS |= {"seed": "RANDOM_SEED", "run_dir": "MODEL_DIR"}
+
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
@@ -40,19 +44,12 @@ class Settings:
     @classmethod
     def macros(cls) -> dict[str, str]:
         """The macro of each flag."""
-        own = {
-            "checkpoint": "INITIAL_CHECKPOINT_PATH",
-            "steps": "TRAIN_STEPS",
-            "seed": "RANDOM_SEED",
-            "run_dir": "MODEL_DIR",
-        }
-        names = (field.name for field in dataclasses.fields(cls))
-        return {name: own.get(name, name.upper()) for name in names}
+        names = [field.name for field in dataclasses.fields(cls)]
+        return {n: _MACROS.get(n, n.upper()) for n in names}
 
     def bindings(self) -> list[str]:
-        given = {n: v for n, v in vars(self).items() if v is not None}
-        macros = self.macros()
-        return [f"{macros[name]} = {value!r}" for name, value in given.items()]
+        pairs = zip(self.macros().values(), vars(self).values(), strict=True)
+        return [f"{macro} = {value!r}" for macro, value in pairs if value is not None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +91,13 @@ def train(
       dry_run: print the resolved configuration, parameters, batch and memory; stop
       profile_steps: FIRST,LAST: trace these steps for xprof, and for `jaxalign report`
     """
-    traced = _two_steps(profile_steps) if profile_steps else None
+    first, _, last = (profile_steps or "").partition(",")
+    try:
+        traced = (int(first), int(last or first)) if profile_steps else None
+    except ValueError:
+        raise configs.ConfigError(
+            f"--profile_steps={profile_steps}: expected two steps, FIRST,LAST."
+        ) from None
     gin = _with(gin, settings, "train needs a run")
     job.join()
     configs.parse(gin.gin_files, gin.gin_bindings, gin.search_paths)
@@ -243,13 +246,3 @@ def _check_task(data: str) -> None:
             f"No file, task or seqio task is called {data!r}{hint}. A seqio task of "
             "your own needs its module or file in MIXTURE_OR_TASK_MODULE."
         )
-
-
-def _two_steps(text: str) -> tuple[int, int]:
-    first, _, last = text.partition(",")
-    try:
-        return int(first), int(last or first)
-    except ValueError:
-        raise configs.ConfigError(
-            f"--profile_steps={text}: expected two steps, FIRST,LAST."
-        ) from None

@@ -44,8 +44,7 @@ class Settings:
       mode: ``"auto"`` or ``"off"``.
       coordinator_address: ``HOST:PORT`` of process 0. Pin the port: the default of JAX
         moved, and firewalls block what they do not know.
-      process_count: processes in all.
-      process_index: which one this is, from 0.
+      process_count: processes in all; this one is `process_index`, from 0.
       timeout: seconds to wait for the others, here and before the first step.
     """
 
@@ -83,28 +82,17 @@ class Settings:
 
 
 def start(settings: Settings) -> None:
-    """Joins the job, if there is one; before anything else is asked of JAX.
-
-    Raises:
-      MissingProcessesError: naming the processes that did not come in time.
-    """
+    """Joins the job, if there is one; before anything else is asked of JAX."""
     if settings.mode == "off" or jax.distributed.is_initialized():
         return
-    explicit = settings.coordinator_address is not None
-    if explicit and settings.process_count == 1:
+    address, count = settings.coordinator_address, settings.process_count
+    if count == 1 or (address is None and not expected()):
         return
-    if not explicit and not expected():
-        return
-    if explicit:
-        rendezvous(
-            settings.coordinator_address,
-            settings.process_count,
-            settings.process_index,
-            settings.timeout,
-        )
+    if address is not None:
+        rendezvous(address, count, settings.process_index, settings.timeout)
     jax.distributed.initialize(
-        coordinator_address=settings.coordinator_address,
-        num_processes=settings.process_count,
+        coordinator_address=address,
+        num_processes=count,
         process_id=settings.process_index,
         initialization_timeout=settings.timeout,
         heartbeat_timeout_seconds=min(100, settings.timeout),
@@ -142,11 +130,7 @@ def expected(environment: dict[str, str] | None = None) -> bool:
 
 
 def barrier(name: str, timeout: float) -> None:
-    """Waits for all processes at a named point.
-
-    Raises:
-      MissingProcessesError: naming the processes that are missing after `timeout` s.
-    """
+    """Waits for all processes at a named point; after `timeout` s names the missing."""
     if jax.process_count() == 1:
         return
     try:
@@ -168,14 +152,10 @@ def main_first(function: Callable[[], _T], name: str) -> _T:
     What process 0 leaves on a shared disk, such as a prepared cache, the others find;
     on a disk of their own they make it themselves.
     """
-    if jax.process_count() == 1:
-        return function()
-    if jax.process_index() == 0:
-        result = function()
-        barrier(f"{name}: made", PATIENCE)
-        return result
+    first = jax.process_index() == 0
+    result = function() if first else None
     barrier(f"{name}: made", PATIENCE)
-    return function()
+    return result if first else function()
 
 
 def all_agree(value: bool) -> bool:
@@ -191,16 +171,11 @@ def smallest(value: int) -> int:
 
 
 def from_first(function: Callable[[], str | None]) -> str | None:
-    """What a function says in process 0, for every process; only there it is called.
-
-    What is found on a disk is then found once, and all take the same way.
-    """
+    """What a function says in process 0, for all; what a disk holds is found once."""
     if jax.process_count() == 1:
         return function()
     said = (function() or "") if jax.process_index() == 0 else ""
-    sent = np.zeros(_LONGEST, np.uint8)
-    content = np.frombuffer(said.encode()[:_LONGEST], np.uint8)
-    sent[: len(content)] = content
+    sent = np.frombuffer(said.encode()[:_LONGEST].ljust(_LONGEST, b"\0"), np.uint8)
     heard = np.asarray(multihost_utils.broadcast_one_to_all(sent), np.uint8)
     return heard.tobytes().rstrip(b"\0").decode(errors="replace") or None
 

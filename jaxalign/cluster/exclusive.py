@@ -7,18 +7,15 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any, ParamSpec, TypeVar
 
-import jax
-import numpy as np
-from jax.experimental import multihost_utils
-
 from jaxalign import locks
+from jaxalign.cluster import distributed
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 
-def in_main(function: Callable[[], int]) -> int:
-    """Calls a function in process 0; every process gets its number.
+def in_main(function: Callable[[], int | None]) -> int:
+    """Calls a function in process 0; every process gets its number, 0 for none.
 
     Raises:
       ValueError: in every process, where it fails in process 0.
@@ -26,25 +23,25 @@ def in_main(function: Callable[[], int]) -> int:
     >>> in_main(lambda: 3)
     3
     """
-    if jax.process_count() == 1:
-        return int(function())
-    found, problem = -1, None
-    if jax.process_index() == 0:
+    problem = None
+
+    def told() -> str | None:
+        nonlocal problem
         try:
-            found = int(function())
+            return str(int(function() or 0))
         except Exception as error:  # noqa: BLE001 - raised below, by every process
             problem = error
-    told = multihost_utils.broadcast_one_to_all(
-        np.array([found, problem is not None], np.int32)
-    )
-    if told[1]:
+        return None
+
+    found = distributed.from_first(told)
+    if found is None:
         raise problem or ValueError("Process 0 refused to begin; see its message.")
-    return int(told[0])
+    return int(found)
 
 
 @contextlib.contextmanager
 def holding(place: Any, what: str, *, is_file: bool = False) -> Iterator[None]:
-    """Holds a place's lock (`jaxalign.locks`); of several processes the first does.
+    """Holds a place's lock (`jaxalign.locks`), where one is given; process 0 does.
 
     Raises:
       HeldError: in every process, when another job writes there.
@@ -55,7 +52,8 @@ def holding(place: Any, what: str, *, is_file: bool = False) -> Iterator[None]:
             stack.enter_context(locks.hold(place, what, is_file=is_file))
             return 1
 
-        in_main(take)
+        if place:
+            in_main(take)
         yield
 
 
@@ -64,8 +62,6 @@ def one_run_at_a_time(function: Callable[_P, _T]) -> Callable[_P, _T]:
 
     @functools.wraps(function)
     def locked(run: Any, *args: Any, **kwargs: Any) -> Any:
-        if not run.run_dir:
-            return function(run, *args, **kwargs)
         with holding(run.run_dir, "run directory"):
             return function(run, *args, **kwargs)
 
@@ -77,9 +73,7 @@ def one_output_at_a_time(function: Callable[_P, _T]) -> Callable[_P, _T]:
 
     @functools.wraps(function)
     def locked(*args: Any, **kwargs: Any) -> Any:
-        if not kwargs.get("output"):
-            return function(*args, **kwargs)
-        with holding(kwargs["output"], "output", is_file=True):
+        with holding(kwargs.get("output"), "output", is_file=True):
             return function(*args, **kwargs)
 
     return locked

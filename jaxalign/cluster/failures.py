@@ -70,14 +70,11 @@ def leave(status: int, reason: str) -> None:
 
     Nothing waits for threads or peers here: they may be waiting for this process.
     """
-    if _client() is None:
+    if not in_a_job():
         return
     _ended.set()
-    told = {
-        "process": jax.process_index(),
-        "status": status,
-        "reason": reason[:_LONGEST],
-    }
+    reason = reason[:_LONGEST]
+    told = {"process": jax.process_index(), "status": status, "reason": reason}
     # Another may have been first, or the coordinator may be gone.
     with contextlib.suppress(jax.errors.JaxRuntimeError):
         _client().key_value_set(_KEY, json.dumps(told))

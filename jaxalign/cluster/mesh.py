@@ -41,9 +41,8 @@ ACTIVATION_RULES = (("batch", ("data", "fsdp")), *RULES.items())
 def with_activation_rules(mesh: Mesh, function: Callable[..., Any]) -> Callable:
     """The function with its network's activation constraints in force.
 
-    Networks name the axes of their activations (``models.layers.constrain``); outside
-    of such a wrapper the names mean nothing. Wrap before ``jax.jit``: the constraints
-    are put down while the function is traced.
+    Networks name the axes of their activations (``models.layers.constrain``), which
+    means nothing elsewhere. Wrap before ``jax.jit``: it takes effect in tracing.
 
     >>> from jaxalign.models.layers import constrain
     >>> mesh = make_mesh(devices=jax.devices()[:1])
@@ -66,7 +65,7 @@ def with_activation_rules(mesh: Mesh, function: Callable[..., Any]) -> Callable:
 def make_mesh(
     data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Any = None
 ) -> Mesh:
-    """Builds the mesh; one axis may be -1, meaning "all that remains".
+    """The mesh of all these devices; one axis may be -1, meaning "all that remains".
 
     Args:
       data: replicas of the model, each with its own rows of the batch.
@@ -74,10 +73,6 @@ def make_mesh(
       tensor: ways the heads, the hidden layer and the vocabulary are split.
       devices: the devices to use; all by default. On several TPU slices data goes
         over the network between them, fsdp and tensor stay inside one.
-
-    Raises:
-      ValueError: when the sizes do not multiply to the number of devices, or fsdp and
-        tensor do not fit into a slice.
 
     >>> dict(make_mesh(devices=jax.devices()[:1]).shape)
     {'data': 1, 'fsdp': 1, 'tensor': 1}
@@ -90,14 +85,13 @@ def make_mesh(
             f"{dict(zip(AXES, sizes, strict=True))}."
         )
     if -1 in sizes:
-        known = math.prod(s for s in sizes if s != -1)
-        sizes[sizes.index(-1)] = max(len(devices) // known, 1)
+        sizes[sizes.index(-1)] = max(len(devices) // -math.prod(sizes), 1)
+    shape = dict(zip(AXES, sizes, strict=True))
     if math.prod(sizes) != len(devices):
         raise ValueError(
-            f"The mesh {dict(zip(AXES, sizes, strict=True))} needs "
-            f"{math.prod(sizes)} devices, but there are {len(devices)}."
+            f"The mesh {shape} needs {math.prod(sizes)} devices, but there are "
+            f"{len(devices)}."
         )
-    axis_types = (AxisType.Auto,) * 3
     slices = {getattr(device, "slice_index", None) or 0 for device in devices}
     if len(slices) == 1:
         # Tensor varies fastest: its devices are neighbours, which talk the most. An
@@ -105,28 +99,22 @@ def make_mesh(
         ordered = mesh_utils.create_device_mesh(
             sizes, devices, allow_split_physical_axes=True
         )
-        return Mesh(ordered, AXES, axis_types=axis_types)
-    if sizes[0] % len(slices):
+    elif sizes[0] % len(slices):
         raise ValueError(
-            f"The mesh {dict(zip(AXES, sizes, strict=True))} would stretch fsdp or "
-            f"tensor over the slow network between {len(slices)} slices: make data a "
-            f"multiple of {len(slices)}, and fsdp x tensor at most "
-            f"{len(devices) // len(slices)}."
+            f"The mesh {shape} would stretch fsdp or tensor over the slow network "
+            f"between {len(slices)} slices: make data a multiple of {len(slices)}, and "
+            f"fsdp x tensor at most {len(devices) // len(slices)}."
         )
-    inside = (sizes[0] // len(slices), *sizes[1:])
-    across = (len(slices), 1, 1)
-    ordered = mesh_utils.create_hybrid_device_mesh(
-        inside, across, devices, allow_split_physical_axes=True
-    )
-    return Mesh(ordered, AXES, axis_types=axis_types)
+    else:
+        inside, across = (sizes[0] // len(slices), *sizes[1:]), (len(slices), 1, 1)
+        ordered = mesh_utils.create_hybrid_device_mesh(
+            inside, across, devices, allow_split_physical_axes=True
+        )
+    return Mesh(ordered, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def named_mesh(sizes: Mapping[str, int] | None) -> Mesh:
-    """`make_mesh` of a setting such as ``MESH = {'data': -1, 'fsdp': 4}``.
-
-    Raises:
-      ValueError: also for an axis that there is not, with the nearest there is.
-    """
+    """`make_mesh` of a setting such as ``MESH = {'data': -1, 'fsdp': 4}``."""
     sizes = dict(sizes or {})
     for name, size in sizes.items():
         if name not in AXES:
@@ -147,14 +135,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def param_shardings(mesh: Mesh, logical_axes: Any, shapes: Any) -> Any:
-    """A `NamedSharding` per parameter, from its logical axes.
-
-    Args:
-      logical_axes: tree of tuples of axis names.
-
-    Raises:
-      ValueError: naming the parameter, when an axis does not divide.
-    """
+    """A `NamedSharding` per parameter, from its logical axes; those must divide."""
 
     def one(path: Any, axes: tuple[str | None, ...], shape: Any) -> NamedSharding:
         spec: list[str | None] = []
@@ -180,28 +161,23 @@ def shardings_like(params: Any, shardings: Any, tree: Any, mesh: Mesh) -> Any:
     """Shardings for a tree that embeds copies of the parameters, e.g. an optimizer's.
 
     A leaf whose path ends in a parameter's path is placed as the parameter is, along
-    every dimension in which the two agree; a factored moment, with dimensions averaged
-    to 1, is thus split along what it keeps. Anything else, such as a counter, is small
-    and replicated.
+    every dimension in which the two agree: a factored moment is split along what it
+    keeps. Anything else, such as a counter, is small and replicated.
     """
-    known = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        known[jax.tree_util.keystr(path)] = leaf.shape
-    placed = dict(
-        zip(known, jax.tree.leaves(shardings), strict=True)
-    )  # same order: same tree
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    known = {
+        jax.tree_util.keystr(path): (leaf.shape, sharding.spec)
+        for (path, leaf), sharding in zip(
+            leaves, jax.tree.leaves(shardings), strict=True
+        )
+    }
 
     def one(path: Any, leaf: Any) -> NamedSharding:
         for start in range(len(path)):
-            name = jax.tree_util.keystr(path[start:])
-            if name in known and len(known[name]) == len(leaf.shape):
-                spec = placed[name].spec
-                kept = [
-                    target if own == size else None
-                    for target, own, size in zip(
-                        spec, known[name], leaf.shape, strict=True
-                    )
-                ]
+            shape, spec = known.get(jax.tree_util.keystr(path[start:]), ((), ()))
+            if shape and len(shape) == len(leaf.shape):
+                sizes = zip(spec, shape, leaf.shape, strict=True)
+                kept = [t if own == size else None for t, own, size in sizes]
                 return NamedSharding(mesh, P(*kept))
         return replicated(mesh)
 
@@ -209,11 +185,7 @@ def shardings_like(params: Any, shardings: Any, tree: Any, mesh: Mesh) -> Any:
 
 
 def check_batch(mesh: Mesh, batch_size: int, microbatches: int) -> None:
-    """Refuses, before compilation, a batch that does not divide.
-
-    Raises:
-      ValueError: with the nearest batch sizes that do.
-    """
+    """Refuses, before compilation, a batch that does not divide."""
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     unit = ways * microbatches
     if microbatches < 1 or batch_size % unit:
@@ -226,15 +198,9 @@ def check_batch(mesh: Mesh, batch_size: int, microbatches: int) -> None:
 
 
 def check_network(mesh: Mesh, config: Any) -> None:
-    """Refuses, before compilation, a network that the mesh cannot split evenly.
-
-    Raises:
-      ValueError: naming the setting, and the sizes of the mesh axis that would do.
-    """
-    for axis, fields in (
-        ("tensor", ("num_heads", "mlp_dim", "vocab_size")),
-        ("fsdp", ("emb_dim",)),
-    ):
+    """Refuses, before compilation, a network that the mesh cannot split evenly."""
+    split = {"tensor": ("num_heads", "mlp_dim", "vocab_size"), "fsdp": ("emb_dim",)}
+    for axis, fields in split.items():
         ways = mesh.shape[axis]
         sizes = {field: getattr(config, field) for field in fields}
         bad = [f"{field}={size}" for field, size in sizes.items() if size % ways]
@@ -253,23 +219,21 @@ def put_batch(
 ) -> dict[str, jax.Array]:
     """Places this process's rows of a global batch on its devices.
 
-    Args:
-      batch: the rows `process_rows` of the global batch.
-      batch_size: rows of the global batch; by default `batch` is all of it.
+    `batch` holds the rows `process_rows` of a batch of so many; by default all.
     """
-    sharding = batch_sharding(mesh)
-    placed = {}
-    for name, value in batch.items():
-        rows = len(value) if batch_size is None else batch_size
-        start = 0 if batch_size is None else process_rows(mesh, rows).start
+    start = 0 if batch_size is None else process_rows(mesh, batch_size).start
 
-        def part(index: Any, value: Any = value, rows: int = rows, start: int = start):
+    def place(value: np.ndarray) -> jax.Array:
+        rows = batch_size or len(value)
+
+        def part(index: Any) -> np.ndarray:
             begin, end, _ = index[0].indices(rows)
             return value[begin - start : end - start]
 
         shape = (rows, *value.shape[1:])
-        placed[name] = jax.make_array_from_callback(shape, sharding, part)
-    return placed
+        return jax.make_array_from_callback(shape, batch_sharding(mesh), part)
+
+    return {name: place(value) for name, value in batch.items()}
 
 
 def process_rows(mesh: Mesh, batch_size: int) -> slice:

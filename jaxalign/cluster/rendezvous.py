@@ -17,12 +17,9 @@ class MissingProcessesError(TimeoutError):
 
 
 def rendezvous(address: str, count: int, index: int, timeout: float) -> None:
-    """Returns once all processes of the job have called it.
+    """Returns once all processes of the job have called it; else refuses in all.
 
     Process 0 listens on the coordinator's port, which JAX takes over afterwards.
-
-    Raises:
-      MissingProcessesError: in every process that came, after `timeout` seconds.
     """
     host, port = address.rsplit(":", 1)
     deadline = time.monotonic() + timeout

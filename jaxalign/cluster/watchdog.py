@@ -25,12 +25,10 @@ _log = logging.getLogger(__name__)
 class Watchdog:
     """Ends a process whose loop stands still: JAX alone would wait for ever.
 
-    A process that died or was stopped misses JAX's heartbeats. One whose thread hangs,
-    say on a disk, sends them still, and the others wait for it in a collective. Every
-    process then says where it stands, names those that do not answer, and ends.
-
-    Steps and batches of an evaluation are timed. What takes as long as a disk, a
-    network or a sampler takes is said to be so (`patient`): then neither this process
+    A process that died misses JAX's heartbeats. One whose thread hangs, say on a disk,
+    sends them still, and the others wait for it in a collective. Every process then
+    says where it stands, names those that do not answer, and ends. While one is
+    `patient`, in what takes as long as a disk, a network or a sampler does, neither it
     nor one that waits for it counts as standing still.
 
     Args:
@@ -55,13 +53,10 @@ class Watchdog:
         self._begun: collections.deque[tuple[str, Any]] = collections.deque()
 
     def beat(self, position: str, begun: Any = None) -> None:
-        """Says that the loop goes on, and where it is.
+        """Says that the loop goes on, where it is, and which arrays are on their way.
 
-        Args:
-          position: for the message.
-          begun: arrays on their way. JAX dispatches far ahead of the devices, and a
-            loop may then wait for many steps at once; each that is done is a sign of
-            life too.
+        JAX dispatches far ahead of the devices, and a loop may then wait for many steps
+        at once; each that is done is a sign of life too.
         """
         self._last = time.monotonic(), position
         leaves = jax.tree.leaves(begun)
@@ -127,8 +122,7 @@ class Watchdog:
         os._exit(self.EXIT_STATUS)
 
 
-def _key(process: int) -> str:
-    return f"jaxalign/patient/{process}"
+_KEYS = "jaxalign/patient"  # one below it for each process
 
 
 def _tell(patient: tuple[float, str] | None) -> None:
@@ -136,13 +130,14 @@ def _tell(patient: tuple[float, str] | None) -> None:
     if jax.process_count() == 1:
         return
     client = multihost.get_jax_distributed_client()
+    key = f"{_KEYS}/{jax.process_index()}"
     try:
         if patient is None:
-            client.key_value_delete(_key(jax.process_index()))
+            client.key_value_delete(key)
         else:
             left = patient[0] - time.monotonic()
             until = json.dumps([time.time() + left, patient[1]])
-            client.key_value_set(_key(jax.process_index()), until, allow_overwrite=True)
+            client.key_value_set(key, until, allow_overwrite=True)
     except jax.errors.JaxRuntimeError as error:  # the job is ending
         _log.warning("The other processes could not be told: %s", error)
 
@@ -153,7 +148,7 @@ def _others_are_patient() -> bool:
         return False
     client = multihost.get_jax_distributed_client()
     try:
-        found = client.key_value_dir_get(_key(0).rpartition("/")[0])
+        found = client.key_value_dir_get(_KEYS)
     except jax.errors.JaxRuntimeError:  # nobody told anything, or the job is ending
         return False
     return any(json.loads(until)[0] > time.time() for _, until in found)

@@ -18,8 +18,6 @@ is gin's own, which imports what the files import.
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -50,12 +48,10 @@ __all__ = [
     "check",
     "config_str",
     "configured",
-    "macro",
     "macros",
     "message",
     "nearest",
     "network",
-    "operative_config_str",
     "parse",
     "parse_flags",
 ]
@@ -64,6 +60,8 @@ __all__ = [
 # What `network` tells of the last `parse`; gin's configuration is global too.
 _network: strength.Network | None = None
 _DEFAULTS = Path("(defaults)")
+# What gin raises for a mistake in a file, but for one of syntax.
+_GIN_ERRORS = (ValueError, LookupError, ImportError, NameError, AttributeError)
 
 
 def parse(
@@ -75,8 +73,7 @@ def parse(
     """Replaces gin's configuration by these files and bindings, and locks it.
 
     Args:
-      gin_files: names as in ``--gin_file``; a user's own override the packaged ones,
-        later ones earlier ones.
+      gin_files: names as in ``--gin_file``.
       bindings: ``"NAME = VALUE"`` strings; they override the files.
       search_paths: folders to look in after the working folder.
       defaults: gin text that everything else overrides.
@@ -123,6 +120,13 @@ def check(
     return {name: value for file in every for name, value in file.macros.items()}
 
 
+def _scanned(
+    gin_files: Iterable[str | Path], search_paths: Iterable[str | Path]
+) -> list[Scanned]:
+    paths = tuple(Path(path) for path in search_paths)
+    return [scan(find(str(name), paths), paths) for name in gin_files]
+
+
 def _settle(
     gin_files: Iterable[str | Path],
     bindings: Iterable[str],
@@ -130,8 +134,7 @@ def _settle(
     defaults: str,
 ) -> tuple[list[Scanned], list[Scanned], strength.Network | None]:
     """The files, what the flags say, and the network's file."""
-    paths = tuple(Path(path) for path in search_paths)
-    files = [scan(find(str(name), paths), paths) for name in gin_files]
+    files = _scanned(gin_files, search_paths)
     found = strength.settle(files)
     if defaults:
         weakest = Scanned(_DEFAULTS, defaults, is_default=True)
@@ -143,29 +146,6 @@ def _settle(
     return files, flags, found
 
 
-def macro(name: str, default: Any = dataclasses.MISSING) -> Any:
-    """The value of a macro, with the macros and references inside it resolved.
-
-    Raises:
-      ConfigError: if it has no value and no default is given.
-
-    >>> gin.clear_config()
-    >>> _ = gin.parse_config(["SIZE = 4", "LENGTHS = [%SIZE, 2]"])
-    >>> macro("LENGTHS")
-    [4, 2]
-    """
-    try:
-        value = gin.query_parameter(f"{name}/gin.macro.value")
-    except ValueError:
-        if default is not dataclasses.MISSING:
-            return default
-        raise ConfigError(
-            f"The macro {name} has no value: set it with --gin.{name}=VALUE or in a "
-            "gin file."
-        ) from None
-    return copy.deepcopy(value)  # gin resolves references when they are copied
-
-
 def macros(
     gin_files: Iterable[str | Path], search_paths: Iterable[str | Path] = ()
 ) -> set[str]:
@@ -174,8 +154,7 @@ def macros(
     >>> "DATA" in macros(["runs/dpo.gin"])
     True
     """
-    paths = tuple(Path(path) for path in search_paths)
-    roots = [scan(find(str(name), paths), paths) for name in gin_files]
+    roots = _scanned(gin_files, search_paths)
     files = [file for root in roots for file in root.walk()]
     return {name for file in files for name in (*file.macros, *file.reads)}
 
@@ -226,11 +205,6 @@ def config_str() -> str:
     return gin.config_str()
 
 
-def operative_config_str() -> str:
-    """What was really used so far, the defaults of what was called included."""
-    return gin.operative_config_str()
-
-
 def _apply(file: Scanned, scanned: Sequence[Scanned], defaults: bool) -> None:
     """Hands a file to gin in pieces, with the included files between them.
 
@@ -255,7 +229,7 @@ def _apply(file: Scanned, scanned: Sequence[Scanned], defaults: bool) -> None:
         try:
             if own:
                 gin.parse_config(NamedText(piece, str(file.path)))
-        except (ValueError, LookupError, ImportError, NameError, AttributeError) as e:
+        except _GIN_ERRORS as e:
             raise ConfigError(explain(e, scanned, file)) from e
         except SyntaxError as e:
             raise ConfigError(f"{file.path}:{e.lineno}: {e.msg}") from e
@@ -273,9 +247,8 @@ def _apply_binding(flag: Scanned, scanned: Sequence[Scanned]) -> None:
                 raise
             # A value such as @optax.sgd that no file mentions: look it up among what
             # the files import.
-            statements = {s.format(): None for file in scanned for s in file.imports}
-            dynamic = "from __gin__ import dynamic_registration"
-            statements.pop(dynamic, None)
-            gin.parse_config("\n".join([dynamic, *statements, flag.text]))
-    except (ValueError, LookupError, ImportError, NameError, AttributeError) as error:
+            dynamic = {"from __gin__ import dynamic_registration": None}
+            lines = {s.format(): None for file in scanned for s in file.imports}
+            gin.parse_config("\n".join([*(dynamic | lines), flag.text]))
+    except _GIN_ERRORS as error:
         raise ConfigError(explain(error, scanned, flag)) from error

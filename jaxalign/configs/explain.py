@@ -15,7 +15,6 @@ from jaxalign.configs.names import did_you_mean, did_you_mean_or
 from jaxalign.configs.scan import Macro, Scanned, short
 from jaxalign.configs.strength import in_order
 
-_REQUIRED = "gin.REQUIRED"
 # What gin adds to every error that passes through a configured function.
 _CALL = re.compile(r"\n  In call to configurable '[^']*' \(.*\)(?: in scope '[^']*')?$")
 # An object as Python shows it, with its address in memory.
@@ -28,9 +27,6 @@ _OBJECT = re.compile(
 
 def message(error: BaseException) -> str:
     """An error's message without what tells a user nothing.
-
-    Gin appends the functions that an error came through, and Python shows objects with
-    their addresses in memory.
 
     >>> message(ValueError("No.\\n  In call to configurable 'f' (<function f at 0x7>)"))
     'No.'
@@ -82,23 +78,15 @@ def explain(error: Exception, scanned: Sequence[Scanned], file: Scanned) -> str:
 def explain_missing(
     error: Exception, files: Sequence[Scanned], flags: Sequence[Scanned]
 ) -> str:
-    """Lists the macros without a value; other errors of gin's checks as they are.
-
-    Args:
-      error: what ``gin.finalize`` raised.
-      files: the files named on the command line, in order.
-      flags: the command line's bindings.
-    """
+    """Lists the macros without a value; other errors of gin's checks as they are."""
     values: dict[str, Any] = {}
     readers: dict[str, Scanned] = {}
     for file in [*in_order(files), *flags]:
-        values.update(file.macros)
-        readers |= {name: file for name in file.reads}
-    required = Macro(_REQUIRED)
-    missing = sorted(
-        {name for name in readers if name not in values}
-        | {name for name, value in values.items() if value == required}
-    )
+        values |= file.macros
+        readers |= dict.fromkeys(file.reads, file)
+    required = Macro("gin.REQUIRED")
+    named = sorted({*values, *readers})
+    missing = [name for name in named if values.get(name, required) == required]
     if not missing:
         return str(error)
     lines = [f"These macros have no value: {', '.join(missing)}."]
@@ -112,12 +100,12 @@ def explain_missing(
 
 def _parameters(selector: str) -> list[str]:
     try:
-        wrapped = gin.get_configurable(selector)
+        found = gin.get_configurable(selector)
     except ValueError:
         return []
-    if inspect.isclass(wrapped):  # gin's own wrapper of a class hides its signature
-        return list(inspect.signature(wrapped.__init__).parameters)[1:]
-    return list(inspect.signature(wrapped).parameters)
+    if inspect.isclass(found):  # gin's own wrapper of a class hides its signature
+        return list(inspect.signature(found.__init__).parameters)[1:]
+    return list(inspect.signature(found).parameters)
 
 
 def _siblings(module: str) -> list[str]:

@@ -14,7 +14,7 @@ from jaxalign.configs.scan import Scanned, short, statements_of
 
 
 class GinFlags(NamedTuple):
-    """What :func:`parse_flags` found."""
+    """What `parse_flags` found."""
 
     gin_files: list[str]
     gin_bindings: list[str]  # "NAME = VALUE"
@@ -26,15 +26,9 @@ def parse_flags(argv: Sequence[str]) -> GinFlags:
     """Takes T5X's gin flags out of a command line.
 
     Args:
-      argv: arguments without the program's name: ``--gin_file=PATH`` (repeatable),
-        ``--gin.NAME=VALUE``, ``--gin_bindings="NAME = VALUE"``,
-        ``--gin_search_paths=A,B``. ``--flag VALUE`` works for all but ``--gin.NAME``.
-
-    Returns:
-      Files, bindings, other arguments and search paths.
-
-    Raises:
-      ConfigError: for a flag without a value, or a value that gin cannot parse.
+      argv: ``--gin_file=PATH`` (repeatable), ``--gin.NAME=VALUE``,
+        ``--gin_bindings="NAME = VALUE"``, ``--gin_search_paths=A,B``; ``--flag VALUE``
+        works for all but ``--gin.NAME``.
 
     >>> parse_flags(["--gin_file=runs/dpo.gin", "--gin.BETA=0.2", "--dry_run"])[:3]
     (['runs/dpo.gin'], ['BETA=0.2'], ['--dry_run'])
@@ -81,15 +75,9 @@ def check_name(name: str, argument: str) -> None:
 
 
 def check_binding(binding: str, macros: Mapping[str, Any]) -> Scanned:
-    """Parses one ``NAME=VALUE`` of the command line.
+    """Parses one ``NAME=VALUE`` of the command line; ``macros`` are the files' values.
 
-    Args:
-      binding: as it was given; a value that gin cannot parse is a string where the
-        macro's value is a string or None.
-      macros: the values that the files give.
-
-    Raises:
-      ConfigError: for a value that is neither.
+    A value that gin cannot parse is a string where the macro's value is one or None.
     """
     name, _, value = (part.strip() for part in binding.partition("="))
     check_name(name, f"--gin.{binding}")
@@ -118,11 +106,10 @@ def check_binding(binding: str, macros: Mapping[str, Any]) -> Scanned:
 def _parsed(name: str, binding: str) -> Scanned | None:
     scanned = Scanned(Path(f"--gin.{name}"), binding)
     try:
-        statements = statements_of(scanned, "")
-    except ConfigError:
+        (statement,) = statements_of(scanned, "")
+    except ValueError:  # a `ConfigError`, or several statements
         return None
-    one = len(statements) == 1
-    is_binding = one and isinstance(statements[0], config_parser.BindingStatement)
+    is_binding = isinstance(statement, config_parser.BindingStatement)
     return scanned if is_binding else None
 
 
@@ -143,7 +130,9 @@ def check_flags(files: Sequence[Scanned], flags: Sequence[Scanned]) -> None:
                     f"{did_you_mean_or(name, macros, f'Macros of {sources}')}"
                 )
         for name in flag.sets:
-            if not any(_same_configurable(name, known) for known in mentioned):
+            # Of two dotted names one is the end of the other, as gin matches them.
+            pairs = ((f".{name}", f".{known}") for known in mentioned)
+            if not any(a.endswith(b) or b.endswith(a) for a, b in pairs):
                 last = {known.rpartition(".")[2] for known in mentioned}
                 raise ConfigError(
                     f"--gin.{flag.text}: no parsed gin file mentions {name}, so its "
@@ -153,8 +142,3 @@ def check_flags(files: Sequence[Scanned], flags: Sequence[Scanned]) -> None:
                         or did_you_mean_or(name, mentioned, f"Mentioned in {sources}")
                     )
                 )
-
-
-def _same_configurable(a: str, b: str) -> bool:
-    """Whether one dotted name is the end of the other, as gin matches them."""
-    return f".{a}".endswith(f".{b}") or f".{b}".endswith(f".{a}")

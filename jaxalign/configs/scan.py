@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.resources
 import io
 import tokenize
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,21 +77,19 @@ class _Recorder(config_parser.ParserDelegate):
         return Macro(name)
 
 
-@dataclasses.dataclass
+@dataclass
 class Scanned:
     """What one gin file, or one ``--gin`` flag, says."""
 
     path: Path
     text: str
-    macros: dict[str, Any] = dataclasses.field(default_factory=dict)  # set here
-    reads: set[str] = dataclasses.field(default_factory=set)  # macros read here
-    sets: set[str] = dataclasses.field(default_factory=set)  # whose parameters are set
-    selectors: set[str] = dataclasses.field(default_factory=set)  # sets and references
-    imports: list[config_parser.ImportStatement] = dataclasses.field(
-        default_factory=list
-    )
-    includes: list[tuple[int, Scanned]] = dataclasses.field(default_factory=list)
-    left_out: list[int] = dataclasses.field(default_factory=list)  # includes' lines
+    macros: dict[str, Any] = field(default_factory=dict)  # set here
+    reads: set[str] = field(default_factory=set)  # macros read here
+    sets: set[str] = field(default_factory=set)  # whose parameters are set
+    selectors: set[str] = field(default_factory=set)  # sets and references
+    imports: list[config_parser.ImportStatement] = field(default_factory=list)
+    includes: list[tuple[int, Scanned]] = field(default_factory=list)
+    left_out: list[int] = field(default_factory=list)  # includes' lines
     is_default: bool = False  # weaker than what a user writes; see `strength`
 
     def walk(self) -> Iterator[Scanned]:
@@ -126,12 +124,9 @@ def scan(path: Path, search_paths: Sequence[Path], above: tuple = ()) -> Scanned
 def statements_of(file: Scanned, name: str) -> list[Any]:
     """Parses ``file.text``, fills in what it sets and reads, returns statements."""
     recorder = _Recorder()
-    statements = []
+    text = NamedText(file.text, name)
     try:
-        for statement in config_parser.ConfigParser(
-            NamedText(file.text, name), recorder
-        ):
-            statements.append(statement)
+        statements = list(config_parser.ConfigParser(text, recorder))
     except tokenize.TokenError as error:
         line = error.args[1][0]
         raise ConfigError(f"{name}:{line}: a bracket or quote is not closed.") from None
@@ -140,16 +135,14 @@ def statements_of(file: Scanned, name: str) -> list[Any]:
         text = (error.text or "").strip()
         raise ConfigError(f"{name}:{error.lineno}: {reason} In: {text}") from None
     for statement in statements:
-        if isinstance(statement, config_parser.BindingStatement):
-            if statement.arg_name:
+        if isinstance(statement, config_parser.ImportStatement):
+            file.imports.append(statement)
+        elif not isinstance(statement, config_parser.IncludeStatement):
+            if getattr(statement, "arg_name", True):  # a block's head has none
                 file.sets.add(statement.selector)
             else:
                 scope = f"{statement.scope}/" if statement.scope else ""
                 file.macros[scope + statement.selector] = statement.value
-        elif isinstance(statement, config_parser.BlockDeclaration):
-            file.sets.add(statement.selector)
-        elif isinstance(statement, config_parser.ImportStatement):
-            file.imports.append(statement)
     file.reads = recorder.macros
     file.selectors = file.sets | recorder.selectors
     return statements

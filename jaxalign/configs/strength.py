@@ -44,9 +44,6 @@ def settle(files: Sequence[Scanned]) -> Network | None:
     Args:
       files: those named on the command line, in order; changed in place.
 
-    Returns:
-      The network's file; None where no file has a network.
-
     Raises:
       ConfigError: for two networks, or two objectives, that are both named.
     """
@@ -64,17 +61,15 @@ def settle(files: Sequence[Scanned]) -> Network | None:
     defaults = [f for f, above in found if above and above.is_default]
     if not named:
         return Network(defaults[-1], True) if defaults else None
-    for file in files:
-        _leave_out(file, {id(f) for f in defaults})
+    out = {id(f) for f in defaults}
+    for file in (f for root in files for f in root.walk()):
+        file.left_out = [line for line, f in file.includes if id(f) in out]
+        file.includes = [(n, f) for n, f in file.includes if id(f) not in out]
     return Network(named[0], False)
 
 
 def _mark(file: Scanned, included_by_default: bool) -> None:
-    """Says of a tree of files which are defaults.
-
-    A copy in the working folder that a packaged file includes is one too: the file that
-    includes it goes on overriding it.
-    """
+    """Says of a tree of files which are defaults: all that a packaged file includes."""
     file.is_default = included_by_default or packaged(file)
     for _, included in file.includes:
         _mark(included, file.is_default)
@@ -109,19 +104,10 @@ def _written_in(file: Scanned) -> Iterator[Scanned]:
         yield from _written_in(included)
 
 
-def _leave_out(file: Scanned, defaults: set[int]) -> None:
-    file.left_out = [line for line, f in file.includes if id(f) in defaults]
-    file.includes = [(n, f) for n, f in file.includes if id(f) not in defaults]
-    for _, included in file.includes:
-        _leave_out(included, defaults)
-
-
 def _check_objective(files: Sequence[Scanned]) -> None:
     """Refuses a run that would have no effect beside another one."""
-    runs: list[tuple[int, Scanned]] = []
-    for i, root in enumerate(files):
-        setting = [f for f in root.walk() if _OBJECTIVE in f.macros]
-        runs += [(i, f) for f in setting]
+    trees = ((i, f) for i, root in enumerate(files) for f in root.walk())
+    runs = [(i, f) for i, f in trees if _OBJECTIVE in f.macros]
     package_runs = _distinct([f for _, f in runs if packaged(f)])
     if len(package_runs) > 1:
         first, second = (short(f.path) for f in package_runs[:2])

@@ -9,12 +9,11 @@ same rows.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import inspect
 from collections.abc import Callable
 
 import numpy as np
 
+from jaxalign import user_code
 from jaxalign.data.rows import Row, check_row
 
 Augment = Callable[[Row, np.random.Generator], Row]
@@ -23,11 +22,7 @@ Augment = Callable[[Row, np.random.Generator], Row]
 def augmented(
     augment: Augment, row: Row, *, seed: int, epoch: int, row_id: int, vocab_size: int
 ) -> Row:
-    """What the network is fed for a row in an epoch.
-
-    Raises:
-      ValueError: when the function changes a length, or makes what is no row.
-    """
+    """What the network is fed for a row in an epoch; all lengths as they were."""
     rng = np.random.default_rng([seed % 2**63, epoch, row_id])
     made = augment(row, rng)
     name = getattr(augment, "__name__", repr(augment))
@@ -66,9 +61,4 @@ def identity(augment: Augment) -> str:
     name = getattr(function, "__qualname__", type(function).__qualname__)
     if dataclasses.is_dataclass(function):
         given += [f"{k}={v!r}" for k, v in vars(function).items()]
-    try:
-        source = inspect.getsource(inspect.getmodule(function) or function)
-    except (OSError, TypeError):  # built in, or made at run time
-        source = ""
-    digest = hashlib.sha256(source.encode("utf-8", "surrogatepass")).hexdigest()
-    return f"{name}({', '.join(given)}) of {digest[:16]}"
+    return f"{name}({', '.join(given)}) of {user_code.source_digest(function)[:16]}"

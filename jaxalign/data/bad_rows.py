@@ -23,16 +23,12 @@ def quoted(text: str, length: int = _TEXT_LENGTH) -> str:
     >>> print(quoted("a\\x1b[31m\\nb"))
     a\\x1b[31m\\nb
     """
-    if len(text) > length + len(_CUT):
-        text = text[:length] + _CUT
-    if text.isprintable():
-        return text
+    cut = "... (cut)"
+    if len(text) > length + len(cut):
+        text = text[:length] + cut
     return "".join(
         c if c.isprintable() else c.encode("unicode_escape").decode() for c in text
     )
-
-
-_CUT = "... (cut)"
 
 
 def listed(names: Iterable[Any]) -> str:
@@ -42,32 +38,20 @@ def listed(names: Iterable[Any]) -> str:
     "['a', 'b']"
     """
     found = sorted(map(str, names))
-    shown = ", ".join(quoted(repr(_cut_name(n))) for n in found[:_SHOWN_NAMES])
+    cut = [n[:_NAME_LENGTH] + "..." * (len(n) > _NAME_LENGTH) for n in found]
+    shown = ", ".join(quoted(repr(name)) for name in cut[:_SHOWN_NAMES])
     more = len(found) - _SHOWN_NAMES
     return f"[{shown}]" + (f" and {more} more" if more > 0 else "")
 
 
-def _cut_name(name: str) -> str:
-    return name if len(name) <= _NAME_LENGTH else name[:_NAME_LENGTH] + "..."
-
-
 @dataclasses.dataclass(frozen=True)
 class BadRow:
-    """One rejected row.
+    """One rejected row."""
 
-    Attributes:
-      file: the file, or the name of the data set.
-      line: 1-based line (or row) number.
-      field: the field at fault; ``row`` when the row as a whole is.
-      problem: a short name to count by, such as ``missing`` or ``truncated``.
-      expected: what should have been there.
-      got: what was.
-    """
-
-    file: str
-    line: int
-    field: str
-    problem: str
+    file: str  # or the name of the data set
+    line: int  # of the file, or row of the data set, from 1
+    field: str  # ``row`` when the row as a whole is at fault
+    problem: str  # a short name to count by, such as ``missing`` or ``truncated``
     expected: str
     got: str
 
@@ -200,28 +184,22 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def show(value: Any) -> str:
     """A value in words, cut short, for messages."""
-    names = {dict: "an object", list: "a list", type(None): "null", bool: "a boolean"}
+    names = {dict: "an object", list: "a list", type(None): "null"}
     if type(value) in names:
-        detail = f" ({json.dumps(value)})" if isinstance(value, bool) else ""
-        return names[type(value)] + detail
+        return names[type(value)]
+    if isinstance(value, bool):
+        return f"a boolean ({json.dumps(value)})"
     if isinstance(value, str):
         cut = value if len(value) <= 40 else value[:40] + "..."
         return f"the text {cut!r}" if value else "an empty text"
-    return f"the {type(value).__name__} {_number(value)}"
-
-
-def _number(value: Any) -> str:
     try:
-        return quoted(repr(value), _NAME_LENGTH)
+        shown = quoted(repr(value), _NAME_LENGTH)
     except ValueError:  # Python writes no integer of more than 4300 digits
-        return f"of {value.bit_length()} bits"
+        shown = f"of {value.bit_length()} bits"
+    return f"the {type(value).__name__} {shown}"
 
 
 def missing(field: str, name: str, path: str, raw: Mapping[str, Any]) -> FieldError:
     where = "" if path == name else f" on {path!r}"
-    return FieldError(
-        field,
-        "missing",
-        f"a field {name!r}{where}",
-        f"fields {listed(raw)}{nearest(name, raw)}",
-    )
+    got = f"fields {listed(raw)}{nearest(name, raw)}"
+    return FieldError(field, "missing", f"a field {name!r}{where}", got)

@@ -15,7 +15,7 @@ bins.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
 
 import numpy as np
 
@@ -28,17 +28,9 @@ _NEVER = 2**40  # the size of an empty slot of the pool
 _FAR = 3
 
 
+@dataclasses.dataclass
 class Packer:
     """Packs items into bins.
-
-    Args:
-      encoder: ``[N]`` encoder tokens of each item.
-      responses: ``[N, R]`` decoder tokens of its responses, descending.
-      prompts: ``[N]`` prompts of each item.
-      groups: ``[N]`` items of one group share their prompt.
-      capacity: encoder tokens and tokens of each decoder row.
-      decoder_rows: ``K`` of a bin.
-      max_prompts: prompts of a bin.
 
     Attributes:
       bins: items of each bin, in the order placed.
@@ -46,24 +38,19 @@ class Packer:
       alone: bins whose items are all of one group, when two groups were asked for.
     """
 
-    def __init__(
-        self,
-        encoder: np.ndarray,
-        responses: np.ndarray,
-        prompts: np.ndarray,
-        groups: np.ndarray,
-        *,
-        capacity: tuple[int, int],
-        decoder_rows: int,
-        max_prompts: int,
-    ):
-        self._encoder = encoder.astype(np.int64)
-        self._responses = responses.astype(np.int64)
-        self._decoder = self._responses.sum(1)
-        self._prompts, self._groups = prompts.astype(np.int64), groups
-        self._capacity, self._max_prompts = capacity, max_prompts
-        self._rows = decoder_rows
-        self.decoder_row = np.zeros(responses.shape, np.int32)
+    encoder: np.ndarray  # [N] encoder tokens of each item
+    responses: np.ndarray  # [N, R] decoder tokens of its responses, descending
+    prompts: np.ndarray  # [N] prompts of each item
+    groups: np.ndarray  # [N]; items of one group share their prompt
+    capacity: tuple[int, int]  # encoder tokens, and tokens of each decoder row
+    decoder_rows: int  # K of a bin
+    max_prompts: int  # of a bin
+
+    def __post_init__(self) -> None:
+        for name in ("encoder", "responses", "prompts"):
+            setattr(self, name, getattr(self, name).astype(np.int64))
+        self.decoder = self.responses.sum(1)
+        self.decoder_row = np.zeros(self.responses.shape, np.int32)
         self.bins: list[list[int]] = []
         self.alone: list[int] = []
         # What each bin still offers: encoder tokens, tokens by decoder row, prompts.
@@ -74,52 +61,53 @@ class Packer:
 
         Bins that found no second group are listed in ``alone``.
         """
-        count = len(self._encoder)
+        count = len(self.encoder)
         weights = self._weights()
-        total = (int(self._encoder.sum()), max(int(self._decoder.sum()), 1))
+        total = (int(self.encoder.sum()), max(int(self.decoder.sum()), 1))
         order = np.argsort(_mix(np.arange(count, dtype=np.uint64)), kind="stable")
-        size = min(count, max(_POOL // self._responses.shape[1], 256))
+        size = min(count, max(_POOL // self.responses.shape[1], 256))
+        of_items = (
+            self.encoder,
+            self.prompts,
+            self.decoder,
+            self.responses[:, 0],
+            self.groups,
+        )
         pool, waiting = order[:size].copy(), np.arange(size)
-        encoder, prompts = self._encoder[pool], self._prompts[pool]
-        decoder, first = self._decoder[pool], self._responses[pool, 0]
-        groups = self._groups[pool]
+        of_pool = [values[pool] for values in of_items]
+        encoder, prompts, decoder, first, groups = of_pool
         upcoming = size
         placed = 0
         while placed < count:
             self._open()
-            b, room = len(self.bins) - 1, self._room[-1]
+            members, room = self.bins[-1], self._room[-1]
             while True:
                 left, longest = int(room[1].sum()), int(room[1].max())
                 fits = (encoder <= room[0]) & (prompts <= room[2])
                 fits &= (decoder <= left) & (first <= longest)
-                if two_groups and len(self.bins[b]) == 1:
-                    fits &= groups != self._groups[self.bins[b][0]]
+                if two_groups and len(members) == 1:
+                    fits &= groups != self.groups[members[0]]
                 slots = fits.nonzero()[0]
                 if min(room[0] * count / total[0], left * count / total[1]) > _FAR:
                     score = waiting[slots]
                 else:
-                    residuals = room[0] - encoder[slots], left - decoder[slots]
-                    score = residuals[0] ** 2 * weights[0]
-                    score += residuals[1] ** 2 * weights[1]
+                    score = (room[0] - encoder[slots]) ** 2 * weights[0]
+                    score += (left - decoder[slots]) ** 2 * weights[1]
                 best = self._best(pool[slots], score, room[1])
                 if best is None:
                     break
                 slot = int(slots[best[0]])
-                self._place(b, int(pool[slot]), best[1])
+                self._place(-1, int(pool[slot]), best[1])
                 placed += 1
                 if upcoming < count:
-                    item = pool[slot] = order[upcoming]
-                    waiting[slot] = upcoming
-                    encoder[slot] = self._encoder[item]
-                    prompts[slot] = self._prompts[item]
-                    decoder[slot] = self._decoder[item]
-                    first[slot] = self._responses[item, 0]
-                    groups[slot] = self._groups[item]
+                    pool[slot], waiting[slot] = order[upcoming], upcoming
+                    for mine, values in zip(of_pool, of_items, strict=True):
+                        mine[slot] = values[pool[slot]]
                     upcoming += 1
                 else:
                     encoder[slot] = _NEVER
-            if two_groups and len(self.bins[b]) == 1:
-                self.alone.append(b)
+            if two_groups and len(members) == 1:
+                self.alone.append(len(self.bins) - 1)
 
     def match_lonely(self) -> None:
         """Finds company for the items of ``alone`` by moving as few as possible."""
@@ -131,8 +119,7 @@ class Packer:
         lonely = self._take_from_others(lonely)
         lonely = self._split_others(lonely)
         for item in lonely:
-            self._open()
-            self._place(len(self.bins) - 1, item)
+            self._open(item)
         kept = [b for b, items in enumerate(self.bins) if items]
         self.bins = [self.bins[b] for b in kept]
         self._room = [self._room[b] for b in kept]
@@ -140,18 +127,19 @@ class Packer:
 
     def _weights(self) -> tuple[int, int]:
         """Scales squared residuals: by capacity, and more where demand is higher."""
-        capacity = self._capacity[0], self._capacity[1] * self._rows
-        demand = self._encoder.sum() / capacity[0], self._decoder.sum() / capacity[1]
-        first, second = (
+        capacity = self.capacity[0], self.capacity[1] * self.decoder_rows
+        demand = self.encoder.sum() / capacity[0], self.decoder.sum() / capacity[1]
+        return tuple(
             max(int(d / max(demand) * 2**40 / c**2), 1)
             for d, c in zip(demand, capacity, strict=True)
         )
-        return first, second
 
-    def _open(self) -> None:
+    def _open(self, *items: int) -> None:
         self.bins.append([])
-        rows = np.full(self._rows, self._capacity[1], np.int64)
-        self._room.append([self._capacity[0], rows, self._max_prompts])
+        rows = np.full(self.decoder_rows, self.capacity[1], np.int64)
+        self._room.append([self.capacity[0], rows, self.max_prompts])
+        for item in items:
+            self._place(-1, item)
 
     def _best(
         self, items: np.ndarray, score: np.ndarray, room: np.ndarray
@@ -160,7 +148,7 @@ class Packer:
         order = score.argsort(kind="stable")
         # One of the first few nearly always fits.
         for some in (order[:_FEW], order[_FEW:]):
-            rows, fits = assign_rows(self._responses[items[some]], room)
+            rows, fits = assign_rows(self.responses[items[some]], room)
             fitting = fits.nonzero()[0]
             if len(fitting):
                 return int(some[fitting[0]]), rows[fitting[0]]
@@ -169,23 +157,23 @@ class Packer:
     def _place(self, b: int, item: int, rows: np.ndarray | None = None) -> None:
         room = self._room[b]
         if rows is None:
-            rows = assign_rows(self._responses[[item]], room[1])[0][0]
+            rows = assign_rows(self.responses[[item]], room[1])[0][0]
         self.decoder_row[item] = rows
-        np.subtract.at(room[1], rows, self._responses[item])
-        room[0] -= int(self._encoder[item])
-        room[2] -= int(self._prompts[item])
+        np.subtract.at(room[1], rows, self.responses[item])
+        room[0] -= int(self.encoder[item])
+        room[2] -= int(self.prompts[item])
         self.bins[b].append(item)
 
     def _remove(self, b: int, item: int) -> None:
         room = self._room[b]
-        np.add.at(room[1], self.decoder_row[item], self._responses[item])
-        room[0] += int(self._encoder[item])
-        room[2] += int(self._prompts[item])
+        np.add.at(room[1], self.decoder_row[item], self.responses[item])
+        room[0] += int(self.encoder[item])
+        room[2] += int(self.prompts[item])
         self.bins[b].remove(item)
 
     def _join(self, item: int) -> bool:
         """Puts an item into the fullest bin of two groups that has room."""
-        need = int(self._encoder[item])
+        need = int(self.encoder[item])
         room = [(r[0], b) for b, r in enumerate(self._room) if r[0] >= need]
         for _, b in sorted(room):
             if self.bins[b] and self._has_room(b, item):
@@ -193,25 +181,23 @@ class Packer:
                 return True
         return False
 
-    def _pair_up(self, items: Sequence[int]) -> list[int]:
+    def _pair_up(self, items: list[int]) -> list[int]:
         """Opens bins of two lonely items each; returns the items left."""
         waiting = np.array(items, np.int64)
         left = []
         while len(waiting):
-            if (self._groups[waiting] == self._groups[waiting[0]]).all():
+            if (self.groups[waiting] == self.groups[waiting[0]]).all():
                 return [*left, *waiting.tolist()]
             item, waiting = int(waiting[0]), waiting[1:]
             partners = np.flatnonzero(self._fits_beside(item, waiting))
             if not len(partners):
                 left.append(item)
                 continue
-            self._open()
-            self._place(len(self.bins) - 1, item)
-            self._place(len(self.bins) - 1, int(waiting[partners[0]]))
+            self._open(item, int(waiting[partners[0]]))
             waiting = np.delete(waiting, partners[0])
         return left
 
-    def _take_from_others(self, items: Sequence[int]) -> list[int]:
+    def _take_from_others(self, items: list[int]) -> list[int]:
         """Opens bins of a lonely item and one that its bin can spare."""
         rich = [b for b, members in enumerate(self.bins) if len(members) > 2]
         bin_of = np.array([b for b in rich for _ in self.bins[b]], np.int64)
@@ -220,32 +206,28 @@ class Packer:
         for item in items:
             for j in np.flatnonzero(self._fits_beside(item, others)).tolist():
                 b, other = int(bin_of[j]), int(others[j])
-                staying = {self._groups[i] for i in self.bins[b] if i != other}
+                staying = {self.groups[i] for i in self.bins[b] if i != other}
                 # It may have moved for an earlier item.
                 if other in self.bins[b] and len(staying) > 1:
                     self._remove(b, other)
-                    self._open()
-                    self._place(len(self.bins) - 1, item)
-                    self._place(len(self.bins) - 1, other)
+                    self._open(item, other)
                     break
             else:
                 left.append(item)
         return left
 
-    def _split_others(self, items: Sequence[int]) -> list[int]:
+    def _split_others(self, left: list[int]) -> list[int]:
         """Gives two lonely items the halves of a bin; returns the items left.
 
         What is lonely now is of one group, the commonest, and every bin without that
         group can company two of it.
         """
-        left = list(items)
         for b in range(len(self.bins)):
             if len(left) < 2:
                 break
             first, second = left[-2:]
-            others = {self._groups[first], self._groups[second]}
-            staying = {self._groups[i] for i in self.bins[b]}
-            if not staying or others & staying:
+            staying = {self.groups[i] for i in self.bins[b]}
+            if not staying or {self.groups[first], self.groups[second]} & staying:
                 continue
             moved = self.bins[b][-1]
             if not self._fits_beside(first, np.array([moved]))[0]:
@@ -255,31 +237,29 @@ class Packer:
                 self._place(b, moved)
                 continue
             self._place(b, second)
-            self._open()
-            self._place(len(self.bins) - 1, first)
-            self._place(len(self.bins) - 1, moved)
+            self._open(first, moved)
             del left[-2:]
         return left
 
     def _has_room(self, b: int, item: int) -> bool:
         encoder, rows, prompts = self._room[b]
         return bool(
-            self._encoder[item] <= encoder
-            and self._prompts[item] <= prompts
-            and assign_rows(self._responses[[item]], rows)[1][0]
+            self.encoder[item] <= encoder
+            and self.prompts[item] <= prompts
+            and assign_rows(self.responses[[item]], rows)[1][0]
         )
 
     def _fits_beside(self, item: int, others: np.ndarray) -> np.ndarray:
         """Which of ``others`` are of another group and fit into a bin with ``item``."""
-        encoder, decoder = self._capacity
-        room = np.full(self._rows, decoder, np.int64)
-        rows, _ = assign_rows(self._responses[[item]], room)
-        np.subtract.at(room, rows[0], self._responses[item])
+        encoder, decoder = self.capacity
+        room = np.full(self.decoder_rows, decoder, np.int64)
+        rows, _ = assign_rows(self.responses[[item]], room)
+        np.subtract.at(room, rows[0], self.responses[item])
         return (
-            (self._groups[others] != self._groups[item])
-            & (self._encoder[others] + self._encoder[item] <= encoder)
-            & (self._prompts[others] + self._prompts[item] <= self._max_prompts)
-            & assign_rows(self._responses[others], room)[1]
+            (self.groups[others] != self.groups[item])
+            & (self.encoder[others] + self.encoder[item] <= encoder)
+            & (self.prompts[others] + self.prompts[item] <= self.max_prompts)
+            & assign_rows(self.responses[others], room)[1]
         )
 
 
@@ -289,7 +269,7 @@ def assign_rows(
     """Puts each item's responses into decoder rows, each as if it were alone.
 
     Args:
-      lengths: ``[n, R]`` of ``n`` items, placed in the order given.
+      lengths: ``[n, R]``, placed in the order given.
       room: ``[K]`` tokens that the rows have left.
       level: into the emptiest row; otherwise into the fullest that holds the response.
 

@@ -19,7 +19,6 @@ import itertools
 import json
 import os
 import pathlib
-import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -39,16 +38,10 @@ META, INDEX, META_DIGEST = "cache.json", "index.npz", "meta_sha256"
 class TokenizedCache:
     """A cache opened for random access, safe to read from many threads.
 
-    Args:
-      path: a folder that :class:`jaxalign.data.cache_writer.CacheWriter` made.
-
     Attributes:
-      path: that folder.
       index: the :class:`Index` of all rows.
-      schema: the schema's name.
       fingerprint: identity of what the rows were made from.
       content_fingerprint: SHA-256 over the rows themselves.
-      vocabulary_fingerprint: identity of the vocabulary.
       summary: counts that the prepare half recorded.
       source: where the rows came from.
 
@@ -60,16 +53,17 @@ class TokenizedCache:
     def __init__(self, path: str | os.PathLike[str]):
         self.path = pathlib.Path(path).expanduser()
         meta = self._meta = _read_meta(self.path)
-        for shard in meta["shards"]:
-            try:
-                file = remote.below(self.path, shard["name"])
-            except ValueError as error:
-                raise _damaged(self.path, str(error)) from error
+        try:
+            shards = [(s["name"], s["rows"], s["bytes"]) for s in meta["shards"]]
+            self._files = [remote.below(self.path, name) for name, _, _ in shards]
+            self._starts = [0, *itertools.accumulate(rows for _, rows, _ in shards)]
+        except (KeyError, TypeError, ValueError) as error:
+            what = f"{META} names shards that no writer makes ({error})"
+            raise _damaged(self.path, what) from error
+        for file, (_, _, expected) in zip(self._files, shards, strict=True):
             size = file.stat().st_size if file.is_file() else "no"
-            if size != shard["bytes"]:
-                raise _damaged(
-                    self.path, f"{file.name} has {size} bytes of {shard['bytes']}"
-                )
+            if size != expected:
+                raise _damaged(self.path, f"{file.name} has {size} bytes of {expected}")
         index_file = self.path / INDEX
         if not index_file.is_file() or file_sha256(index_file) != meta["index_sha256"]:
             raise _damaged(self.path, f"{INDEX} is missing or changed")
@@ -84,8 +78,6 @@ class TokenizedCache:
         self.vocabulary_fingerprint: str = meta["vocabulary_fingerprint"]
         self.summary: dict[str, Any] = meta["summary"]
         self.source: Any = meta.get("source")
-        rows = [shard["rows"] for shard in meta["shards"]]
-        self._starts = [0, *itertools.accumulate(rows)][:-1]
         self._readers: dict[int, ArrayRecordReader] = {}
 
     def __repr__(self) -> str:
@@ -99,26 +91,24 @@ class TokenizedCache:
             raise IndexError(f"Row {i} of a cache of {len(self)} rows.")
         shard = bisect.bisect_right(self._starts, i) - 1
         position = int(i) - self._starts[shard]
+        file = self._files[shard]
         try:
+            # Two threads may both open a shard; one reader is dropped and no harm done.
+            if shard not in self._readers:
+                # Reads are random: what an open file would read ahead is wasted.
+                self._readers[shard] = ArrayRecordReader(
+                    str(file), "readahead_buffer_size:0"
+                )
             # A range: reading a list of positions costs time in proportion to the file.
-            (record,) = self._reader(shard).read(position, position + 1)
+            (record,) = self._readers[shard].read(position, position + 1)
             return Row.from_bytes(record)
-        except (RuntimeError, ValueError, IndexError, TypeError) as error:
-            name = self._meta["shards"][shard]["name"]
-            raise _damaged(self.path, f"{name}, row {position}: {error}") from error
+        except (RuntimeError, ValueError, LookupError, TypeError) as error:
+            raise _damaged(
+                self.path, f"{file.name}, row {position}: {error}"
+            ) from error
 
     def __iter__(self) -> Iterator[Row]:
         return (self[i] for i in range(len(self)))
-
-    def _reader(self, shard: int) -> ArrayRecordReader:
-        # Two threads may both open a shard; one reader is dropped and no harm done.
-        if shard not in self._readers:
-            path = self.path / self._meta["shards"][shard]["name"]
-            # Reads are random: what an open file would read ahead is wasted.
-            self._readers[shard] = ArrayRecordReader(
-                str(path), "readahead_buffer_size:0"
-            )
-        return self._readers[shard]
 
     @functools.cached_property
     def vocabulary(self) -> Any:
@@ -131,8 +121,7 @@ class TokenizedCache:
     def reward_stats(self) -> tuple[float, float]:
         """Mean and population standard deviation of all rewards, in float64.
 
-        The deviation is 1 where all rewards are equal, so that standardising gives
-        zeros.
+        The deviation is 1 where all are equal, so that standardising gives zeros.
 
         Raises:
           ValueError: when no response has a reward.
@@ -169,33 +158,17 @@ def _read_meta(path: pathlib.Path) -> dict[str, Any]:
             f"{path} has cache version {quoted(repr(meta.get('version')))}, this "
             f"release reads {VERSION}: prepare the data again."
         )
-    for name, kind in _ENTRIES.items():
-        if not isinstance(meta.get(name), kind):
-            raise _damaged(path, f"{META} has no {name!r} of the right kind")
-    for shard in meta["shards"]:
-        if not isinstance(shard, dict) or not (
-            isinstance(shard.get("rows"), int)
-            and isinstance(shard.get("bytes"), int)
-            and isinstance(shard.get("name"), str)
-            and re.fullmatch(r"rows-\d+-of-\d+\.array_record", shard["name"])
-        ):
-            raise _damaged(path, f"{META} names shards that no writer makes")
     # Caches of earlier releases have no digest of their own.
     if META_DIGEST in meta and meta[META_DIGEST] != meta_digest(meta):
         raise _damaged(path, f"{META} was changed")
+    lacking = sorted(_ENTRIES - meta.keys())
+    if lacking:
+        raise _damaged(path, f"{META} has no {lacking[0]!r}")
     return meta
 
 
-_ENTRIES = {
-    "schema": str,
-    "fingerprint": str,
-    "content_fingerprint": str,
-    "shards": list,
-    "index_sha256": str,
-    "vocabulary": dict,
-    "vocabulary_fingerprint": str,
-    "summary": dict,
-}
+_ENTRIES = {"schema", "fingerprint", "content_fingerprint", "shards", "index_sha256"}
+_ENTRIES |= {"vocabulary", "vocabulary_fingerprint", "summary"}
 
 
 def meta_digest(meta: Mapping[str, Any]) -> str:

@@ -8,7 +8,10 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 import shutil
+import socket
+import tempfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,11 +20,11 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from jaxalign import remote
 from jaxalign.data.cache import FORMAT, INDEX, META, META_DIGEST, VERSION, meta_digest
-from jaxalign.data.rows import DTYPES, Columns, Row, check_row
-from jaxalign.data.temporary import remove_stale, temporary_folder
+from jaxalign.data.rows import DTYPES, Columns, Index, Row, check_row
 from jaxalign.files import file_sha256
 
 _SHARD_BYTES = 256 * 2**20
+_STALE_SECONDS = 24 * 3600
 
 
 class CacheWriter:
@@ -34,8 +37,7 @@ class CacheWriter:
     Args:
       directory: where the cache appears; anything there but a cache or an empty
         folder is refused.
-      fingerprint: identity of what the rows are made from (source, field map,
-        vocabulary, preprocessing).
+      fingerprint: identity of what the rows are made from.
       summary: JSON-ready counts; ``writer.summary`` may change until the end.
 
     Example::
@@ -84,11 +86,7 @@ class CacheWriter:
         return self
 
     def write(self, row: Row) -> None:
-        """Appends a row.
-
-        Raises:
-          ValueError: naming the key and the field that breaks the schema.
-        """
+        """Appends a row; a ValueError names the field that breaks the schema."""
         check_row(row, self._vocabulary.vocab_size)
         if row.key in self._keys:
             raise ValueError(f"Row {row.key!r}: the key was written before.")
@@ -98,21 +96,23 @@ class CacheWriter:
             raise ValueError(
                 f"Row {row.key!r}: key and metadata must be JSON values ({error})."
             ) from error
-        if self._writer is None or self._shard_bytes > _SHARD_BYTES:
-            with self._telling_disk_errors():
-                self._close_shard()
-                self._writer = ArrayRecordWriter(
-                    str(self._temporary / f"{len(self._shard_rows)}"), "group_size:1"
-                )
-            self._shard_rows.append(0)
-            self._shard_bytes = 0
         with self._telling_disk_errors():
+            if self._writer is None or self._shard_bytes > _SHARD_BYTES:
+                self._close_shard()
+                shard = self._temporary / f"{len(self._shard_rows)}"
+                self._writer = ArrayRecordWriter(str(shard), "group_size:1")
+                self._shard_rows.append(0)
+                self._shard_bytes = 0
             self._writer.write(record)
         self._keys.add(row.key)
         self._columns.add(row)
         self._digest.update(len(record).to_bytes(8, "little") + record)
         self._shard_rows[-1] += 1
         self._shard_bytes += len(record)
+
+    def index(self) -> Index:
+        """The index of the rows so far."""
+        return self._columns.index()
 
     def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
         try:
@@ -127,8 +127,8 @@ class CacheWriter:
             shutil.rmtree(self._temporary, ignore_errors=True)
 
     def _close_shard(self) -> None:
-        if self._writer is not None:
-            writer, self._writer = self._writer, None
+        writer, self._writer = self._writer, None
+        if writer is not None:
             writer.close()
 
     @contextlib.contextmanager
@@ -154,7 +154,7 @@ class CacheWriter:
             name = f"rows-{i:05d}-of-{len(self._shard_rows):05d}.array_record"
             path = (self._temporary / f"{i}").rename(self._temporary / name)
             shards.append({"name": name, "rows": rows, "bytes": path.stat().st_size})
-        index = self._columns.index()
+        index = self.index()
         np.savez(
             self._temporary / INDEX, **{name: getattr(index, name) for name in DTYPES}
         )
@@ -213,3 +213,51 @@ def _sync(path: pathlib.Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def temporary_folder(directory: pathlib.Path) -> pathlib.Path:
+    """Where this process writes a cache; `remove_stale` finds it after a kill.
+
+    What other processes load from such a folder lies in one of `private_folder`.
+    """
+    return directory.with_name(f"{_mark(directory)}{os.getpid()}")
+
+
+def private_folder(directory: pathlib.Path) -> pathlib.Path:
+    """Makes such a folder that nobody else can enter, under a name nobody can guess."""
+    prefix = f"{temporary_folder(directory).name}-"
+    return pathlib.Path(tempfile.mkdtemp(prefix=prefix, dir=directory.parent))
+
+
+def remove_stale(directory: str | os.PathLike[str]) -> None:
+    """Removes what killed writers of this cache left beside it.
+
+    A writer on this machine is known by its process id; one elsewhere counts as dead
+    after a day without a change.
+    """
+    directory = pathlib.Path(directory)
+    here = _mark(directory)
+    # A shared disk's clock is not this machine's: it is asked for its own time.
+    with tempfile.TemporaryFile(dir=directory.parent) as probe:
+        now = os.fstat(probe.fileno()).st_mtime
+    for path in directory.parent.glob(f".{directory.name}.tmp-*"):
+        pid = re.match(r"\d+", path.name.removeprefix(here))
+        if path.name.startswith(here) and pid:
+            dead = not _alive(int(pid[0]))
+        else:
+            newest = max(p.stat().st_mtime for p in list(path.iterdir()) or [path])
+            dead = now - newest > _STALE_SECONDS
+        if dead:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _mark(directory: pathlib.Path) -> str:
+    return f".{directory.name}.tmp-{socket.gethostname()}-"
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except OSError as error:
+        return isinstance(error, PermissionError)
+    return True

@@ -23,8 +23,6 @@ def empty_batch(
     """A batch of empty rows: every mask 0, every token padding.
 
     Args:
-      shape: of a row.
-      batch_size: ``B``.
       columns: what a batch holds only where it is asked for, with the sizes of their
         vectors (0: none), or names alone.
     """
@@ -33,8 +31,7 @@ def empty_batch(
     found = {}
     for name, column in batch_lib.COLUMNS.items():
         if column.source == "batch" or name in sizes:
-            letters = column.axes.removesuffix("M")
-            size = [axes[letter] for letter in letters]
+            size = [axes[letter] for letter in column.axes.removesuffix("M")]
             size += [sizes[name]] if column.vector else []
             found[name] = np.full(size, column.empty, column.dtype)
     return found
@@ -75,11 +72,10 @@ def to_arrays(
       The arrays of ``batch.COLUMNS`` without their leading axis.
 
     Raises:
-      ValueError: when rows, placement, columns and shape do not belong together.
+      ValueError: when rows, placement and shape do not belong together.
     """
-    columns = columns or {}
     if out is None:
-        sizes = {name: vector_size(name, v) for name, v in columns.items()}
+        sizes = {name: vector_size(name, v) for name, v in (columns or {}).items()}
         out = {k: v[0] for k, v in empty_batch(shape, 1, sizes).items()}
     responses = sum(len(row.responses) for row in rows)
     prompts = sum(len(row.prompts) for row in rows)
@@ -104,48 +100,37 @@ def to_arrays(
     partner = mismatched(
         [cut_prompt(row.prompts[0], placement.inputs).tobytes() for row in rows]
     )
-    of_response: dict[str, list[float]] = {
-        "response_prompt": [],
-        "response_kl_prompt": [],
-        "response_kind": [],
-        "response_reward": [],
-        "response_label": [],
+    numbers: dict[str, Any] = {
+        name: [value for row in rows for value in getattr(row, name)]
+        for name in ("response_kind", "response_reward", "response_label")
     }
-    pair_list: list[tuple[int, int, float, float]] = []
-    first_response = 0
-    for i, row in enumerate(rows):
-        other = partner[i]
-        for prompt in row.response_prompt:
-            of_response["response_prompt"].append(first_prompt[i] + prompt)
-            of_response["response_kl_prompt"].append(
-                first_prompt[other] + min(prompt, len(rows[other].prompts) - 1)
-                if other >= 0
-                else -1
-            )
-        of_response["response_kind"] += row.response_kind
-        of_response["response_reward"] += row.response_reward
-        of_response["response_label"] += row.response_label
-        differ = differing_pairs(row, placement.targets)
-        pair_list += [
-            (first_response + c, first_response + r, m, float(differs))
-            for (c, r, m), differs in zip(row.pairs, differ, strict=True)
-        ]
-        first_response += len(row.responses)
-    rewards = np.array(of_response["response_reward"], np.float64)
+    rewards = np.array(numbers["response_reward"], np.float64)
     if reward_stats is not None:
         rewards = (rewards - reward_stats[0]) / reward_stats[1]
-    of_response["response_reward"] = np.where(np.isnan(rewards), 0.0, rewards)
-    for name, values in of_response.items():
+    numbers["response_reward"] = np.where(np.isnan(rewards), 0.0, rewards)
+    numbers["response_prompt"] = [
+        first_prompt[i] + p for i, row in enumerate(rows) for p in row.response_prompt
+    ]
+    numbers["response_kl_prompt"] = [
+        first_prompt[i] + min(p, len(rows[i].prompts) - 1) if i >= 0 else -1
+        for row, i in zip(rows, partner, strict=True)
+        for p in row.response_prompt
+    ]
+    for name, values in numbers.items():
         out[name][:responses] = values
-    for name, values in columns.items():
-        _scatter(name, values, out)
     out["response_mask"][:responses] = 1
-    if pair_list:
-        chosen, rejected, margin, differs = zip(*pair_list, strict=True)
-        out["pair_chosen"][:pairs] = chosen
-        out["pair_rejected"][:pairs] = rejected
-        out["pair_margin"][:pairs] = margin
-        out["pair_mask"][:pairs] = differs
+    for name, values in (columns or {}).items():
+        _scatter(name, values, out)
+    number = first_response = 0
+    for row in rows:
+        differ = differing_pairs(row, placement.targets)
+        for (chosen, rejected, margin), mask in zip(row.pairs, differ, strict=True):
+            out["pair_chosen"][number] = first_response + chosen
+            out["pair_rejected"][number] = first_response + rejected
+            out["pair_margin"][number] = margin
+            out["pair_mask"][number] = mask
+            number += 1
+        first_response += len(row.responses)
     return dict(out)
 
 

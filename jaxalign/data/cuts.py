@@ -12,7 +12,7 @@ import dataclasses
 import numpy as np
 
 from jaxalign.data.cache import TokenizedCache
-from jaxalign.data.rows import Index, Row, prompt_hash
+from jaxalign.data.rows import Row, prompt_hash
 
 
 def cut_prompt(prompt: np.ndarray, inputs: int) -> np.ndarray:
@@ -37,12 +37,11 @@ class Seen:
     """A cache as the network sees it.
 
     Attributes:
-      prompt_hash: ``[N]`` of each row's cut prompt.
       equal: ``{"prompts": n, "pairs": m}``: rows whose prompt is another one's, and
         pairs whose responses are each other's, once they are cut.
     """
 
-    prompt_hash: np.ndarray
+    prompt_hash: np.ndarray  # [N] of each row's cut prompt
     equal: dict[str, int]
 
 
@@ -62,19 +61,15 @@ def seen(
         for i in np.flatnonzero(longer).tolist():
             hashes[i] = prompt_hash(cut_prompt(cache[i].prompts[0], inputs))
     equal = 0
-    for i in _of_equal_lengths(index, targets).tolist():
+    # The rows with pairs, and with two responses of one length once they are cut.
+    of_row = np.repeat(np.arange(index.num_rows), np.diff(index.response_offsets))
+    lengths = np.minimum(index.response_lengths, targets)
+    key, count = np.unique(of_row * (targets + 1) + lengths, return_counts=True)
+    rows = np.unique(key[count > 1] // (targets + 1))
+    for i in rows[index.num_pairs[rows] > 0].tolist():
         equal += differing_pairs(cache[i], targets).count(False)
     # A group of cut prompts that holds several whole ones.
     _, group = np.unique(hashes, return_inverse=True)
     whole = np.unique(np.stack([group.astype(np.uint64), index.prompt_hash]), axis=1)
     several = np.bincount(whole[0].astype(np.int64)) > 1
     return Seen(hashes, {"prompts": int(several[group].sum()), "pairs": equal})
-
-
-def _of_equal_lengths(index: Index, targets: int) -> np.ndarray:
-    """The rows with pairs, and with two responses of one length once they are cut."""
-    of_row = np.repeat(np.arange(index.num_rows), np.diff(index.response_offsets))
-    lengths = np.minimum(index.response_lengths, targets)
-    key, count = np.unique(of_row * (targets + 1) + lengths, return_counts=True)
-    rows = np.unique(key[count > 1] // (targets + 1))
-    return rows[index.num_pairs[rows] > 0]

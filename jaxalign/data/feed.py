@@ -159,15 +159,23 @@ class Feed:
         return self._convert(self._slots(step, rows))
 
     def iterate(
-        self, start_step: int = 0, rows: slice | None = None, *, threads: int = 2
+        self,
+        start_step: int = 0,
+        rows: slice | None = None,
+        *,
+        state: Callable[[], Any] | None = None,
+        threads: int = 2,
     ) -> Iterator[dict[str, np.ndarray]]:
         """Batches from a step on, without end, prepared ahead by threads.
 
         Args:
           start_step: the first batch's step.
           rows: as in :meth:`batch`.
+          state: the state of the training as it is when a batch is asked for, for a
+            source that samples from it; what is on disk does not look at it.
           threads: preparing batches; 0 prepares each when it is asked for.
         """
+        del state
         steps = grain.MapDataset.range(start_step, _LAST_STEP)
         return _ahead(steps.map(lambda step: self.batch(int(step), rows)), threads)
 

@@ -30,7 +30,6 @@ class FieldMap:
       paths: our field name to a path in the row: a name, ``a.b`` for nested objects,
         ``a[0]`` for one item of a list, ``a[].b`` for all of them. Fields with ``[]``
         are zipped into several records and the others repeated.
-
       columns: names of ``batch.COLUMNS`` that are fields, too.
 
     Raises:
@@ -67,27 +66,24 @@ class FieldMap:
         values: Record = {}
         absent: dict[str, FieldError] = {}
         for field, path in self.paths.items():
-            if field not in self.mapped:
-                if field in raw:
-                    values[field] = raw[field]
-                else:
-                    absent[field] = missing(field, field, field, raw)
-                continue
             try:
-                values[field] = _select(raw, path, field)
+                if path in raw:  # also names with dots in them
+                    values[field] = raw[path]
+                elif field in self.mapped:
+                    values[field] = _walk(raw, _steps(path), path, field)
+                else:
+                    raise missing(field, field, field, raw)
             except FieldError as error:
                 absent[field] = error
-        many = {f: v for f, v in values.items() if isinstance(v, _Several)}
-        if not many:
+        sizes = {f: len(v) for f, v in values.items() if isinstance(v, _Several)}
+        if not sizes:
             return [values], absent
-        sizes = {f: len(v) for f, v in many.items()}
         if len(set(sizes.values())) > 1:
             field = min(sizes, key=sizes.__getitem__)
             raise FieldError(field, "length", "lists of one length", f"lengths {sizes}")
-        count = next(iter(sizes.values()))
         records = [
-            {f: v[i] if f in many else v for f, v in values.items()}
-            for i in range(count)
+            {f: v[i] if f in sizes else v for f, v in values.items()}
+            for i in range(min(sizes.values()))
         ]
         return records, absent
 
@@ -100,17 +96,8 @@ def _steps(path: str) -> list[str | int | None]:
     """``a[].b[0]`` as ``["a", None, "b", 0]``; empty when malformed."""
     if not re.fullmatch(r"[^.\[\]]+(\[\d*\])*(\.[^.\[\]]+(\[\d*\])*)*", path):
         return []
-    found = re.findall(r"[^.\[\]]+|\[\d*\]", path)
-    return [
-        s if not s.startswith("[") else (int(s[1:-1]) if s != "[]" else None)
-        for s in found
-    ]
-
-
-def _select(raw: Any, path: str, field: str) -> Any:
-    if isinstance(raw, Mapping) and path in raw:
-        return raw[path]  # names with dots in them
-    return _walk(raw, _steps(path), path, field)
+    found = re.findall(r"([^.\[\]]+)|\[(\d*)\]", path)
+    return [name or (int(i) if i else None) for name, i in found]
 
 
 def _walk(value: Any, steps: list[str | int | None], path: str, field: str) -> Any:
@@ -128,8 +115,7 @@ def _walk(value: Any, steps: list[str | int | None], path: str, field: str) -> A
             rest = steps[i + 1 :]
             return _Several(_walk(item, rest, path, field) for item in value)
         if step >= len(value):
-            raise FieldError(
-                field, "length", f"item {step} on {path!r}", f"{len(value)} items"
-            )
+            expected, got = f"item {step} on {path!r}", f"{len(value)} items"
+            raise FieldError(field, "length", expected, got)
         value = value[step]
     return value

@@ -12,10 +12,11 @@ import json
 import pathlib
 import zlib
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, BinaryIO
 
 from jaxalign import remote
 from jaxalign.data.bad_rows import BadRow, FieldError, show
+from jaxalign.files import write_atomically
 
 
 def read_jsonl(
@@ -27,21 +28,11 @@ def read_jsonl(
     a bucket is copied here first.
     """
     check_format(path)
-    local = remote.copy(path)
-    if local.suffix == ".gz":
-        lines = _unpacked_lines(str(path), local)
-        yield from parse_lines(str(path), lines)
-        return
-    with open(local, "rb") as file:
-        yield from parse_lines(str(path), enumerate(file, start=1))
+    yield from parse_lines(str(path), _lines(str(path), remote.copy(path)))
 
 
 def check_format(path: str | pathlib.PurePath) -> None:
-    """Refuses what is not JSON Lines, before a complaint about every line of it.
-
-    Raises:
-      ValueError: for a folder, a table, or JSON that is not one object a line.
-    """
+    """Refuses folders, tables and other JSON, before a complaint about every line."""
     name = pathlib.PurePath(str(path).removesuffix(".gz"))
     if name.suffix.lower() in TABLES:
         raise ValueError(
@@ -57,9 +48,8 @@ def check_format(path: str | pathlib.PurePath) -> None:
         )
     if not local.is_file():
         return
-    opener = gzip.open if local.suffix == ".gz" else open
     try:
-        with opener(local, "rb") as file:
+        with _open(local) as file:
             line = file.readline(_FIRST_LINE)
     except (OSError, EOFError, zlib.error):
         return  # told with its line number when the rows are read
@@ -76,18 +66,20 @@ def check_format(path: str | pathlib.PurePath) -> None:
         )
 
 
+def _open(local: pathlib.Path) -> BinaryIO:
+    return gzip.open(local, "rb") if local.suffix == ".gz" else open(local, "rb")
+
+
 # Files of rows that are another format, by what their names end in.
 TABLES = {".csv": "CSV", ".tsv": "TSV", ".xlsx": "a spreadsheet"}
 _FIRST_LINE = 2**16
 
 
-def _unpacked_lines(name: str, local: pathlib.Path) -> Iterator[tuple[int, bytes]]:
-    """Numbered lines of a gzip file."""
+def _lines(name: str, local: pathlib.Path) -> Iterator[tuple[int, bytes]]:
     number = 0
     try:
-        with gzip.open(local, "rb") as file:
-            for line in file:
-                number += 1
+        with _open(local) as file:
+            for number, line in enumerate(file, start=1):
                 yield number, line
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         what = f"the gzip data is cut or damaged ({error}): copy or pack it again"
@@ -118,47 +110,37 @@ def parse_lines(
 
 
 def parse_object(line: bytes, first: bool = False) -> dict[str, Any]:
-    """Parses one line of JSON Lines.
+    """One UTF-8 JSON object with distinct keys; a FieldError says what else it is.
 
-    Args:
-      line: bytes; without a final newline it is taken for the end of a file.
-      first: whether a byte order mark may lead it.
-
-    Raises:
-      FieldError: for anything but one UTF-8 JSON object with distinct keys.
+    Without a final newline a line is taken for the end of a file; a byte order mark may
+    lead the first.
     """
     try:
         text = line.decode("utf-8-sig" if first else "utf-8")
     except UnicodeDecodeError as error:
-        raise FieldError(
-            "row",
-            "invalid UTF-8",
-            "UTF-8 text",
-            f"byte 0x{line[error.start]:02x} at byte {error.start + 1} of the line",
-        ) from None
+        got = f"byte 0x{line[error.start]:02x} at byte {error.start + 1} of the line"
+        raise FieldError("row", "invalid UTF-8", "UTF-8 text", got) from None
     try:
         value = json.loads(text, object_pairs_hook=_distinct_keys)
     except FieldError:
         raise
-    except (RecursionError, ValueError) as error:
-        if isinstance(error, json.JSONDecodeError) and not line.endswith(b"\n"):
-            raise FieldError(
-                "row",
-                "truncated",
-                "a complete JSON object",
-                f"a truncated last line ({len(line)} bytes, no newline at the end)",
-            ) from None
-        what = str(error)
-        if isinstance(error, json.JSONDecodeError):
+    except json.JSONDecodeError as error:
+        if line.endswith(b"\n"):
             what = f"{error.msg} at column {error.colno}"
-        raise FieldError(
-            "row", "invalid JSON", "a JSON object", f"invalid JSON ({what})"
-        ) from None
-    if not isinstance(value, dict):
-        raise FieldError(
-            "row", "not an object", "a JSON object (one a line)", show(value)
-        )
-    return value
+        else:
+            got = f"a truncated last line ({len(line)} bytes, no newline at the end)"
+            raise FieldError(
+                "row", "truncated", "a complete JSON object", got
+            ) from None
+    except (RecursionError, ValueError) as error:
+        what = str(error)
+    else:
+        if isinstance(value, dict):
+            return value
+        expected = "a JSON object (one a line)"
+        raise FieldError("row", "not an object", expected, show(value))
+    got = f"invalid JSON ({what})"
+    raise FieldError("row", "invalid JSON", "a JSON object", got)
 
 
 def json_line(row: Any) -> str:
@@ -179,6 +161,17 @@ def json_line(row: Any) -> str:
     except UnicodeEncodeError:
         text = dumps(row)
     return text + "\n"
+
+
+def write_rows(path: str | pathlib.Path, rows: Iterable[Any]) -> None:
+    """Writes a JSON Lines file whole or not at all."""
+    write_atomically(path, "".join(map(json_line, rows)))
+
+
+def read_rows(path: str | pathlib.Path) -> list[Any]:
+    """The rows of a JSON Lines file that this program wrote."""
+    with open(path, "rb") as file:
+        return [json.loads(line) for line in file]
 
 
 def dumps(value: Any, **settings: Any) -> str:
@@ -205,11 +198,7 @@ def nulled(value: Any) -> Any:
 
 
 def read_json(path: str | pathlib.Path) -> Any:
-    """The JSON value in a file.
-
-    Raises:
-      ValueError: naming the file, when it holds something else.
-    """
+    """The JSON value in a file; a ValueError names a file that holds something else."""
     path = pathlib.Path(path)
     try:
         return json.loads(path.read_text(encoding="utf-8"))

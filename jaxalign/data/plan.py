@@ -22,23 +22,14 @@ from jaxalign.data.rows import Index
 
 @dataclasses.dataclass(frozen=True)
 class RowShape:
-    """The axis sizes of one batch row (:mod:`jaxalign.batch`).
+    """The axis sizes of one batch row (:mod:`jaxalign.batch`)."""
 
-    Attributes:
-      encoder_length: ``Le``, tokens.
-      decoder_rows: ``K``.
-      decoder_length: ``Ld``, tokens of each decoder row.
-      prompts: ``P``.
-      responses: ``R``.
-      pairs: ``Q``, at least 1 so that no array is empty.
-    """
-
-    encoder_length: int
-    decoder_rows: int
-    decoder_length: int
-    prompts: int
-    responses: int
-    pairs: int
+    encoder_length: int  # Le, tokens
+    decoder_rows: int  # K
+    decoder_length: int  # Ld, tokens of each decoder row
+    prompts: int  # P
+    responses: int  # R
+    pairs: int  # Q, at least 1 so that no array is empty
 
     def axes(self) -> dict[str, int]:
         """Sizes by the letters of ``batch.COLUMNS``, without the batch's own ``B``."""
@@ -49,15 +40,12 @@ class RowShape:
 class Placement:
     """One bin: rows of the cache in order, and where their responses stand.
 
-    Attributes:
-      row_ids: ``[n]`` rows of the cache.
-      decoder_rows: ``[r]`` the decoder row of each response, in the rows' order.
-      inputs: prompts are cut to this many tokens, keeping their last (EOS).
-      targets: responses are cut to this many tokens, losing their EOS.
+    A prompt is cut to ``inputs`` tokens and keeps its last (EOS); a response is cut to
+    ``targets`` tokens and loses it.
     """
 
-    row_ids: np.ndarray
-    decoder_rows: np.ndarray
+    row_ids: np.ndarray  # [n] rows of the cache
+    decoder_rows: np.ndarray  # [r] decoder row of each response, in the rows' order
     inputs: int
     targets: int
 
@@ -67,27 +55,19 @@ class Plan:
     """All bins of a cache, a sequence of :class:`Placement`.
 
     Attributes:
-      row_ids: ``[N]`` rows of the cache, bin after bin.
-      bin_offsets: ``[bins + 1]`` into ``row_ids``.
-      decoder_rows: ``[T]`` decoder row of each response, in the order of ``row_ids``.
-      response_offsets: ``[bins + 1]`` into ``decoder_rows``.
-      shape: the static shape that holds every bin.
-      inputs, targets: truncation lengths of one prompt and one response.
-      truncated: ``{"prompts": n, "responses": m}`` cut to those lengths.
-      tokens: ``{"encoder": n, "decoder": m}`` used over all bins.
       equal: ``{"prompts": n, "pairs": m}`` that only truncation makes equal; such a
         pair is masked, such a prompt is no other one for a mismatched response.
     """
 
-    row_ids: np.ndarray
-    bin_offsets: np.ndarray
-    decoder_rows: np.ndarray
-    response_offsets: np.ndarray
-    shape: RowShape
+    row_ids: np.ndarray  # [N] rows of the cache, bin after bin
+    bin_offsets: np.ndarray  # [bins + 1] into row_ids
+    decoder_rows: np.ndarray  # [T] of each response, in the order of row_ids
+    response_offsets: np.ndarray  # [bins + 1] into decoder_rows
+    shape: RowShape  # holds every bin
     inputs: int
     targets: int
-    truncated: dict[str, int]
-    tokens: dict[str, int]
+    truncated: dict[str, int]  # {"prompts": n, "responses": m} cut to those lengths
+    tokens: dict[str, int]  # {"encoder": n, "decoder": m} used over all bins
     equal: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -109,12 +89,12 @@ class Plan:
 
     def occupancy(self) -> dict[str, float]:
         """The share of encoder and decoder positions that hold tokens."""
-        s = self.shape
-        positions = {
-            "encoder": len(self) * s.encoder_length,
-            "decoder": len(self) * s.decoder_rows * s.decoder_length,
+        s, bins = self.shape, len(self)
+        return {
+            "encoder": self.tokens["encoder"] / (bins * s.encoder_length),
+            "decoder": self.tokens["decoder"]
+            / (bins * s.decoder_rows * s.decoder_length),
         }
-        return {side: self.tokens[side] / n for side, n in positions.items()}
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -154,13 +134,11 @@ def pack(
     packing: int | None,
     decoder_rows: int | None = None,
     min_prompts: int = 1,
-    max_prompts: int | None = None,
     seen: Seen | None = None,
 ) -> Plan:
     """Decides which rows of a cache share a bin; each row stands in exactly one.
 
     Args:
-      index: of the cache.
       inputs: tokens of one prompt (``TASK_FEATURE_LENGTHS['inputs']``).
       targets: tokens of one response (``TASK_FEATURE_LENGTHS['targets']``).
       packing: a bin's encoder row holds ``packing * inputs`` tokens and each of its
@@ -169,8 +147,6 @@ def pack(
       decoder_rows: ``K``; None: the largest number of responses of a row.
       min_prompts: 2 asks for two different prompts in every bin, as KTO needs; where
         their number is odd one bin may remain with one.
-      max_prompts: prompts in a bin at most; None: four times what an average bin holds
-        and at least 8, because ``P`` and ``R`` are set by the fullest bin.
       seen: which prompts and pairs are equal once they are cut (`cuts.seen`); None: as
         they are in the cache.
 
@@ -186,14 +162,9 @@ def pack(
     if index.num_rows == 0:
         raise ValueError("The cache has no rows: nothing to pack.")
     if decoder_rows is None:
-        decoder_rows = int(np.diff(index.response_offsets).max())
+        decoder_rows = max(1, int(np.diff(index.response_offsets).max()))
     prompts = np.diff(index.prompt_offsets)
     widest = int(prompts.max())
-    if max_prompts is not None and max_prompts < max(widest, min_prompts):
-        raise ValueError(
-            f"max_prompts={max_prompts}, but a row of the cache has {widest} prompts "
-            f"and min_prompts={min_prompts}."
-        )
     encoder = np.add.reduceat(
         np.minimum(index.prompt_lengths, inputs), index.prompt_offsets[:-1]
     )
@@ -204,7 +175,20 @@ def pack(
     )
     empty = np.full(decoder_rows, capacity[1], np.int64)
     decoder_row, fits = assign_rows(lengths, empty, level=not packing)
-    _check_fit(encoder, lengths, fits, capacity, decoder_rows, packing)
+    _check_fit(
+        encoder,
+        encoder <= capacity[0],
+        "encoder tokens for its prompts, an encoder row holds "
+        f"{capacity[0]} (packing={packing})",
+        "Raise packing, or lower TASK_FEATURE_LENGTHS['inputs']",
+    )
+    _check_fit(
+        lengths.sum(1),
+        fits,
+        "decoder tokens for its responses, its decoder rows hold "
+        f"{decoder_rows} x {capacity[1]} (packing={packing})",
+        "Raise packing or decoder_rows, or lower TASK_FEATURE_LENGTHS['targets']",
+    )
 
     groups = index.prompt_hash if seen is None else seen.prompt_hash
     different = len(np.unique(groups))
@@ -212,16 +196,9 @@ def pack(
         bins_at_least = max(
             1, encoder.sum() / capacity[0], lengths.sum() / capacity[1] / decoder_rows
         )
-        packer = Packer(
-            encoder,
-            lengths,
-            prompts,
-            groups,
-            capacity=capacity,
-            decoder_rows=decoder_rows,
-            max_prompts=max_prompts
-            or max(8, widest, int(4 * prompts.sum() / bins_at_least)),
-        )
+        # P and R are set by the fullest bin: four times what an average one holds.
+        most = max(8, widest, int(4 * prompts.sum() / bins_at_least))
+        packer = Packer(encoder, lengths, prompts, groups, capacity, decoder_rows, most)
         packer.fill(two_groups=min_prompts == 2)
         if packer.alone:
             packer.match_lonely()
@@ -259,7 +236,7 @@ def pack(
             decoder_rows=decoder_rows,
             decoder_length=capacity[1],
             prompts=fullest(prompts),
-            responses=fullest(responses),
+            responses=max(1, fullest(responses)),
             pairs=max(1, fullest(index.num_pairs)),
         ),
         inputs=inputs,
@@ -274,10 +251,9 @@ def pack(
 
 
 def _by_length(index: Index, targets: int) -> tuple[np.ndarray, np.ndarray]:
-    """Each row's response lengths, longest first.
+    """``[N, R]`` response lengths of each row, longest first, and zeros at the end.
 
-    Returns:
-      ``[N, R]`` tokens, zeros at the end, and ``[T]`` where each response stands there.
+    Beside them ``[T]`` where each response stands there.
     """
     lengths = np.minimum(index.response_lengths, targets).astype(np.int64)
     counts = np.diff(index.response_offsets)
@@ -286,37 +262,19 @@ def _by_length(index: Index, targets: int) -> tuple[np.ndarray, np.ndarray]:
     rank = _ranges(np.zeros_like(counts), counts)
     slots = np.empty_like(rank)
     slots[order] = rank
-    sorted_lengths = np.zeros((index.num_rows, int(counts.max())), np.int64)
+    sorted_lengths = np.zeros((index.num_rows, max(1, int(counts.max()))), np.int64)
     sorted_lengths[of_row, slots] = lengths
     return sorted_lengths, slots
 
 
-def _check_fit(
-    encoder: np.ndarray,
-    lengths: np.ndarray,
-    fits: np.ndarray,
-    capacity: tuple[int, int],
-    decoder_rows: int,
-    packing: int | None,
-) -> None:
-    decoder = lengths.sum(1)
-    sides = (
-        ("encoder", "inputs", encoder, encoder > capacity[0], "its prompts",
-         f"an encoder row holds {capacity[0]}", "Raise packing"),
-        ("decoder", "targets", decoder, ~fits, "its responses",
-         f"its decoder rows hold {decoder_rows} x {capacity[1]}",
-         "Raise packing or decoder_rows"),
-    )  # fmt: skip
-    for side, feature, needs, refused, what, offer, change in sides:
-        over = np.flatnonzero(refused)
-        if len(over):
-            row = int(over[np.argmax(needs[over])])
-            raise ValueError(
-                f"{len(over)} of {len(needs)} rows do not fit: row {row} of the cache "
-                f"needs {needs[row]} {side} tokens for {what}, {offer} "
-                f"(packing={packing}). {change}, or lower "
-                f"TASK_FEATURE_LENGTHS[{feature!r}]."
-            )
+def _check_fit(needs: np.ndarray, fits: np.ndarray, what: str, change: str) -> None:
+    over = np.flatnonzero(~fits)
+    if len(over):
+        row = int(over[np.argmax(needs[over])])
+        raise ValueError(
+            f"{len(over)} of {len(needs)} rows do not fit: row {row} of the cache "
+            f"needs {needs[row]} {what}. {change}."
+        )
 
 
 def _ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:

@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -47,13 +46,7 @@ from jaxalign.data.jsonl import json_line, read_jsonl
 
 _log = logging.getLogger(__name__)
 
-SCHEMAS: dict[str, tuple[str, ...]] = {
-    "supervised": ("prompt", "completion"),
-    "trajectory": ("prompt", "completion", "reward", "label"),
-    "preference": ("prompt", "chosen", "rejected", "margin"),
-    "rationale": ("prompt", "chosen", "rejected", "margin", "rationale"),
-    "prompts": ("prompt",),
-}
+SCHEMAS = ("supervised", "trajectory", "preference", "rationale", "prompts")
 
 # A raw row to its records; None stands for a response left out on purpose.
 Transform = Callable[[Mapping[str, Any]], Sequence[Record | None]]
@@ -63,20 +56,14 @@ Transform = Callable[[Mapping[str, Any]], Sequence[Record | None]]
 class Example:
     """One valid source row: its records of the schema asked for.
 
-    Attributes:
-      file: where it came from.
-      line: 1-based line (or row) number.
-      raw: the row as it was read.
-      records: dicts of the schema's fields; several when the row holds a list of
-        responses.
-      left_out: how many responses of the row a transform left out on purpose.
+    There are several records when the row holds a list of responses.
     """
 
     file: str
     line: int
     raw: Mapping[str, Any]
     records: list[Record]
-    left_out: int = 0
+    left_out: int = 0  # responses that a transform left out on purpose
 
 
 def convert(
@@ -93,7 +80,6 @@ def convert(
 
     Args:
       record: our field names to values as they came.
-      schema: a key of ``SCHEMAS``.
       absent: what to say of a field that is not there.
       require: of ``reward`` and ``label``, what a trajectory must have. A missing
         reward is 1 or 0 by the label.
@@ -115,25 +101,25 @@ def convert(
         )
     check = _Checker(record, absent or {})
     base: Record = {"prompt": check.text("prompt")}
-    if record.get("metadata") is not None:
-        base["metadata"] = check.mapping("metadata")
+    if (metadata := record.get("metadata")) is not None:
+        if not isinstance(metadata, Mapping):
+            raise FieldError("metadata", "type", "an object", show(metadata))
+        base["metadata"] = dict(metadata)
     if schema == "prompts":
         return [base]
     if columns:
         base["columns"] = check.columns(columns)
     has_pair = pair_serves and "chosen" in record and "completion" not in record
     if schema == "supervised":
-        return [
-            base | {"completion": check.text("chosen" if has_pair else "completion")}
-        ]
+        field = "chosen" if has_pair else "completion"
+        return [base | {"completion": check.text(field)}]
     if schema == "trajectory" and not has_pair:
         completion = {"completion": check.text("completion")}
         return [base | completion | check.feedback(require, desirable_above)]
     pair = {"chosen": check.text("chosen"), "rejected": check.text("rejected")}
     if pair["chosen"] == pair["rejected"]:
-        raise FieldError(
-            "rejected", "identical", "another text than chosen", "the same text"
-        )
+        expected, got = "another text than chosen", "the same text"
+        raise FieldError("rejected", "identical", expected, got)
     if schema == "trajectory":
         return [
             base | {"completion": pair[name], "label": label, "reward": float(label)}
@@ -166,22 +152,17 @@ class _Checker:
         try:
             value.encode("utf-8")
         except UnicodeEncodeError as error:
+            expected = "text that UTF-8 can hold"
             got = f"a lone surrogate at character {error.start + 1}"
-            raise FieldError(
-                field, "invalid UTF-8", "text that UTF-8 can hold", got
-            ) from None
+            raise FieldError(field, "invalid UTF-8", expected, got) from None
         return value
 
     def number(self, field: str) -> float:
         value = self.value(field)
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise FieldError(field, "type", "a finite number", show(value))
-        # Rewards live in float32; an integer beyond a double's range overflows.
-        try:
-            finite = math.isfinite(value) and abs(value) <= 3.4e38
-        except OverflowError:
-            finite = False
-        if not finite:
+        # Rewards live in float32; nan and infinities fail this, too.
+        if not abs(value) <= 3.4e38:
             got = str(value) if isinstance(value, float) else "a number too large"
             raise FieldError(field, "not finite", "a finite number", got)
         return float(value)
@@ -206,18 +187,10 @@ class _Checker:
                 continue
             values = self.value(name)
             if not isinstance(values, list) or len(values) != column.size:
-                raise FieldError(
-                    name, "type", f"a list of {column.size} numbers", show(values)
-                )
-            one = [_Checker({name: v}, {}).number(name) for v in values]
-            found[name] = one
+                expected = f"a list of {column.size} numbers"
+                raise FieldError(name, "type", expected, show(values))
+            found[name] = [_Checker({name: v}, {}).number(name) for v in values]
         return found
-
-    def mapping(self, field: str) -> Record:
-        value = self.value(field)
-        if not isinstance(value, Mapping):
-            raise FieldError(field, "type", "an object", show(value))
-        return dict(value)
 
     def feedback(self, require: Sequence[str], desirable_above: float | None) -> Record:
         """``reward`` and ``label``, one derived from the other where asked."""
@@ -230,9 +203,9 @@ class _Checker:
         if has_label:
             found["label"] = self.label("label")
         if not found:
-            field, other = (
-                ("label", "reward") if "label" in require else ("reward", "label")
-            )
+            field, other = "reward", "label"
+            if "label" in require:
+                field, other = other, field
             told = self.absent.get(field) or missing(field, field, field, self.record)
             got = "null" if field in self.record else told.got
             raise FieldError(field, "missing", f"{field!r} or {other!r}", got)
@@ -241,12 +214,8 @@ class _Checker:
         if not has_reward and "reward" in require:
             found["reward"] = float(found["label"])
         if "label" in require and "label" not in found:
-            raise FieldError(
-                "label",
-                "missing",
-                "true or false, or DESIRABLE_ABOVE to derive it from the reward",
-                "a reward alone",
-            )
+            expected = "true or false, or DESIRABLE_ABOVE to derive it from the reward"
+            raise FieldError("label", "missing", expected, "a reward alone")
         return found
 
 
@@ -287,9 +256,10 @@ def examples(
                 found, absent = fields.extract(raw)
             else:
                 found, absent = _transformed(transform, raw), {}
-            kept = [(i, record) for i, record in enumerate(found) if record is not None]
-            records = []
-            for i, record in kept:
+            records, left_out = [], found.count(None)
+            for i, record in enumerate(found):
+                if record is None:
+                    continue
                 try:
                     records += convert(record, schema, absent=absent, **options)
                 except FieldError as error:
@@ -299,12 +269,7 @@ def examples(
         except FieldError as error:
             yield error.at(file, line)
             continue
-        yield Example(file, line, raw, records, len(found) - len(kept))
-
-
-# What a function of a row's fields raises where the row is not as it expects.
-_ROW_ERRORS = (TypeError, ValueError, AttributeError, LookupError)
-_ROW_ERRORS += (OverflowError, RecursionError)
+        yield Example(file, line, raw, records, left_out)
 
 
 def _transformed(
@@ -318,13 +283,17 @@ def _transformed(
     except KeyError as error:
         name = str(error.args[0]) if error.args else "a field"
         raise missing(name, name, name, raw) from None
-    except _ROW_ERRORS as error:
-        raise FieldError(
-            "row",
-            "shape",
-            "a row of the data set's public format",
-            f"{type(error).__name__}: {error}",
-        ) from None
+    except (
+        TypeError,
+        ValueError,
+        AttributeError,
+        LookupError,
+        OverflowError,
+        RecursionError,
+    ) as error:
+        expected = "a row of the data set's public format"
+        got = f"{type(error).__name__}: {error}"
+        raise FieldError("row", "shape", expected, got) from None
 
 
 def load(
@@ -338,8 +307,6 @@ def load(
     """Reads a whole JSON Lines file: prompts to generate from, rows to score.
 
     Args:
-      path: a ``.jsonl`` or ``.jsonl.gz`` file, here or in a bucket.
-      on_bad_row: ``error`` or ``skip``, which says how many.
       listing: a JSON Lines file for all bad rows, if there are any.
 
     Returns:
@@ -351,11 +318,8 @@ def load(
     """
     check_on_bad_row(on_bad_row)
     good, bad = [], BadRows(listing)
-    rows = ((str(path), n, _writable(row)) for n, row in read_jsonl(path))
-    rows = (
-        (file, n, row.at(file, n) if isinstance(row, FieldError) else row)
-        for file, n, row in rows
-    )
+    file = str(path)
+    rows = ((file, n, _writable(row, file, n)) for n, row in read_jsonl(path))
     for item in examples(rows, schema, field_map=field_map):
         if isinstance(item, BadRow):
             bad.add(item)
@@ -368,21 +332,18 @@ def load(
     if listing is not None and not bad.total:
         listing.unlink(missing_ok=True)  # of what stood there before
     if bad.total:
-        _log.warning(
-            "%s: %d bad rows are left out:\n%s", quoted(str(path)), bad.total, bad
-        )
+        _log.warning("%s: %d bad rows are left out:\n%s", quoted(file), bad.total, bad)
     return good, bad
 
 
-def _writable(row: Any) -> Any:
+def _writable(row: Any, file: str, line: int) -> Any:
     """A row, or what is wrong with one that could not be written next to its result."""
     try:
         if not isinstance(row, BadRow):
             json_line([[[[row]]]])  # whoever writes it is a few calls deeper
     except RecursionError:
-        return FieldError(
-            "row", "too deep", "objects nested less deeply", "too many levels"
-        )
+        expected, got = "objects nested less deeply", "too many levels"
+        return BadRow(file, line, "row", "too deep", expected, got)
     return row
 
 

@@ -28,10 +28,6 @@ class Row:
       key: unique in the cache, for people and for joins, e.g. ``"train.jsonl:17"``.
       prompts: int32 token ids, EOS included; ``prompts[0]`` is the task's prompt.
       responses: int32 token ids, EOS included, never empty. There may be none.
-      response_prompt: for each response, the index of its prompt.
-      response_kind: ``batch.ANSWER`` or ``batch.RATIONALE``.
-      response_reward: scalar rewards; nan where there is none.
-      response_label: ``batch.DESIRABLE``, ``UNDESIRABLE`` or ``NO_LABEL``.
       pairs: ``(chosen response, rejected response, margin)``.
       metadata: small JSON values passed through, e.g. the raw prompt.
       columns: what else is known, by the name of a ``batch.COLUMNS``: one value for
@@ -41,10 +37,10 @@ class Row:
     key: str
     prompts: list[np.ndarray]
     responses: list[np.ndarray]
-    response_prompt: list[int]
-    response_kind: list[int]
-    response_reward: list[float]
-    response_label: list[int]
+    response_prompt: list[int]  # of each response, the index of its prompt
+    response_kind: list[int]  # batch.ANSWER or RATIONALE
+    response_reward: list[float]  # nan where there is none
+    response_label: list[int]  # batch.DESIRABLE, UNDESIRABLE or NO_LABEL
     pairs: list[tuple[int, int, float]] = dataclasses.field(default_factory=list)
     metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
     columns: dict[str, list[Any]] = dataclasses.field(default_factory=dict)
@@ -55,10 +51,10 @@ class Row:
             self.key,
             [np.asarray(ids, "<i4").tobytes() for ids in self.prompts],
             [np.asarray(ids, "<i4").tobytes() for ids in self.responses],
-            [int(p) for p in self.response_prompt],
-            [int(k) for k in self.response_kind],
-            [float(r) for r in self.response_reward],
-            [int(v) for v in self.response_label],
+            list(map(int, self.response_prompt)),
+            list(map(int, self.response_kind)),
+            list(map(float, self.response_reward)),
+            list(map(int, self.response_label)),
             [(int(c), int(r), float(m)) for c, r, m in self.pairs],
             self.metadata,
         )
@@ -68,30 +64,18 @@ class Row:
     @classmethod
     def from_bytes(cls, record: bytes) -> Row:
         """The inverse of :meth:`to_bytes`; token arrays are read-only."""
-        key, prompts, responses, *numbers, pairs, metadata, columns = (
-            *(fields := msgpack.unpackb(record, strict_map_key=False)),
-            *({},)[: 10 - len(fields)],
-        )
-        return cls(
-            key,
-            [np.frombuffer(ids, "<i4") for ids in prompts],
-            [np.frombuffer(ids, "<i4") for ids in responses],
-            *numbers,
-            [tuple(pair) for pair in pairs],
-            metadata,
-            columns,
-        )
+        fields = msgpack.unpackb(record, strict_map_key=False)
+        for i in (1, 2):  # prompts and responses
+            fields[i] = [np.frombuffer(ids, "<i4") for ids in fields[i]]
+        fields[7] = [tuple(pair) for pair in fields[7]]
+        return cls(*fields)
 
     def places(self, column: str) -> list[Sized]:
         """What a column has one value for (or, of tokens, one list), in order."""
         owner = batch_lib.COLUMNS[column].owner
-        return {
-            "P": self.prompts,
-            "E": self.prompts,
-            "R": self.responses,
-            "D": self.responses,
-            "Q": self.pairs,
-        }[owner]
+        if owner == "Q":
+            return self.pairs
+        return self.prompts if owner in "PE" else self.responses
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -101,19 +85,19 @@ class Index:
     ``N`` rows, ``M`` prompts and ``T`` responses, each numbered over the whole cache:
     row ``i`` has responses ``response_offsets[i]:response_offsets[i + 1]``. That *flat
     response id* is the join key of every column added later, such as reference
-    log-probs.
+    log-probs. ``DTYPES`` says what each array is of.
     """
 
-    prompt_offsets: np.ndarray  # [N + 1] int64
-    prompt_lengths: np.ndarray  # [M] int32
-    prompt_hash: np.ndarray  # [N] uint64, of the tokens of prompts[0]
-    response_offsets: np.ndarray  # [N + 1] int64
-    response_lengths: np.ndarray  # [T] int32
-    response_prompt: np.ndarray  # [T] int32
-    response_kind: np.ndarray  # [T] int32
-    response_reward: np.ndarray  # [T] float64
-    response_label: np.ndarray  # [T] int32
-    num_pairs: np.ndarray  # [N] int32
+    prompt_offsets: np.ndarray  # [N + 1]
+    prompt_lengths: np.ndarray  # [M]
+    prompt_hash: np.ndarray  # [N], of the tokens of prompts[0]
+    response_offsets: np.ndarray  # [N + 1]
+    response_lengths: np.ndarray  # [T]
+    response_prompt: np.ndarray  # [T]
+    response_kind: np.ndarray  # [T]
+    response_reward: np.ndarray  # [T]
+    response_label: np.ndarray  # [T]
+    num_pairs: np.ndarray  # [N]
 
     @property
     def num_rows(self) -> int:
@@ -136,18 +120,14 @@ class Index:
         return self.prompt_offsets if owner in "PE" else self.response_offsets
 
 
-DTYPES = {
+# Of the arrays of an index.
+DTYPES = {field.name: np.int32 for field in dataclasses.fields(Index)} | {
     "prompt_offsets": np.int64,
-    "prompt_lengths": np.int32,
     "prompt_hash": np.uint64,
     "response_offsets": np.int64,
-    "response_lengths": np.int32,
-    "response_prompt": np.int32,
-    "response_kind": np.int32,
     "response_reward": np.float64,
-    "response_label": np.int32,
-    "num_pairs": np.int32,
 }
+_PER_RESPONSE = [f"response_{n}" for n in ("prompt", "kind", "reward", "label")]
 
 
 def prompt_hash(ids: np.ndarray) -> int:
@@ -169,8 +149,7 @@ class Columns:
 
     def __init__(self) -> None:
         self.lists: dict[str, list[Any]] = {name: [] for name in DTYPES}
-        self.lists["prompt_offsets"].append(0)
-        self.lists["response_offsets"].append(0)
+        self.lists |= {"prompt_offsets": [0], "response_offsets": [0]}
 
     def add(self, row: Row) -> None:
         """Takes in the next row."""
@@ -180,10 +159,8 @@ class Columns:
         lists["prompt_hash"].append(prompt_hash(row.prompts[0]))
         lists["response_lengths"] += map(len, row.responses)
         lists["response_offsets"].append(len(lists["response_lengths"]))
-        lists["response_prompt"] += row.response_prompt
-        lists["response_kind"] += row.response_kind
-        lists["response_reward"] += row.response_reward
-        lists["response_label"] += row.response_label
+        for name in _PER_RESPONSE:
+            lists[name] += getattr(row, name)
         lists["num_pairs"].append(len(row.pairs))
 
     def index(self) -> Index:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -201,18 +201,3 @@ class SyntheticFeed(Feed):
                 out={name: array[i] for name, array in batch.items()},
             )
         return batch
-
-    def iterate(
-        self,
-        start_step: int = 0,
-        rows: slice | None = None,
-        *,
-        state: Callable[[], Any] | None = None,
-        threads: int = 2,
-    ) -> Iterator[dict[str, np.ndarray]]:
-        """Batches from a step on, without end; see `Feed.iterate`.
-
-        These depend on no `state` of the training.
-        """
-        del state
-        return super().iterate(start_step, rows, threads=threads)

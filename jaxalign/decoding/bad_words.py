@@ -1,10 +1,10 @@
 """Texts that a response never holds, whatever tokens spell them.
 
-A vocabulary turns ids into text in steps: tokens to bytes, bytes to characters, escapes
-to what they stand for. A `_Reader` follows all of them a byte at a time, and how far
-the text has come into each of the words. Run over the bytes of every token, it becomes
-a table of which tokens would complete a word. Everything else stays allowed: ids that
-spell nothing, malformed escapes, bytes that are no UTF-8.
+A `_Reader` follows a vocabulary's steps from tokens to bytes, characters and what
+escapes stand for, a byte at a time, and how far the text has come into each of the
+words. Run over the bytes of every token, it becomes a table of which tokens would
+complete a word. Everything else stays allowed: ids that spell nothing, malformed
+escapes, bytes that are no UTF-8.
 """
 
 from __future__ import annotations
@@ -194,13 +194,8 @@ def without(
 ) -> constraints.Automaton:
     """Responses whose text holds none of the words; a ``decoding.Constraint``.
 
-    Args:
-      words: texts, none empty.
-      vocabulary: one of ``jaxalign.vocabularies``.
-      num_tokens: rows of the model's embedding, if more than the vocabulary has.
-
-    Raises:
-      ValueError: for a word that is empty, or words that need too large a table.
+    Arguments are those of `constraints.must_include`. Words that need too large a table
+    are refused.
 
     >>> from jaxalign.vocabularies import ByteVocabulary
     >>> rule = without(["no"], ByteVocabulary())

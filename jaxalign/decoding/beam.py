@@ -1,14 +1,12 @@
 """Beam search and diverse beam search.
 
-Token for token what Hugging Face's ``generate`` does: at each step the best ``2 K``
-continuations of the ``K`` running beams; those that end among the first ``K`` compete
-for the ``K`` finished places by normalised score, the best ``K`` that go on run on.
-``2 K`` suffice, since each beam has one continuation that ends.
+Token for token what Hugging Face's ``generate`` does: of the best ``2 K`` continuations
+of the ``K`` running beams those that end among the first ``K`` compete for the ``K``
+finished places by normalised score, the best ``K`` that go on run on.
 
-Diverse beam search (Vijayakumar et al. 2016, arXiv 1610.02424) runs ``num_groups``
-such searches side by side; a group's log-probabilities are lowered by
-``diversity_penalty`` for each time a group before it took the token at this step. As in
-Hugging Face's implementation, the lowered ones add up to the score.
+Diverse beam search (Vijayakumar et al. 2016, arXiv 1610.02424) runs ``num_groups`` such
+searches side by side; a group's log-probabilities, and so its scores, are lowered by
+``diversity_penalty`` for each time a group before it took the token at this step.
 """
 
 from __future__ import annotations
@@ -62,33 +60,24 @@ class BeamSearch:
     rules: Sampling = dataclasses.field(default_factory=Sampling)
 
     def __post_init__(self):
-        if self.num_groups < 1 or self.num_beams < 1:
-            raise ValueError(
-                "num_beams and num_groups must be at least 1, got "
-                f"{self.num_beams} and {self.num_groups}."
-            )
+        check_sizes(num_beams=self.num_beams, num_groups=self.num_groups)
         if self.num_beams % self.num_groups:
             raise ValueError(
                 f"num_beams={self.num_beams} must be a multiple of "
                 f"num_groups={self.num_groups}."
             )
-        if self.normalization not in ("length", "brevity"):
-            raise ValueError(
-                "normalization must be 'length' (Hugging Face) or 'brevity' (T5X), "
-                f"got {self.normalization!r}."
-            )
-        if self.early_stopping not in (True, False, "never"):
-            raise ValueError(
-                "early_stopping must be True, False or 'never', got "
-                f"{self.early_stopping!r}."
-            )
-        if self.diversity_penalty < 0.0 or (
-            self.diversity_penalty and self.num_groups == 1
-        ):
-            raise ValueError(
-                "diversity_penalty must be >= 0 and needs num_groups > 1, got "
-                f"{self.diversity_penalty!r} with num_groups={self.num_groups}."
-            )
+
+        def check(name: str, fits: bool, what: str) -> None:
+            if not fits:
+                raise ValueError(f"{name} {what}, got {getattr(self, name)!r}.")
+
+        fits = self.normalization in ("length", "brevity")
+        check("normalization", fits, "must be 'length' or 'brevity' (T5X's)")
+        fits = self.early_stopping in (True, False, "never")
+        check("early_stopping", fits, "must be True, False or 'never'")
+        fits = self.diversity_penalty >= 0.0 and self.num_groups > 1
+        fits |= self.diversity_penalty == 0.0
+        check("diversity_penalty", fits, "must be >= 0 and needs num_groups > 1")
         if self.rules.stop_sequences or self.rules.length_penalty:
             raise ValueError(
                 "Beam search ends at EOS only and normalises by length itself: leave "
@@ -118,10 +107,8 @@ class _Group(NamedTuple):
 
     running: jax.Array  # [B, k, T]
     running_scores: jax.Array  # [B, k] sums of log-probabilities
-    tokens: jax.Array  # [B, k, T] finished
-    scores: jax.Array  # [B, k] normalised
-    lengths: jax.Array  # [B, k]
-    finished: jax.Array  # [B, k]
+    best: Beams  # that have ended; k of them
+    finished: jax.Array  # [B, k] which of those there are
     improvable: jax.Array  # [B]
 
 
@@ -148,21 +135,13 @@ def beam_search(
     """Searches the most probable responses to each prompt.
 
     Compiled once per model, shapes and search. Rows do not depend on each other.
+    Arguments that are not named here are those of `jaxalign.decoding.generate`.
 
     Args:
-      model: a ``jaxalign.models.T5``, or anything with its decoding methods.
-      params: its parameters.
-      encoder_input_tokens: int32 ``[B, Le]``, right-padded with 0, EOS included.
-      max_new_tokens: ``T``, EOS included.
       search: the rules.
-      num_return: ``R``, how many beams to return of each prompt (n-best).
+      num_return: ``R``, how many beams to return of each prompt (n-best); groups of a
+        diverse search are merged by score.
       constraint: which tokens may come next.
-
-    Returns:
-      ``Beams``; groups of a diverse search are merged by score.
-
-    Raises:
-      ValueError: on sizes that do not fit.
     """
     if not 1 <= num_return <= search.num_beams:
         raise ValueError(
@@ -242,9 +221,11 @@ def _search(
     group = _Group(
         running=jnp.full(shape, PAD_ID, jnp.int32),
         running_scores=jnp.broadcast_to(alone, shape[:2]),
-        tokens=jnp.full(shape, PAD_ID, jnp.int32),
-        scores=jnp.full(shape[:2], _NEVER),
-        lengths=jnp.zeros(shape[:2], jnp.int32),
+        best=Beams(
+            jnp.full(shape, PAD_ID, jnp.int32),
+            jnp.full(shape[:2], _NEVER),
+            jnp.zeros(shape[:2], jnp.int32),
+        ),
         finished=jnp.zeros(shape[:2], bool),
         improvable=jnp.any(mask, axis=1),
     )
@@ -258,9 +239,12 @@ def _search(
         cache=model.init_self_cache(batch, beams, length),
     )
     groups = jax.lax.while_loop(lambda carry: carry.go_on, step, start).groups
-    found = [Beams(group.tokens, group.scores, group.lengths) for group in groups]
-    merged = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *found)
+    merged = _side_by_side(*(group.best for group in groups))
     return _best(merged, merged.scores, beams)
+
+
+def _side_by_side(*trees: Any) -> Any:
+    return jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *trees)
 
 
 def _best(tree: Any, scores: jax.Array, count: int) -> Any:
@@ -298,34 +282,21 @@ def _advance(
         closed |= jnp.all(group.finished, axis=1)
     normalised = scores / search.normalizer(position + 1)
     normalised += jnp.where(ended & ~closed[:, None], 0.0, _NEVER)
-    candidates = (
-        sequences,
-        normalised,
-        jnp.broadcast_to(position + 1, normalised.shape),
-        ended,
+    lengths = jnp.broadcast_to(position + 1, normalised.shape)
+    merged = _side_by_side(
+        (group.best, group.finished), (Beams(sequences, normalised, lengths), ended)
     )
-    known = (group.tokens, group.scores, group.lengths, group.finished)
-    merged = jax.tree.map(
-        lambda a, b: jnp.concatenate([a, b], axis=1), known, candidates
-    )
-    best, best_scores, lengths, finished = _best(merged, merged[1], size)
+    best, finished = _best(merged, merged[0].scores, size)
 
     reach = position + 1
     if search.early_stopping == "never" and search.length_penalty > 0.0:
         reach = length
     hope = running_scores[:, :1] / search.normalizer(reach)
-    worst = jnp.where(finished, jnp.min(best_scores, axis=1, keepdims=True), _NEVER)
+    worst = jnp.where(finished, jnp.min(best.scores, axis=1, keepdims=True), _NEVER)
     improvable = group.improvable & jnp.any(hope > worst, axis=1)
     closed = ~improvable | jnp.all(ends, axis=1)
     if search.early_stopping is True:
         closed |= jnp.all(finished, axis=1)
-    group = _Group(
-        running=running,
-        running_scores=running_scores,
-        tokens=best,
-        scores=best_scores,
-        lengths=jnp.where(best_scores > _NEVER / 2, lengths, 0),
-        finished=finished,
-        improvable=improvable,
-    )
+    best = best._replace(lengths=jnp.where(best.scores > _NEVER / 2, best.lengths, 0))
+    group = _Group(running, running_scores, best, finished, improvable)
     return group, inputs, parents, jnp.all(closed)

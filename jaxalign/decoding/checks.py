@@ -19,6 +19,12 @@ def check_sizes(**sizes: int) -> None:
             raise ValueError(f"{name} must be at least 1, got {size}.")
 
 
+def check_within(name: str, value: int, low: int, high: int) -> None:
+    """Refuses numbers that do not lie between two, by name."""
+    if not low <= value <= high:
+        raise ValueError(f"{name} must lie in [{low}, {high}], got {value}.")
+
+
 def check_uint32(name: str, value: int) -> None:
     """Refuses what is no unsigned number of 32 bits, as ids and seeds are."""
     if not 0 <= value < 2**32:
@@ -28,16 +34,7 @@ def check_uint32(name: str, value: int) -> None:
 def check_constraint(
     constraint: Constraint | None, max_new_tokens: int, prefixes: Prefixes = ()
 ) -> None:
-    """Refuses a constraint that no response can meet.
-
-    Args:
-      constraint: of the responses.
-      max_new_tokens: of a response, EOS included.
-      prefixes: that responses begin with.
-
-    Raises:
-      ValueError: when the tokens are too few, or naming the prefix that breaks it.
-    """
+    """Refuses a constraint that no response can meet, or a prefix that breaks it."""
     if constraint is None:
         return
 
@@ -46,12 +43,11 @@ def check_constraint(
         return np.asarray(constraint.allowed(state, remaining))
 
     if not allowed(constraint.start(), 0).any():
-        needed = getattr(constraint, "fewest_tokens", None)
+        needed = getattr(constraint, "fewest_tokens", "one more")
         raise ValueError(
             f"No response of max_new_tokens={max_new_tokens} tokens, EOS included, "
-            "meets the constraint"
-            + (f", which needs at least {needed}" if needed else "")
-            + ": allow more tokens, or a shorter text."
+            f"meets the constraint, which needs at least {needed}: allow more tokens, "
+            "or a shorter text."
         )
     for b, rows in enumerate(prefixes):
         for n, row in enumerate(rows):
@@ -74,11 +70,7 @@ def check_constraint(
 def pad_prefixes(
     prefixes: Prefixes, num_samples: int, length: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Arrays ``[B, N, T]`` and lengths ``[B, N]`` of forced prefixes.
-
-    Raises:
-      ValueError: naming the prefix that is too long or holds an EOS.
-    """
+    """Arrays ``[B, N, T]`` and lengths ``[B, N]`` of forced prefixes."""
     padded = np.full((len(prefixes), num_samples, length), PAD_ID, np.int32)
     lengths = np.zeros((len(prefixes), num_samples), np.int32)
     for b, rows in enumerate(prefixes):

@@ -64,12 +64,7 @@ class Automaton(Program):
         return bool(distance[state] == 0 or distance[end] == 0)
 
     def allowed(self, state: jax.Array, remaining: jax.Array | int) -> jax.Array:
-        """Which tokens may come next, bool ``[..., V]``.
-
-        Args:
-          state: int32 ``[...]``.
-          remaining: tokens that may still come, EOS included; ``[...]``.
-        """
+        """Which tokens may come next, bool ``[..., V]``, if so many may still come."""
         targets = self.next_state[state]
         remaining = jnp.asarray(remaining)[..., None]
         reach = (targets >= 0) & (self.distance[targets] < remaining)
@@ -91,7 +86,7 @@ def regex(pattern: str, vocabulary: Any, num_tokens: int | None = None) -> Autom
     >>> jnp.flatnonzero(digits.allowed(0, 3)) - 3 - ord("0")
     Array([0, 1, 2, 3, 4, 5, 6, 7, 8, 9], dtype=int32)
     """
-    return over_tokens(regular.compile_regex(pattern), vocabulary, num_tokens)
+    return must_include((), vocabulary, num_tokens, pattern=pattern)
 
 
 def must_include(
@@ -104,35 +99,23 @@ def must_include(
 ) -> Automaton:
     """Texts that hold every phrase, anywhere, in any order.
 
-    Args:
-      phrases: strings to include, as they are.
-      vocabulary: of the model.
-      num_tokens: see :func:`over_tokens`.
-      pattern: a regular expression that the whole text has to match as well.
-      bad_words: strings that the text must not hold.
-    """
-    whole = regular.text() if pattern is None else regular.compile_regex(pattern)
-    parts = [whole, *map(regular.including, phrases)]
-    parts += map(regular.excluding, bad_words)
-    return over_tokens(regular.intersection(parts), vocabulary, num_tokens)
-
-
-def over_tokens(
-    automaton: regular.ByteAutomaton, vocabulary: Any, num_tokens: int | None = None
-) -> Automaton:
-    """Runs an automaton over the tokens of a vocabulary.
-
-    The language is that of ``vocabulary.decode``: SentencePiece's leading space goes,
+    A text is what ``vocabulary.decode`` gives: SentencePiece's leading space goes,
     escapes are undone. Padding, unknown and sentinel ids are never allowed.
 
     Args:
-      automaton: over the bytes of the decoded text.
+      phrases: strings to include, as they are.
       vocabulary: one of ``jaxalign.vocabularies``.
       num_tokens: rows of the model's embedding ``V``, if more than the vocabulary has.
+      pattern: a regular expression that the whole text has to match as well.
+      bad_words: strings that the text must not hold.
 
     Raises:
-      ValueError: when no sequence of tokens spells a text of the language.
+      ValueError: when no sequence of tokens spells such a text.
     """
+    whole = regular.compile_regex("(?s:.)*" if pattern is None else pattern)
+    automaton = regular.intersection(
+        [whole, *map(regular.including, phrases), *map(regular.excluding, bad_words)]
+    )
     if vocabulary.escapes:
         automaton = regular.through_escapes(automaton, *vocabulary.escapes)
     spelt = [raw or None for raw in vocabulary.token_bytes()]
@@ -151,18 +134,14 @@ def from_bytes(
 ) -> Automaton:
     """Runs an automaton over bytes (`regular.ByteAutomaton`) over those of tokens.
 
-    Args:
-      table: int32 ``[S, 256]``.
-      accepting: bool ``[S]``.
-      spelt: the bytes of each token; None where it is never allowed.
-      first: those of tokens that begin a text.
-      unfinished: whether a text that may end may also stand without EOS.
-      limit: entries of the table over states and tokens, or None.
+    ``spelt`` has None where a token is never allowed, ``first`` the bytes of those that
+    begin a text. An ``unfinished`` text that may end may also stand without EOS. The
+    table over states and tokens has no more entries than ``limit``.
     """
     usable = np.array([i for i, raw in enumerate(spelt) if raw is not None])
     inside, begin = [spelt[i] for i in usable], [first[i] for i in usable]
     # State 0: no text yet. Then the states that tokens lead to, then the end.
-    rows = [walk(table, np.zeros(1, np.int64), begin)]
+    rows = [_walk(table, np.zeros(1, np.int64), begin)]
     found, fresh = np.zeros(0, np.int64), np.unique(rows[0][rows[0] >= 0])
     while fresh.size:
         found = np.concatenate([found, fresh])
@@ -171,7 +150,7 @@ def from_bytes(
                 f"The constraint needs a table of more than {limit} entries for "
                 f"{len(spelt)} tokens: name fewer words, or shorter ones."
             )
-        rows.append(walk(table, fresh, inside))
+        rows.append(_walk(table, fresh, inside))
         fresh = np.setdiff1d(rows[-1][rows[-1] >= 0], found)
     number = np.full(len(table) + 1, regular.DEAD, np.int32)  # -1 finds the last
     number[found] = np.arange(len(found)) + 1
@@ -181,17 +160,13 @@ def from_bytes(
     targets[0, usable[[not raw for raw in begin]]] = 0
     ends = np.concatenate([accepting[:1], accepting[found], [True]])
     targets[:end, EOS_ID] = np.where(ends[:end], end, regular.DEAD)
-    return pack(targets, ends if unfinished else np.arange(end + 1) == end)
-
-
-def pack(targets: np.ndarray, ends: np.ndarray) -> Automaton:
-    """An :class:`Automaton` of a table over tokens, ``[S, V]``, with state 0 its start.
-
-    ``ends``, bool ``[S]``, says where a response may stand as it is. Raises a
-    ValueError when no sequence of tokens leads from the start to an end.
-    """
-    columns, token_class = _classes(targets)
-    distance = _distances(columns, ends)
+    _, kept, token_class = np.unique(
+        np.ascontiguousarray(targets.T).view(f"V{4 * len(targets)}").ravel(),
+        return_index=True,
+        return_inverse=True,
+    )
+    columns = targets[:, kept]
+    distance = _distances(columns, ends if unfinished else np.arange(end + 1) == end)
     if distance[0] >= _FAR:
         raise ValueError(
             "No sequence of tokens of this vocabulary spells a text that meets the "
@@ -207,39 +182,26 @@ def pack(targets: np.ndarray, ends: np.ndarray) -> Automaton:
     more = ((0, states - len(columns)), (0, width - columns.shape[1]))
     return Automaton(
         jnp.asarray(np.pad(columns, more, constant_values=regular.DEAD)),
-        jnp.asarray(token_class),
+        jnp.asarray(token_class.astype(np.int32)),
         jnp.asarray(np.pad(distance, more[0], constant_values=_FAR)),
     )
 
 
-def walk(table: np.ndarray, states: np.ndarray, spelt: list[bytes]) -> np.ndarray:
+def _walk(table: np.ndarray, states: np.ndarray, spelt: list[bytes]) -> np.ndarray:
     """The state after each token from each state, int32 ``[states, tokens]``."""
     closed = np.vstack([table, np.full((1, 256), regular.DEAD, np.int32)])
     lengths = np.array([len(raw) for raw in spelt])
-    order = np.argsort(-lengths, kind="stable")
     width = int(lengths.max(initial=0))
-    raw = np.zeros((len(spelt), width), np.uint8)
-    for row, i in enumerate(order):
-        raw[row, : lengths[i]] = np.frombuffer(spelt[i], np.uint8)
-    out = np.empty((len(states), len(spelt)), np.int32)
+    padded = b"".join(raw.ljust(width, b"\0") for raw in spelt)
+    raw = np.frombuffer(padded, np.uint8).reshape(len(spelt), width)
+    out = np.repeat(states[:, None].astype(np.int32), len(spelt), axis=1)
     rows = max(1, _CHUNK // max(len(spelt), 1))
     for start in range(0, len(states), rows):
-        now = np.repeat(states[start : start + rows, None], len(spelt), axis=1)
+        now = out[start : start + rows]
         for at in range(width):
-            longer = int(np.searchsorted(-lengths[order], -at, side="left"))
-            now[:, :longer] = closed[now[:, :longer], raw[None, :longer, at]]
-        out[start : start + rows, order] = now
+            longer = np.flatnonzero(lengths > at)
+            now[:, longer] = closed[now[:, longer], raw[longer, at]]
     return out
-
-
-def _classes(targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Distinct columns ``[S, C]`` and the column of each token ``[V]``."""
-    _, first, token_class = np.unique(
-        np.ascontiguousarray(targets.T).view(f"V{4 * len(targets)}").ravel(),
-        return_index=True,
-        return_inverse=True,
-    )
-    return targets[:, first], token_class.astype(np.int32)
 
 
 def _distances(columns: np.ndarray, ends: np.ndarray) -> np.ndarray:

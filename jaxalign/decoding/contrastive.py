@@ -19,7 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign.decoding import network
-from jaxalign.decoding.groups import Samples
+from jaxalign.decoding.checks import check_sizes
+from jaxalign.decoding.groups import Samples, no_samples
 from jaxalign.decoding.rules import EOS_ID, PAD_ID, START_ID
 
 
@@ -43,26 +44,16 @@ def contrastive_search(
 ) -> Samples:
     """One response to each prompt, probable and unlike what it has said already.
 
+    Arguments that are not named here are those of `jaxalign.decoding.generate`.
+
     Args:
-      model: a ``jaxalign.models.T5``, or anything with its decoding methods and
-        ``decode_step_states``.
-      params: its parameters.
-      encoder_input_tokens: int32 ``[B, Le]``, right-padded with 0, EOS included.
-      max_new_tokens: ``T``, EOS included.
       top_k: candidates ``k`` at each step; 1 is greedy.
       penalty_alpha: weight of the degeneration penalty, in ``[0, 1]``.
 
     Returns:
       ``Samples`` with ``N = 1``; ``sampler_logps`` are 0, nothing is drawn.
-
-    Raises:
-      ValueError: on a setting out of range.
     """
-    if top_k < 1 or max_new_tokens < 1:
-        raise ValueError(
-            f"top_k and max_new_tokens must be at least 1, got {top_k} and "
-            f"{max_new_tokens}."
-        )
+    check_sizes(top_k=top_k, max_new_tokens=max_new_tokens)
     if not 0.0 <= penalty_alpha <= 1.0:
         raise ValueError(f"penalty_alpha must lie in [0, 1], got {penalty_alpha!r}.")
     return _search(
@@ -133,20 +124,13 @@ def _search(
     # One column more than tokens: candidates of the last step are read as well.
     cache = model.init_self_cache(batch, top_k, length + 1)
     states, logits, cache = read(start, jnp.int32(0), cache)
-    shape = (batch, 1, length)
+    known = jnp.zeros((batch, length + 1, states.shape[-1]), jnp.float32)
     carry = _Carry(
         position=jnp.int32(0),
         logits=logits[:, 0],
         ended=~jnp.any(mask, axis=1),
-        states=jnp.zeros((batch, length + 1, states.shape[-1]), jnp.float32)
-        .at[:, 0]
-        .set(states[:, 0]),
-        samples=Samples(
-            tokens=jnp.full(shape, PAD_ID, jnp.int32),
-            logps=jnp.zeros(shape, jnp.float32),
-            sampler_logps=jnp.zeros(shape, jnp.float32),
-            lengths=jnp.zeros((batch, 1), jnp.int32),
-        ),
+        states=known.at[:, 0].set(states[:, 0]),
+        samples=no_samples((batch, 1, length)),
         cache=cache,
     )
     done = jax.lax.while_loop(

@@ -2,14 +2,7 @@
 
 An `Engine` keeps ``groups`` prompts decoding on the devices. A prompt that has all its
 samples makes room for a waiting one while the others go on, so that ragged lengths
-waste few steps. Driving it, from a server or a loop over a file::
-
-    engine = Engine(model, params, prompt_length=128, max_new_tokens=64)
-    ticket = engine.submit(tokens, prompt_id=7)     # any time; never blocks
-    while engine.pending:
-        for finished in engine.step(max_steps=16):  # blocks for at most 16 tokens
-            ...                                     # finished.ticket, .tokens, .logps
-    engine.cancel(ticket)                           # its seat is free at once
+waste few steps. docs/decoding.md has an example.
 
 It is not thread-safe: call it from one thread. Over several processes, every process
 makes the same calls in the same order; what they decide on are replicated numbers, so
@@ -22,7 +15,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -46,8 +39,7 @@ class Finished:
     entropies: list[np.ndarray] | None  # of the full distribution, or None
 
 
-@dataclasses.dataclass(frozen=True)
-class _Request:
+class _Request(NamedTuple):
     """What was submitted, checked; see `Engine.submit`."""
 
     ticket: int
@@ -72,11 +64,10 @@ class Engine:
     """Decodes submitted prompts; see the module's docstring.
 
     Args:
-      model: a ``jaxalign.models.T5``, or anything with its decoding methods.
+      model: a ``jaxalign.models.EncoderDecoder``.
       params: its parameters, on any sharding.
-      prompt_length: the longest prompt, in tokens; all are padded to it. Its cost is
-        attention over the padding: use one engine per length class where they differ
-        much.
+      prompt_length: the longest prompt, in tokens; all are padded to it, which costs
+        attention: use one engine per length class where they differ much.
       max_new_tokens: the longest response, EOS and forced prefix included.
       num_samples: the most samples of one prompt.
       groups: prompts decoded at a time; divisible by the sharding's devices.
@@ -112,9 +103,13 @@ class Engine:
     ):
         slots = num_samples if slots is None else slots
         admit = max(1, groups // 8) if admit is None else admit
-        checks.check_sizes(prompt_length=prompt_length, max_new_tokens=max_new_tokens)
         checks.check_sizes(
-            num_samples=num_samples, groups=groups, slots=slots, admit=admit
+            prompt_length=prompt_length,
+            max_new_tokens=max_new_tokens,
+            num_samples=num_samples,
+            groups=groups,
+            slots=slots,
+            admit=admit,
         )
         if sharding is not None:
             try:
@@ -131,8 +126,9 @@ class Engine:
             num_samples=num_samples,
             length=max_new_tokens,
             entropy=entropy,
+            groups=groups,
+            sharding=sharding,
         )
-        self._setup = seats.Setup(self._plan, groups, sharding)
         self._prompt_length = prompt_length
         self._admit = min(admit, groups)
         self._prefixes = prefixes
@@ -145,7 +141,7 @@ class Engine:
         self._cancelled: set[int] = set()  # groups
         self._ended: set[tuple[int, int]] = set()  # groups and their samples
         self._tickets = 0
-        self._state = seats.empty(self._setup, params, self._arrays([]), constraint)
+        self._state = seats.empty(self._plan, params, self._arrays([]), constraint)
 
     @property
     def pending(self) -> int:
@@ -194,8 +190,10 @@ class Engine:
             )
         if (tokens <= PAD_ID).any():
             raise ValueError("A prompt must not hold ids below 1 (0 is padding).")
-        num_samples = _within("num_samples", num_samples, plan.num_samples)
-        max_new_tokens = _within("max_new_tokens", max_new_tokens, plan.length)
+        num_samples = plan.num_samples if num_samples is None else num_samples
+        max_new_tokens = plan.length if max_new_tokens is None else max_new_tokens
+        checks.check_within("num_samples", num_samples, 1, plan.num_samples)
+        checks.check_within("max_new_tokens", max_new_tokens, 1, plan.length)
         checks.check_uint32("prompt_id", prompt_id)
         checks.check_uint32("seed", seed)
         if len(prefixes):
@@ -215,35 +213,30 @@ class Engine:
             top_p=rules.top_p if top_p is None else top_p,
         )
         self._tickets += 1
+        sizes = num_samples, max_new_tokens
         self._waiting.append(
             _Request(
-                ticket=self._tickets,
-                tokens=tokens,
-                prompt_id=int(prompt_id),
-                num_samples=num_samples,
-                max_new_tokens=max_new_tokens,
-                seed=int(seed),
-                prefixes=prefixes,
-                temperature=own.temperature,
-                top_p=own.top_p,
+                *(self._tickets, tokens, int(prompt_id), *sizes, int(seed), prefixes),
+                *(own.temperature, own.top_p),
             )
         )
         return self._tickets
 
-    def _group(self, ticket: int) -> int | None:
-        """Where a prompt is decoded; None if it is not."""
-        for group, request in self._seated.items():
-            if request.ticket == ticket and group not in self._cancelled:
-                return group
-        return None
+    def _decoded(self) -> dict[int, tuple[int, _Request]]:
+        """The groups and requests of prompts being decoded, by ticket."""
+        return {
+            request.ticket: (group, request)
+            for group, request in self._seated.items()
+            if group not in self._cancelled
+        }
 
     def cancel(self, ticket: int) -> bool:
         """Forgets a prompt; False if it has finished already."""
-        for request in self._waiting:
-            if request.ticket == ticket:
-                self._waiting.remove(request)
-                return True
-        group = self._group(ticket)
+        waiting = [r for r in self._waiting if r.ticket != ticket]
+        if len(waiting) < len(self._waiting):
+            self._waiting = collections.deque(waiting)
+            return True
+        group, _ = self._decoded().get(ticket, (None, None))
         if group is not None:
             self._cancelled.add(group)
         return group is not None
@@ -254,17 +247,14 @@ class Engine:
         Its slot is free at once. The prompt finishes when all its samples have ended;
         this one keeps the tokens that it has.
         """
-        group = self._group(ticket)
-        if group is None or not 0 <= sample < self._seated[group].num_samples:
+        group, request = self._decoded().get(ticket, (None, None))
+        if request is None or not 0 <= sample < request.num_samples:
             return False
         self._ended.add((group, sample))
         return True
 
     def step(self, max_steps: int | None = None) -> list[Finished]:
-        """Decodes until some prompts have finished.
-
-        Args:
-          max_steps: return after so many tokens at the latest, finished or not.
+        """Decodes until some prompts have finished, or for ``max_steps`` tokens.
 
         Returns:
           The prompts that finished, in no particular order; empty when none did, or
@@ -273,7 +263,7 @@ class Engine:
         self._seat_waiting()
         if not self._seated:
             return []
-        groups = self._setup.groups
+        groups = self._plan.groups
         dropped = np.zeros(groups, bool)
         dropped[list(self._cancelled)] = True
         ended = np.zeros((groups, self._plan.num_samples), bool)
@@ -284,7 +274,7 @@ class Engine:
         empty = groups - len(self._seated)
         wanted = max(1, min(self._admit, len(self._waiting)))
         self._state, free = seats.run(
-            self._setup,
+            self._plan,
             self._params,
             self._state,
             self._constraint,
@@ -294,43 +284,36 @@ class Engine:
             np.int32(max(wanted, empty + 1)),
         )
         free = _to_host(free)
-        done = {g: self._seated.pop(g) for g in list(self._seated) if free[g]}
-        whole = {g: r for g, r in done.items() if g not in self._cancelled}
+        done = [(g, r) for g, r in self._decoded().values() if free[g]]
+        self._seated = {g: r for g, r in self._seated.items() if not free[g]}
         self._cancelled.clear()  # all of them are free now
         self._ended.clear()
-        if not whole:
+        if not done:
             return []
         samples = jax.tree.map(_to_host, self._state.groups.samples)
-        return [self._finish(r, g, samples) for g, r in whole.items()]
+        return [self._finish(r, g, samples) for g, r in done]
 
     def progress(self) -> dict[int, list[np.ndarray]]:
         """What the prompts being decoded have so far: tokens per sample, by ticket."""
         samples = self._state.groups.samples
         tokens, lengths = _to_host(samples.tokens), _to_host(samples.lengths)
         return {
-            request.ticket: _trimmed(tokens[group], lengths[group], request.num_samples)
-            for group, request in self._seated.items()
-            if group not in self._cancelled
+            ticket: _trimmed(tokens[group], lengths[group], request.num_samples)
+            for ticket, (group, request) in self._decoded().items()
         }
 
     def _seat_waiting(self) -> None:
         while self._waiting:
-            free = [g for g in range(self._setup.groups) if g not in self._seated]
+            free = [g for g in range(self._plan.groups) if g not in self._seated]
             count = min(self._admit, len(self._waiting))
             if len(free) < count:
                 return
             taken = [self._waiting.popleft() for _ in range(count)]
             # Outside of the state for the rows that hold no request.
-            index = np.full(self._admit, self._setup.groups, np.int32)
+            index = np.full(self._admit, self._plan.groups, np.int32)
             index[:count] = free[:count]
-            self._state = seats.admit(
-                self._setup,
-                self._params,
-                self._state,
-                self._arrays(taken),
-                index,
-                self._constraint,
-            )
+            args = self._state, self._arrays(taken), index, self._constraint
+            self._state = seats.admit(self._plan, self._params, *args)
             self._seated.update(zip(free, taken, strict=False))
 
     def _arrays(self, batch: list[_Request]) -> Requests:
@@ -365,27 +348,14 @@ class Engine:
         )
 
     def _finish(self, request: _Request, group: int, samples: Any) -> Finished:
-        def trimmed(array: np.ndarray) -> list[np.ndarray]:
-            lengths = samples.lengths[group]
-            return _trimmed(array[group], lengths, request.num_samples)
-
-        return Finished(
-            ticket=request.ticket,
-            prompt_id=request.prompt_id,
-            tokens=trimmed(samples.tokens),
-            logps=trimmed(samples.logps),
-            sampler_logps=trimmed(samples.sampler_logps),
-            entropies=trimmed(samples.entropies) if self._plan.entropy else None,
-        )
+        rows = jax.tree.map(lambda x: x[group], samples)._asdict()
+        lengths = rows.pop("lengths")
+        found = {
+            name: None if x is None else _trimmed(x, lengths, request.num_samples)
+            for name, x in rows.items()
+        }
+        return Finished(request.ticket, request.prompt_id, **found)
 
 
 def _trimmed(rows: np.ndarray, lengths: np.ndarray, count: int) -> list[np.ndarray]:
     return [rows[n, : lengths[n]].copy() for n in range(count)]
-
-
-def _within(name: str, value: int | None, limit: int) -> int:
-    """A setting of one prompt, by default the engine's."""
-    value = limit if value is None else value
-    if not 1 <= value <= limit:
-        raise ValueError(f"{name} must lie in [1, {limit}], got {value}.")
-    return int(value)

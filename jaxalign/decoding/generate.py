@@ -1,9 +1,4 @@
-"""N samples for each of B prompts, in one compiled call on arrays.
-
-The encoder runs once per prompt, and so do the cross-attention keys and values, which
-the prompt's N samples share without copies. The loop (``jaxalign.decoding.loop``) ends
-as soon as every response has ended.
-"""
+"""N samples for each of B prompts, in one compiled call on arrays."""
 
 from __future__ import annotations
 
@@ -45,7 +40,7 @@ def generate(
     ``max_new_tokens`` and ``sampling``; ``Generator`` keeps those shapes few.
 
     Args:
-      model: a ``jaxalign.models.T5``, or anything with its decoding methods.
+      model: a ``jaxalign.models.EncoderDecoder``.
       params: its parameters, on any sharding.
       encoder_input_tokens: int32 ``[B, Le]``, right-padded with 0, EOS included. A row
         of zeros is no prompt: it yields empty responses and delays nobody.
@@ -60,10 +55,6 @@ def generate(
       prefixes: for each prompt and sample the tokens its response begins with (empty:
         none), part of the response and of ``max_new_tokens``.
       entropy: also return the full distribution's entropy at each token.
-
-    Raises:
-      ValueError: on a size below 1, prompts that are not right-padded, prefixes that
-        do not fit or break the constraint, or a constraint that needs more tokens.
     """
     slots = num_samples if slots is None else min(slots, num_samples)
     check_sizes(num_samples=num_samples, max_new_tokens=max_new_tokens, slots=slots)
@@ -75,20 +66,18 @@ def generate(
                 f"Prompt row {late[0]} has padding (0) before its last token; expected "
                 "right padding. Move the tokens to the left."
             )
+    tokens = jnp.asarray(encoder_input_tokens, jnp.int32)
+    prompt_ids = jnp.asarray(prompt_ids, jnp.uint32)
+    chex.assert_rank([tokens, prompt_ids], [2, 1])
+    chex.assert_equal_shape_prefix([tokens, prompt_ids], 1)
     planned = lengths = None
     if prefixes is not None:
         planned, lengths = pad_prefixes(prefixes, num_samples, max_new_tokens)
-        chex.assert_axis_dimension(planned, 0, encoder_input_tokens.shape[0])
+        chex.assert_equal_shape_prefix([tokens, planned], 1)
     check_constraint(constraint, max_new_tokens, prefixes or ())
+    plan = Plan(model, sampling, slots, num_samples, max_new_tokens, entropy)
     return _generate(
-        Plan(model, sampling, slots, num_samples, max_new_tokens, entropy),
-        params,
-        jnp.asarray(encoder_input_tokens, jnp.int32),
-        key,
-        jnp.asarray(prompt_ids, jnp.uint32),
-        constraint,
-        planned,
-        lengths,
+        plan, params, tokens, key, prompt_ids, constraint, planned, lengths
     )
 
 
@@ -101,18 +90,16 @@ def prompt_keys(key: jax.Array, prompt_ids: jax.Array) -> jax.Array:
 def _generate(
     plan: Plan,
     params: Any,
-    encoder_input_tokens: jax.Array,
+    tokens: jax.Array,
     key: jax.Array,
     prompt_ids: jax.Array,
     constraint: Constraint | None = None,
     prefixes: jax.Array | None = None,
     prefix_lengths: jax.Array | None = None,
 ) -> Samples:
-    chex.assert_rank([encoder_input_tokens, prompt_ids], [2, 1])
-    chex.assert_equal_shape_prefix([encoder_input_tokens, prompt_ids], 1)
-    batch = encoder_input_tokens.shape[0]
+    batch = prompt_ids.size
     requests = Requests(
-        tokens=encoder_input_tokens,
+        tokens=tokens,
         keys=prompt_keys(key, prompt_ids),
         num_samples=jnp.full(batch, plan.num_samples, jnp.int32),
         max_new_tokens=jnp.full(batch, plan.length, jnp.int32),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -24,27 +24,19 @@ _BATCHES_PER_WINDOW = 16
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """The samples of one prompt.
+    """The ``N`` samples of one prompt."""
 
-    Attributes:
-      prompt_id: as given; with the sample index and the seed it fixes the samples.
-      truncated: whether the prompt was longer than the limit.
-      texts: ``N`` decoded responses, up to and including the stop that ended them;
-        None where other rules left no way to meet the constraint.
-      tokens: ``N`` int32 arrays, EOS included where one came; of a response that a
-        stop ended, those up to the one that completed it.
-      logps: ``N`` float32 arrays, the model's full distribution, one number a token.
-      sampler_logps: ``N`` float32 arrays, the distribution drawn from.
-      entropies: ``N`` float32 arrays of the full distribution, or None.
-    """
-
-    prompt_id: int
-    truncated: bool
+    prompt_id: int  # as given; with the sample index and the seed it fixes the samples
+    truncated: bool  # whether the prompt was longer than the limit
+    # Decoded responses, up to and including the stop that ended them; None where other
+    # rules left no way to meet the constraint.
     texts: list[str | None]
+    # int32, EOS included where one came; of a response that a stop ended, those up to
+    # the one that completed it. Below, float32 numbers of each.
     tokens: list[np.ndarray]
-    logps: list[np.ndarray]
-    sampler_logps: list[np.ndarray]
-    entropies: list[np.ndarray] | None = None
+    logps: list[np.ndarray]  # under the model's full distribution
+    sampler_logps: list[np.ndarray]  # under the distribution drawn from
+    entropies: list[np.ndarray] | None = None  # of the full distribution
 
     @property
     def logp(self) -> np.ndarray:
@@ -71,31 +63,23 @@ def prompt_bucket(length: int, limit: int) -> int:
 class Generator:
     """Samples responses to lists of tokenised prompts.
 
-    Prompts are sorted by length inside windows and padded to power-of-two lengths; the
-    prompts of a length share an `Engine`, in which a prompt whose samples have ended
-    makes room for the next. Results come in the order of the prompts, whatever the
+    Prompts are sorted by length inside windows and padded to power-of-two lengths, each
+    of which has an `Engine`. Results come in the order of the prompts, whatever the
     batching. What is compiled for a length is reused over calls and over parameters.
 
+    Arguments that are not named here are those of `Engine`.
+
     Args:
-      model: a ``jaxalign.models.T5``.
       vocabulary: decodes ids to text (``jaxalign.vocabularies``).
       max_prompt_length: tokens; longer prompts are cut and keep their EOS.
-      max_new_tokens: tokens of a response, EOS included.
       num_samples: per prompt.
-      sampling: the rules; greedy with temperature 0.
       batch_size: prompts decoded at a time.
-      slots: samples of a prompt decoded at a time; default: all of them.
       stop: texts that end a response and stay in it, whatever tokens spell them; of
         several the one that is completed first.
-      constraint: which tokens may come next.
-      entropy: whether to record entropies.
       seed: of the samples.
-      sharding: where to put the prompt tokens ``[B, Le]``, e.g. a ``NamedSharding``
-        over the data axes, which must divide ``batch_size``; None leaves it to JAX.
+      sharding: where to put the prompts, e.g. a ``NamedSharding`` over the data axes,
+        which must divide ``batch_size``; None leaves it to JAX.
       progress: show a bar; None: on a terminal only.
-
-    Attributes:
-      num_truncated: prompts cut so far.
     """
 
     def __init__(
@@ -133,6 +117,11 @@ class Generator:
             entropy=entropy,
             sharding=sharding,
         )
+        # tqdm's None: only on a terminal.
+        disable = None if progress is None else not progress
+        self._bar = functools.partial(
+            tqdm.tqdm, desc="generate", unit="prompt", disable=disable
+        )
         self._vocabulary = vocabulary
         self._max_prompt_length = max_prompt_length
         self._max_new_tokens = max_new_tokens
@@ -144,8 +133,7 @@ class Generator:
         self._judged = jax.device_get(constraint) if judges else None
         self._seed = seed
         self._sharding = sharding
-        self._progress = progress
-        self.num_truncated = 0
+        self.num_truncated = 0  # prompts cut so far
 
     def __call__(
         self,
@@ -166,21 +154,18 @@ class Generator:
           prefixes: for each prompt and sample the tokens its response begins with.
           start: yield from this position on, with the numbers, to the bit, of a call
             that yields all.
-
-        Raises:
-          ValueError: naming the prompt that is empty or holds an impossible id.
         """
         ids = range(len(prompts)) if prompt_ids is None else list(prompt_ids)
+        prefixes = [()] * len(prompts) if prefixes is None else prefixes
         for what, given in (("an id", ids), ("prefixes", prefixes)):
-            if given is not None and len(given) != len(prompts):
+            if len(given) != len(prompts):
                 raise ValueError(
                     f"Expected {what} for each of {len(prompts)} prompts, got "
                     f"{len(given)}."
                 )
         for i, prompt_id in enumerate(ids):
             check_uint32(f"prompt_ids[{i}]", prompt_id)
-        check_constraint(self._constraint, self._max_new_tokens, prefixes or ())
-        prefixes = [()] * len(prompts) if prefixes is None else prefixes
+        check_constraint(self._constraint, self._max_new_tokens, prefixes)
         cut = [
             _Prompt(ids[i], *self._cut(i, prompt), prefixes[i])
             for i, prompt in enumerate(prompts)
@@ -207,10 +192,10 @@ class Generator:
             )
         truncated = tokens.size > self._max_prompt_length
         if truncated:
-            ends = tokens[-1] == EOS_ID
+            last = tokens[-1]
             tokens = tokens[: self._max_prompt_length].copy()
-            if ends:
-                tokens[-1] = EOS_ID
+            if last == EOS_ID:
+                tokens[-1] = last
         return tokens, truncated
 
     def _run(
@@ -221,23 +206,19 @@ class Generator:
         size = self._batch_size
         if self._sharding is None:
             size = min(size, 1 << max(len(prompts) - 1, 0).bit_length())
-        # tqdm's None: only on a terminal.
-        disable = None if self._progress is None else not self._progress
+        prefixes = any(len(prompt.prefixes) for prompt in prompts)
+        new_engine = functools.partial(
+            self._engine, params, groups=size, prefixes=prefixes
+        )
         window = self._batch_size * _BATCHES_PER_WINDOW
         new_tokens = 0
-        with tqdm.tqdm(
-            total=len(prompts),
-            initial=first,
-            desc="generate",
-            unit="prompt",
-            disable=disable,
-        ) as bar:
+        with self._bar(total=len(prompts), initial=first) as bar:
             # What a window gives, to the bit, depends on its prompts only.
             for start in range(first // window * window, len(prompts), window):
-                rows = range(start, min(start + window, len(prompts)))
                 done: dict[int, Generation] = {}
                 following = max(start, first)
-                for i, finished in self._window(params, prompts, rows, size):
+                rows = enumerate(prompts[start : start + window], start)
+                for i, finished in self._window(new_engine, dict(rows)):
                     if i < first:
                         continue
                     done[i] = self._generation(prompts[i], finished)
@@ -251,28 +232,21 @@ class Generator:
                         following += 1
 
     def _window(
-        self, params: Any, prompts: Sequence[_Prompt], rows: range, size: int
+        self, new_engine: Callable[..., Engine], prompts: dict[int, _Prompt]
     ) -> Iterator[tuple[int, Finished]]:
         """Everything of a window, length by length, as it finishes."""
         by_length: dict[int, list[int]] = {}
-        for i in rows:
-            length = prompt_bucket(len(prompts[i].tokens), self._max_prompt_length)
+        for i, prompt in prompts.items():
+            length = prompt_bucket(len(prompt.tokens), self._max_prompt_length)
             by_length.setdefault(length, []).append(i)
         # Longest first: memory runs out at once or not at all.
         for length in sorted(by_length, reverse=True):
-            engine = self._engine(
-                params,
-                prompt_length=length,
-                groups=size,
-                prefixes=any(len(prompt.prefixes) for prompt in prompts),
-            )
+            engine = new_engine(prompt_length=length)
             tickets = {}
             for i in by_length[length]:
+                prompt_id, tokens, _, prefixes = prompts[i]
                 ticket = engine.submit(
-                    prompts[i].tokens,
-                    prompt_id=prompts[i].prompt_id,
-                    seed=self._seed,
-                    prefixes=prompts[i].prefixes,
+                    tokens, prompt_id=prompt_id, seed=self._seed, prefixes=prefixes
                 )
                 tickets[ticket] = i
             while engine.pending:
@@ -296,19 +270,18 @@ class Generator:
         ]
 
     def _generation(self, prompt: _Prompt, finished: Finished) -> Generation:
-        tokens = finished.tokens
-        cuts = self._cuts(prompt, tokens, final=True)
-        # All of a response, or what leads up to its stop.
-        sizes = [c.tokens if c else None for c in cuts]
+        cuts = self._cuts(prompt, finished.tokens, final=True)
 
         def kept(arrays: list[np.ndarray]) -> list[np.ndarray]:
-            return [a[:size] for a, size in zip(arrays, sizes, strict=True)]
+            """All of a response, or what leads up to its stop."""
+            rows = zip(arrays, cuts, strict=True)
+            return [a[: cut.tokens] if cut else a for a, cut in rows]
 
+        tokens = kept(finished.tokens)
         texts = [
-            c.text if c else self._vocabulary.decode(t.tolist())
-            for c, t in zip(cuts, tokens, strict=True)
+            cut.text if cut else self._vocabulary.decode(ids.tolist())
+            for cut, ids in zip(cuts, tokens, strict=True)
         ]
-        tokens = kept(tokens)
         if self._judged is not None:
             fit = map(self._judged.accepts, tokens)
             texts = [text if ok else None for text, ok in zip(texts, fit, strict=True)]

@@ -2,7 +2,7 @@
 
 A group's prompt has cross-attention keys and values that its slots share without
 copies. A slot whose sample has ended takes the prompt's next one; a group whose samples
-have all ended is given another prompt by `seat`.
+have all ended is given another prompt (`jaxalign.decoding.seats`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from jaxalign.decoding.sampling import RowSettings
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a decode loop is compiled for."""
+    """What a decode loop is compiled for, and an engine's groups with it."""
 
     model: Any  # the network
     rules: Sampling  # of sampling
@@ -30,43 +30,44 @@ class Plan:
     num_samples: int  # ``N``, the most that a request may ask for
     length: int  # ``T``, of the longest response
     entropy: bool  # whether to record entropies
+    groups: int = 0  # ``G``, prompts that an engine decodes at a time
+    sharding: jax.sharding.Sharding | None = None  # of the axis of its groups
 
 
 class Samples(NamedTuple):
-    """Sampled responses; masks follow from ``lengths``, never from token values.
+    """Sampled responses; masks follow from ``lengths``, never from token values."""
 
-    Attributes:
-      tokens: int32 ``[B, N, T]``: the response up to its EOS, then 0.
-      logps: float32 ``[B, N, T]``, the model's full, untempered log-probability of each
-        token, EOS included; 0 after it.
-      sampler_logps: float32 ``[B, N, T]``, under the distribution that tokens were
-        drawn from; 0 after EOS and for the tokens of a forced prefix.
-      lengths: int32 ``[B, N]`` tokens, EOS included; ``T`` where none came.
-      entropies: float32 ``[B, N, T]`` of the full distribution, in nats, or None.
-    """
-
-    tokens: jax.Array
+    tokens: jax.Array  # int32 ``[B, N, T]``: the response up to its EOS, then 0
+    # float32 ``[B, N, T]``, the model's full, untempered log-probability of each token,
+    # EOS included; 0 after it
     logps: jax.Array
+    # float32 ``[B, N, T]``, under the distribution that tokens were drawn from; 0 after
+    # EOS and for the tokens of a forced prefix
     sampler_logps: jax.Array
-    lengths: jax.Array
+    lengths: jax.Array  # int32 ``[B, N]`` tokens, EOS included; ``T`` where none came
+    # float32 ``[B, N, T]`` of the full distribution, in nats, if asked for
     entropies: jax.Array | None = None
+
+
+def no_samples(shape: tuple[int, int, int], entropy: bool = False) -> Samples:
+    """Samples ``[B, N, T]`` without any token yet."""
+    # Each array anew: donated buffers must be distinct.
+    full, own, *more = (jnp.zeros(shape, jnp.float32) for _ in range(2 + entropy))
+    tokens = jnp.full(shape, PAD_ID, jnp.int32)
+    return Samples(tokens, full, own, jnp.zeros(shape[:2], jnp.int32), *more)
 
 
 class Requests(NamedTuple):
     """Prompts and what is asked of each; arrays over ``R`` prompts."""
 
-    # int32 ``[R, Le]``, right-padded with 0. A row of zeros is no prompt.
-    tokens: jax.Array
-    # typed PRNG keys ``[R]``: sample ``n`` draws from ``fold_in(key, n)``
-    keys: jax.Array
+    tokens: jax.Array  # int32 ``[R, Le]``, right-padded with 0; all 0: no prompt
+    keys: jax.Array  # typed, ``[R]``: sample ``n`` draws from ``fold_in(key, n)``
     num_samples: jax.Array  # int32 ``[R]``, at most ``N``
     max_new_tokens: jax.Array  # int32 ``[R]``, at most ``T``
-    # int32 ``[R, N, T]``: tokens that responses begin with, then 0; None where there
-    # are none
+    # int32 ``[R, N, T]``: tokens that responses begin with, if any do, then 0
     prefixes: jax.Array | None = None
-    prefix_lengths: jax.Array | None = None  # int32 ``[R, N]`` or None
-    # temperature and top-p of each, ``[R]``; None takes the rules'
-    settings: RowSettings | None = None
+    prefix_lengths: jax.Array | None = None  # int32 ``[R, N]``
+    settings: RowSettings | None = None  # ``[R]``, in place of the rules'
 
 
 class Groups(NamedTuple):
@@ -99,14 +100,10 @@ def new_groups(
     mask, cross_kv = network.encode(plan.model, params, requests.tokens)
     wanted = jnp.where(jnp.any(mask, axis=1), requests.num_samples, 0)
     sample_index = jnp.broadcast_to(jnp.arange(plan.slots, dtype=jnp.int32), rows)
-    tokens = requests.prefixes
-    if tokens is None:
-        tokens = jnp.full(shape, PAD_ID, jnp.int32)
-    chex.assert_shape(tokens, shape)
-
-    def zeros():  # anew for each: donated buffers must be distinct
-        return jnp.zeros(shape, jnp.float32)
-
+    samples = no_samples(shape, plan.entropy)
+    if requests.prefixes is not None:
+        chex.assert_shape(requests.prefixes, shape)
+        samples = samples._replace(tokens=requests.prefixes)
     return Groups(
         encoder_mask=mask,
         cross_kv=cross_kv,
@@ -122,44 +119,13 @@ def new_groups(
         ended=sample_index >= wanted[:, None],
         history=histories.empty(rows, plan.rules, plan.model),
         constraint=constraint and network.repeat(constraint.start(), rows),
-        samples=Samples(
-            tokens=tokens,
-            logps=zeros(),
-            sampler_logps=zeros(),
-            lengths=jnp.zeros(shape[:2], jnp.int32),
-            entropies=zeros() if plan.entropy else None,
-        ),
+        samples=samples,
     )
-
-
-def seat(groups: Groups, new: Groups, index: jax.Array) -> Groups:
-    """Puts the ``R`` groups of ``new`` at ``index [R]``; outside ``[0, G)``: nowhere.
-
-    The cache needs no clearing: what is older than a row's first token is masked.
-    """
-    return jax.tree.map(lambda old, x: old.at[index].set(x, mode="drop"), groups, new)
 
 
 def free(groups: Groups) -> jax.Array:
     """Bool ``[G]``: no slot is at work, and no sample waits."""
     return jnp.all(groups.ended, axis=1) & (groups.next_sample >= groups.num_samples)
-
-
-def drop(groups: Groups, dropped: jax.Array) -> Groups:
-    """Ends all samples of the groups ``dropped`` bool ``[G]``."""
-    return groups._replace(
-        ended=groups.ended | dropped[:, None],
-        next_sample=jnp.where(dropped, groups.num_samples, groups.next_sample),
-    )
-
-
-def end(groups: Groups, ended: jax.Array, constraint: Constraint | None) -> Groups:
-    """Ends samples where they stand; their slots take the prompts' next ones.
-
-    ``ended`` is bool ``[G, N]``; samples without a slot are left alone.
-    """
-    slots = jnp.take_along_axis(ended, groups.sample, axis=1)
-    return refill(groups._replace(ended=groups.ended | slots), constraint)
 
 
 def refill(groups: Groups, constraint: Constraint | None) -> Groups:
@@ -171,13 +137,10 @@ def refill(groups: Groups, constraint: Constraint | None) -> Groups:
     nth = jnp.cumsum(groups.ended, axis=1) - 1
     following = groups.next_sample[:, None] + nth
     takes = groups.ended & (following < groups.num_samples[:, None])
-    states = groups.constraint
-    if constraint is not None:
 
-        def restart(state, start):
-            return jnp.where(jnp.expand_dims(takes, range(2, state.ndim)), start, state)
+    def restart(state, start):
+        return jnp.where(jnp.expand_dims(takes, range(2, state.ndim)), start, state)
 
-        states = jax.tree.map(restart, states, constraint.start())
     return groups._replace(
         position=position,
         sample=jnp.where(takes, following, groups.sample),
@@ -185,5 +148,6 @@ def refill(groups: Groups, constraint: Constraint | None) -> Groups:
         ended=groups.ended & ~takes,
         next_sample=groups.next_sample + jnp.sum(takes, axis=1),
         history=histories.restart(groups.history, takes),
-        constraint=states,
+        constraint=constraint
+        and jax.tree.map(restart, groups.constraint, constraint.start()),
     )

@@ -7,6 +7,7 @@ whose parts exist only where a rule needs them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -62,7 +63,7 @@ def restart(history: History, rows: jax.Array) -> History:
     )
 
 
-def _ends_with(recent: jax.Array, sequence: tuple[int, ...]) -> jax.Array:
+def _ends_with(recent: jax.Array, sequence: Sequence[int]) -> jax.Array:
     tail = recent[..., recent.shape[-1] - len(sequence) :]
     return jnp.all(tail == jnp.asarray(sequence, jnp.int32), axis=-1)
 
@@ -82,7 +83,7 @@ def apply_rules(
     position: jax.Array | None = None,
     allowed: jax.Array | None = None,
 ) -> jax.Array:
-    """Logits after the rules that look back; tokens ruled out get ``-inf``.
+    """Logits ``[..., V]`` after the rules that look back; ``-inf`` where ruled out.
 
     Args:
       logits: float32 ``[..., V]``, the model's own.
@@ -93,9 +94,6 @@ def apply_rules(
       position: int32 ``[...]`` or scalar, tokens of the response so far.
       allowed: bool ``[..., V]``: tokens that may come next. Where none may, the
         response can only end: EOS is what remains.
-
-    Returns:
-      ``[..., V]``.
     """
     tokens = jnp.arange(logits.shape[-1])
     if rules.repetition_penalty != 1.0:
@@ -103,18 +101,15 @@ def apply_rules(
         less = jnp.where(logits < 0, logits * factor, logits / factor)
         logits = jnp.where(history.seen, less, logits)
     for *before, last in rules.bad_words:
-        completed = _ends_with(history.recent, tuple(before))
-        ruled_out = completed[..., None] & (tokens == last)
-        logits = jnp.where(ruled_out, -jnp.inf, logits)
+        completed = _ends_with(history.recent, before)[..., None]
+        logits = jnp.where(completed & (tokens == last), -jnp.inf, logits)
     if rules.min_new_tokens:
         early = jnp.asarray(position < rules.min_new_tokens)[..., None]
         logits = jnp.where(early & (tokens == EOS_ID), -jnp.inf, logits)
     if allowed is not None:
         some = jnp.any(allowed & (logits > -jnp.inf), axis=-1, keepdims=True)
-        eos = (tokens == EOS_ID) & ~some
-        logits = jnp.where(
-            some, jnp.where(allowed, logits, -jnp.inf), jnp.where(eos, 0.0, -jnp.inf)
-        )
+        only_eos = jnp.where(tokens == EOS_ID, 0.0, -jnp.inf)
+        logits = jnp.where(some, jnp.where(allowed, logits, -jnp.inf), only_eos)
     if rules.length_penalty is not None:
         start, factor = rules.length_penalty
         over = jnp.maximum(position - start, 0)[..., None].astype(jnp.float32)

@@ -6,60 +6,46 @@ Kumar and Byrne 2004; for neural generation Eikema and Aziz 2020 (arXiv 2005.102
 from __future__ import annotations
 
 import collections
+import functools
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
 
 def expected_utilities(
-    pool: Sequence[str],
-    metric: Callable[[str, str], float],
-    *,
-    references: Sequence[str] | None = None,
+    pool: Sequence[str], metric: Callable[[str, str], float]
 ) -> np.ndarray:
-    """The mean of ``metric(candidate, reference)`` over the references.
+    """The mean of ``metric(candidate, reference)`` over the pool, ``[len(pool)]``.
+
+    A candidate is among its own references, which ranks as leaving it out does where
+    ``metric(x, x)`` is the same for all ``x``.
 
     Args:
       pool: the candidates, usually samples of the model.
       metric: ``metric(hypothesis, reference)``, larger is better, for example
         ``lambda h, r: sacrebleu.sentence_chrf(h, [r]).score``. Called once for each
         pair of different texts.
-      references: samples to take the expectation over; default: the pool, each
-        candidate among its own references, which ranks as leaving it out does where
-        ``metric(x, x)`` is the same for all ``x``.
-
-    Returns:
-      float64 ``[len(pool)]``.
 
     >>> overlap = lambda a, b: len(set(a) & set(b)) / len(set(a) | set(b))
     >>> expected_utilities(["ab", "abc", "z"], overlap).round(2).tolist()
     [0.56, 0.56, 0.33]
     """
-    counts = collections.Counter(pool if references is None else references)
-    total = sum(counts.values())
-    if not pool or not total:
-        raise ValueError(
-            "Minimum Bayes risk needs at least one candidate and reference."
-        )
-    utilities = {
-        candidate: sum(n * metric(candidate, text) for text, n in counts.items())
-        / total
-        for candidate in dict.fromkeys(pool)
-    }
-    return np.array([utilities[candidate] for candidate in pool])
+    counts = collections.Counter(pool)
+    if not counts:
+        raise ValueError("Minimum Bayes risk needs at least one candidate.")
+
+    @functools.cache
+    def utility(candidate: str) -> float:
+        total = sum(n * metric(candidate, text) for text, n in counts.items())
+        return total / counts.total()
+
+    return np.array([utility(candidate) for candidate in pool])
 
 
-def minimum_bayes_risk(
-    pool: Sequence[str],
-    metric: Callable[[str, str], float],
-    *,
-    references: Sequence[str] | None = None,
-) -> int:
+def minimum_bayes_risk(pool: Sequence[str], metric: Callable[[str, str], float]) -> int:
     """The index of the candidate of highest expected utility; of equals the first.
-
-    Arguments are those of `expected_utilities`.
 
     >>> minimum_bayes_risk(["red", "blue", "red"], lambda a, b: float(a == b))
     0
     """
-    return int(np.argmax(expected_utilities(pool, metric, references=references)))
+    return int(np.argmax(expected_utilities(pool, metric)))

@@ -24,20 +24,8 @@ _FLAGS = re.ASCII | re.DOTALL | re.VERBOSE  # the others change what is matched
 Intervals = list[tuple[int, int]]  # of code points, both ends in them
 
 
-def _ranges(*members: str) -> Intervals:
-    return [(ord(m[0]), ord(m[-1])) for m in members]
-
-
-_CATEGORIES = {
-    codes.CATEGORY_DIGIT: _ranges("09"),
-    codes.CATEGORY_WORD: _ranges("09", "AZ", "az", "_"),
-    codes.CATEGORY_SPACE: _ranges(" ", "\t\r"),  # \t \n \v \f \r are neighbours
-}
-_NOT = {
-    codes.CATEGORY_NOT_DIGIT: codes.CATEGORY_DIGIT,
-    codes.CATEGORY_NOT_WORD: codes.CATEGORY_WORD,
-    codes.CATEGORY_NOT_SPACE: codes.CATEGORY_SPACE,
-}
+# First and last of their stretches, one behind the other; \t to \r are neighbours.
+_CATEGORIES = {"DIGIT": "09", "WORD": "09AZaz__", "SPACE": "  \t\r"}
 _BOUNDARIES = {
     codes.AT_BEGINNING_STRING: "\\A",
     codes.AT_BOUNDARY: "\\b",
@@ -150,10 +138,11 @@ def _members(items: Any) -> Intervals:
             found.append((value, value))
         elif kind is codes.RANGE:
             found.append(tuple(value))
-        elif value in _NOT:
-            found += _complement(_CATEGORIES[_NOT[value]])
-        else:
-            found += _CATEGORIES[value]
+        else:  # such as CATEGORY_NOT_DIGIT
+            *_, no, name = value.name.split("_")
+            ends = map(ord, _CATEGORIES[name])
+            own = list(zip(ends, ends, strict=True))
+            found += _complement(own) if no == "NOT" else own
     return _complement(found) if negated else found
 
 
@@ -170,17 +159,14 @@ def _complement(intervals: Intervals) -> Intervals:
 def _class(intervals: Intervals) -> str:
     """A class in hexadecimal, in which nothing has a meaning of its own."""
     left = _complement(_complement(intervals) + _ABSENT)
-    if len(left) == 1 and left[0][0] == left[0][1]:
-        return _point(left[0][0])
     if not left:
         return r"[^\x{0}-\x{10ffff}]"
+    (low, high), *more = left
+    if low == high and not more:
+        alone = chr(low)
+        return alone if alone.isascii() and alone.isalnum() else _hex(low)
     spelt = (_hex(a) if a == b else f"{_hex(a)}-{_hex(b)}" for a, b in left)
     return f"[{''.join(spelt)}]"
-
-
-def _point(point: int) -> str:
-    character = chr(point)
-    return character if character.isascii() and character.isalnum() else _hex(point)
 
 
 def _hex(point: int) -> str:

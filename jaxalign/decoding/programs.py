@@ -1,9 +1,8 @@
 """Probabilistic programs over a model: what SMC steering conditions on.
 
-A program is a Feynman-Kac model (Lew et al. 2023, arXiv 2306.03081, section 2): the
-network proposes tokens, potentials ``G_t >= 0`` reweight what they lead to, and the
-target is ``P(s) ~ E[prod_t G_t 1{S = s}]``. Programs are pytrees of arrays with three
-methods on *one* particle; the driver batches them, so they are plain JAX:
+A program is a Feynman-Kac model (Lew et al. 2023, arXiv 2306.03081, section 2; see
+docs/steering.md). Programs are pytrees of arrays with three methods on *one* particle;
+the driver batches them, so they are plain JAX:
 
 * ``init()`` returns the state at the start, any pytree;
 * ``proposal(state, context)`` returns unnormalised log-probabilities ``[V]`` to draw
@@ -27,6 +26,7 @@ A program of one's own is a ``flax.struct.dataclass`` that derives from ``Progra
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -51,11 +51,11 @@ class Context(NamedTuple):
     logps: jax.Array
     tokens: jax.Array  # int32 ``[T]``, the tokens so far, then 0
     position: jax.Array  # int32 scalar, how many there are
-    # int32 scalar, how many may follow, EOS included; huge where particles need not end
-    remaining: jax.Array
+    remaining: jax.Array  # int32 scalar, how many may follow, EOS included
     prompt_id: jax.Array  # uint32 scalar, as given to ``smc``
 
 
+@flax.struct.dataclass
 class Program:
     """The model itself, conditioned on ending in time; ``G = 1``."""
 
@@ -80,42 +80,16 @@ def only_eos_at_last(logits: jax.Array, context: Context) -> jax.Array:
 
 
 @flax.struct.dataclass
-class Unconditioned(Program):
-    """The model itself: draws from it, with weights that are all equal."""
-
-
-@flax.struct.dataclass
-class AllowedTokens(Program):
-    """A hard constraint on every token.
-
-    The proposal is the model restricted to the allowed tokens and renormalised, so each
-    step multiplies the weight by their mass.
-    """
-
-    allowed: jax.Array  # bool ``[V]``, EOS among them
-
-    def proposal(self, state: State, context: Context) -> jax.Array:
-        kept = jnp.where(self.allowed, context.logps[0], -jnp.inf)
-        return only_eos_at_last(kept, context)
-
-
-@flax.struct.dataclass
 class Infilling(Program):
     """Fixed text with blanks of one or more tokens in it.
 
     A blank's length is ``1 + Geometric(1/2)``, drawn token by token; no blank holds an
     EOS. Fixed tokens are forced, and cost their probability. Where tokens run short the
     blank ends at once, and costs the 1/2 of that choice.
-
-    Attributes:
-      template: int32 ``[L]`` token ids, ``BLANK`` (-1) for blanks, ``SPACED_BLANK``
-        (-2) for those that begin with a space, EOS at the end; made by
-        :func:`infilling`.
-      spaced: bool ``[V]``, tokens that begin with a space; needed for the latter.
     """
 
-    template: jax.Array
-    spaced: jax.Array | None = None
+    template: jax.Array  # int32 ``[L]``, made by :func:`infilling`
+    spaced: jax.Array | None = None  # bool ``[V]``, tokens that begin with a space
 
     def init(self) -> State:
         return jnp.int32(0), jnp.bool_(True)  # where it is; whether a part begins
@@ -148,22 +122,22 @@ def infilling(
 ) -> Infilling:
     """An :class:`Infilling` from token ids and ``None`` for each blank.
 
-    Args:
-      parts: of the template.
-      spaced_blanks: which of the blanks, counted from 0, begin with a space.
-      spaced: bool ``[V]``, the tokens that do.
+    ``spaced_blanks``, counted from 0, begin with one of the tokens that are ``spaced``.
 
     >>> infilling([[5, 6], None, [7]]).template
     Array([ 5,  6, -1,  7,  1], dtype=int32)
     """
     flat: list[int] = []
+    blanks = itertools.count()
     for i, part in enumerate(parts):
-        blank = part is None and sum(p is None for p in parts[:i])
-        begins = part is None and blank in spaced_blanks
-        if part is None and i and parts[i - 1] is None and not begins:
+        if part is not None:
+            flat += part
+            continue
+        begins = next(blanks) in spaced_blanks
+        if i and parts[i - 1] is None and not begins:
             raise ValueError(f"parts[{i - 1}] and parts[{i}] are both blank; use one.")
-        flat.extend([SPACED_BLANK if begins else BLANK] if part is None else part)
-    if any(token in (PAD_ID, EOS_ID) for token in flat):
+        flat.append(SPACED_BLANK if begins else BLANK)
+    if PAD_ID in flat or EOS_ID in flat:
         raise ValueError("Fixed text may hold neither padding (0) nor EOS (1).")
     return Infilling(jnp.array([*flat, EOS_ID], jnp.int32), spaced)
 
@@ -187,30 +161,18 @@ class PromptIntersection(Program):
 
 @flax.struct.dataclass
 class Potential(Program):
-    """A reward: the target is ``p(s) exp(function(s))``.
+    """A reward: the target is ``p(s) exp(function(s))``."""
 
-    Attributes:
-      function: ``(tokens [T], length, done, prompt_id) -> scalar``, plain JAX, EOS
-        counted in the length; or a :func:`text_function`.
-      every_token: also reweight unfinished text by it. That is a twist: what it adds
-        at one step it takes back at the next, so it changes which particles survive
-        and not the target. Off, the function is used on finished text only.
-    """
-
+    # ``(tokens [T], length, done, prompt_id) -> scalar``, plain JAX, EOS counted in the
+    # length; or a :func:`text_function`
     function: Callable[..., jax.Array] = flax.struct.field(pytree_node=False)
-    every_token: bool = flax.struct.field(pytree_node=False, default=False)
-
-    def init(self) -> State:
-        return jnp.float32(0.0)
 
     def step(self, state, context, token, key):
         tokens = context.tokens.at[context.position].set(token)
         done = token == EOS_ID
         length = context.position + 1
         value = self.function(tokens, length, done, context.prompt_id)
-        if not self.every_token:
-            value = jnp.where(done, value, 0.0)
-        return value, value - state, False
+        return state, jnp.where(done, value, 0.0), False
 
 
 def text_function(
@@ -219,28 +181,26 @@ def text_function(
 ) -> Callable[..., jax.Array]:
     """A :class:`Potential` function out of Python code that scores texts.
 
-    Args:
-      function: takes a list of texts and the prompt ids that they answer, never empty;
-        returns a log-potential for each.
-      vocabulary: decodes token ids.
+    ``function`` takes a list of finished texts, never empty, and the prompt ids that
+    they answer; it returns a log-potential for each.
     """
 
     def on_host(*arrays):
         tokens, length, done, prompt_ids = map(np.asarray, arrays)
         values = np.zeros(done.shape, np.float32)
-        if done.any():
-            texts = [
-                vocabulary.decode(row[:n].tolist())
-                for row, n in zip(tokens[done], length[done], strict=True)
-            ]
-            scores = function(texts, prompt_ids[done].tolist())
-            scores = np.asarray(scores, np.float32)
-            if scores.shape != (len(texts),):
-                raise ValueError(
-                    f"The potential must return one number for each of {len(texts)} "
-                    f"texts, got shape {scores.shape}."
-                )
-            values[done] = scores
+        if not done.any():
+            return values
+        texts = [
+            vocabulary.decode(row[:n].tolist())
+            for row, n in zip(tokens[done], length[done], strict=True)
+        ]
+        scores = np.asarray(function(texts, prompt_ids[done].tolist()), np.float32)
+        if scores.shape != (len(texts),):
+            raise ValueError(
+                f"The potential must return one number for each of {len(texts)} texts, "
+                f"got shape {scores.shape}."
+            )
+        values[done] = scores
         return values
 
     def potential(tokens, length, done, prompt_id):
@@ -257,12 +217,9 @@ class Product(Program):
     """Several programs at once: their potentials multiply.
 
     The proposal multiplies what each makes of the model, ``q ~ p prod_i (q_i / p)``.
-
-    Attributes:
-      programs: at most one of them may read more than one prompt.
     """
 
-    programs: tuple[Program, ...]
+    programs: tuple[Program, ...]  # at most one may read more than one prompt
 
     @property
     def num_contexts(self) -> int:

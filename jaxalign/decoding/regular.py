@@ -6,6 +6,7 @@ must-include languages and reading through a vocabulary's escapes are here.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -100,11 +101,7 @@ def including(phrase: str) -> ByteAutomaton:
 
 
 def excluding(phrase: str) -> ByteAutomaton:
-    """All texts that do not hold ``phrase``.
-
-    >>> excluding("aba").accepts("abba"), excluding("aba").accepts("ababa")
-    (True, False)
-    """
+    """All texts that do not hold ``phrase``."""
     table, _ = including(phrase)
     held = len(table) - 1
     return ByteAutomaton(
@@ -112,54 +109,39 @@ def excluding(phrase: str) -> ByteAutomaton:
     )
 
 
-def text() -> ByteAutomaton:
-    """All texts: well-formed UTF-8."""
-    return compile_regex("(?s:.)*")
-
-
 def intersection(
     automata: Sequence[ByteAutomaton], limit: int = 50_000
 ) -> ByteAutomaton:
-    """Texts that are in every language.
-
-    Raises:
-      ValueError: when more than ``limit`` states would be needed.
+    """Texts that are in every language; refused for more than ``limit`` states.
 
     >>> both = intersection([compile_regex("[ab]{3}"), including("ba")])
     >>> [t for t in ("aba", "aab", "baaa") if both.accepts(t)]
     ['aba']
     """
-    found = automata[0]
-    for other in automata[1:]:
-        found = _product(found, other, limit)
-    return found
+    return functools.reduce(functools.partial(_product, limit=limit), automata)
 
 
 def _product(a: ByteAutomaton, b: ByteAutomaton, limit: int) -> ByteAutomaton:
     width = len(b.accepting)
     number = {0: 0}
-    rows, queue = [], [0]
+    rows, queue = {}, [0]
     while queue:
         code = queue.pop()
         left, right = a.table[code // width], b.table[code % width]
         pairs = np.where((left < 0) | (right < 0), DEAD, left * width + right)
-        rows.append((number[code], pairs))
-        for pair in np.unique(pairs[pairs >= 0]).tolist():
-            if pair not in number:
-                number[pair] = len(number)
-                queue.append(pair)
+        rows[code] = pairs
+        new = [p for p in np.unique(pairs[pairs >= 0]).tolist() if p not in number]
+        number |= zip(new, range(len(number), len(number) + len(new)), strict=True)
+        queue += new
         if len(number) > limit:
             raise ValueError(
                 f"The constraints together need more than {limit} states: make them "
                 "simpler, or include fewer phrases."
             )
+    codes, of = np.unique([rows[code] for code in number], return_inverse=True)
+    order = [number.get(code, DEAD) for code in codes.tolist()]
+    table = np.array(order, np.int32)[of].reshape(-1, 256)
     codes = np.array(list(number))
-    table = np.full((len(codes), 256), DEAD, np.int32)
-    order = np.argsort(codes)
-    for state, pairs in rows:
-        alive = pairs >= 0
-        at = np.searchsorted(codes[order], pairs[alive])
-        table[state, alive] = order[at]
     accepting = a.accepting[codes // width] & b.accepting[codes % width]
     return trim(ByteAutomaton(table, accepting))
 
@@ -198,15 +180,9 @@ def through_escapes(
             states = closed[states, byte]
         return states
 
-    first, *rest = opener.encode("utf-8")
-    if len(rest) > 1:
-        raise ValueError(f"The opener {opener!r} has more than two bytes.")
+    first, *rest = opener.encode("utf-8")  # of at most two bytes
     plain, partial, escape, again, newline = (i * size for i in range(5))
     states = np.arange(size)
-
-    def to(targets: np.ndarray, mode: int) -> np.ndarray:
-        return np.where(targets >= 0, targets + mode, DEAD)
-
     out = np.full((5 * size, 256), DEAD, np.int32)
     out[plain : plain + size] = table
     out[plain : plain + size, first] = states + (partial if rest else escape)
@@ -220,7 +196,8 @@ def through_escapes(
         out[escape : escape + size, first] = move(states, opener.encode())
     for code, character in letters.items():
         mode = newline if character == "\n" else plain
-        target = to(move(states, character.encode("utf-8")), mode)
+        target = move(states, character.encode("utf-8"))
+        target = np.where(target >= 0, target + mode, DEAD)
         out[escape : escape + size, ord(code)] = target
     out[newline : newline + size] = out[plain : plain + size]
     out[newline : newline + size, ord(" ")] = states + plain

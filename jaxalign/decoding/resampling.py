@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 
@@ -30,8 +29,7 @@ def effective_sample_size(log_weights: jax.Array) -> jax.Array:
     >>> effective_sample_size(jnp.log(jnp.array([0.5, 0.5, 0.0, 0.0])))
     Array(2., dtype=float32)
     """
-    weights = normalised(log_weights)
-    squares = jnp.sum(jnp.square(weights), axis=-1)
+    squares = jnp.sum(jnp.square(normalised(log_weights)), axis=-1)
     return jnp.where(squares > 0.0, 1.0 / jnp.where(squares > 0.0, squares, 1.0), 0.0)
 
 
@@ -82,14 +80,7 @@ def threshold(weights: jax.Array, n: int) -> tuple[jax.Array, jax.Array]:
 
     Sorted in descending order, with ``tail_m`` the weight behind the ``m`` largest, it
     is ``(n - m) / tail_m`` for the first ``m`` at which the next weight does not
-    saturate: ``weights[m] * (n - m) < tail_m``.
-
-    Args:
-      weights: ``[P]``, summing to 1, more than ``n`` of them positive.
-      n: below ``P``.
-
-    Returns:
-      ``(c, m)`` scalars.
+    saturate: ``weights[m] * (n - m) < tail_m``. More than ``n`` weights are positive.
 
     >>> w = jnp.array([0.4, 0.2, 0.1, 0.1, 0.08, 0.05, 0.04, 0.02, 0.01])
     >>> c, m = threshold(w, 4)
@@ -116,18 +107,9 @@ def fearnhead_clifford(key: jax.Array, log_weights: jax.Array, n: int) -> Resamp
     1) undoes the ``N' / N`` of its expansion step; both are left out here.
 
     The reference implementation draws particles of weight 0 when fewer than ``n`` have
-    any, and gives them weight. Here those that have some are all kept, and the slots
-    left over stay dead.
-
-    Args:
-      key: a typed PRNG key.
-      log_weights: float32 ``[P]``.
-      n: how many to keep, at most ``P``.
-
-    Returns:
-      ``Resampled``; nobody with weight appears twice.
+    any, and gives them weight. Here those that have some are all kept, once each, and
+    the slots left over stay dead.
     """
-    chex.assert_rank(log_weights, 1)
     count = log_weights.size
     if n >= count:
         kept = jnp.arange(n, dtype=jnp.int32) % count
@@ -138,8 +120,7 @@ def fearnhead_clifford(key: jax.Array, log_weights: jax.Array, n: int) -> Resamp
     # Few enough: everybody stays. Also the branch of an empty population.
     few = weights[order[n]] <= 0.0
     c, m = threshold(jnp.where(few, 1.0, weights), n)
-    rank = jnp.zeros(count, jnp.int32).at[order].set(jnp.arange(count, dtype=jnp.int32))
-    kept = jnp.where(few, weights > 0.0, rank < m)
+    kept = jnp.where(few, weights > 0.0, jnp.argsort(order) < m)
     # The comb runs in the order of the particles: rounding errors move no tooth far.
     tail = jnp.where(kept, 0.0, weights)
     ends = jnp.cumsum(tail)
@@ -155,9 +136,5 @@ def fearnhead_clifford(key: jax.Array, log_weights: jax.Array, n: int) -> Resamp
     return Resampled(indices, jnp.where(used, new, -jnp.inf))
 
 
-SCHEMES = {
-    "fearnhead_clifford": fearnhead_clifford,
-    "multinomial": multinomial,
-    "stratified": stratified,
-    "systematic": systematic,
-}
+_ALL = (fearnhead_clifford, multinomial, stratified, systematic)
+SCHEMES = {scheme.__name__: scheme for scheme in _ALL}

@@ -20,12 +20,10 @@ class Sampling:
     Attributes:
       temperature: divides the logits; 0 takes the most probable token (greedy).
       top_k: keep the ``k`` most probable tokens; 0 keeps all.
-      top_p: keep the smallest set of most probable tokens whose mass is at least
-        ``p``, in ``(0, 1]``; 1 keeps all.
-      min_p: keep tokens at least ``min_p`` times as probable as the most probable
-        one, in ``[0, 1]``; 0 keeps all.
+      top_p: keep the most probable tokens, with mass at least ``p``; 1 keeps all.
+      min_p: keep tokens so probable relative to the most probable one; 0 keeps all.
       typical_p: keep the tokens whose information is closest to the entropy, with
-        mass at least ``typical_p``, in ``(0, 1]``; 1 keeps all.
+        mass at least ``p``; 1 keeps all.
       repetition_penalty: above 1 makes tokens of the response so far less probable,
         as Hugging Face defines it; 1 is off.
       length_penalty: ``(start, factor)``: after ``start`` tokens EOS's logit rises by
@@ -57,21 +55,19 @@ class Sampling:
                 raise ValueError(f"{name} must {what}, got {getattr(self, name)!r}.")
 
         # Smaller temperatures divide float32 logits into infinities.
-        t, penalty = self.temperature, self.repetition_penalty
+        t, k, penalty = self.temperature, self.top_k, self.repetition_penalty
         fits = t == 0.0 or 1e-6 <= t < math.inf
         check("temperature", fits, "be 0 (greedy) or finite and >= 1e-6")
-        fits = self.top_k == int(self.top_k) and self.top_k >= 0
-        check("top_k", fits, "be an integer >= 0 (0: off)")
+        check("top_k", k == int(k) and k >= 0, "be an integer >= 0 (0: off)")
         check("top_p", 0.0 < self.top_p <= 1.0, "lie in (0, 1] (1: off)")
         check("typical_p", 0.0 < self.typical_p <= 1.0, "lie in (0, 1] (1: off)")
         check("min_p", 0.0 <= self.min_p <= 1.0, "lie in [0, 1] (0: off)")
         check("repetition_penalty", 0.0 < penalty < math.inf, "be positive (1: off)")
         check("min_new_tokens", self.min_new_tokens >= 0, "be >= 0")
         if self.length_penalty is not None:
-            start, factor = self.length_penalty
-            fits = start >= 0 and factor > 0
-            check("length_penalty", fits, "be (start >= 0, factor > 0)")
-            object.__setattr__(self, "length_penalty", (int(start), float(factor)))
+            start, f = self.length_penalty
+            check("length_penalty", start >= 0 and f > 0, "be (start >= 0, factor > 0)")
+            object.__setattr__(self, "length_penalty", (int(start), float(f)))
         for name in ("bad_words", "stop_sequences"):
             # Lists, as gin and JSON give them, must not make the rules unhashable.
             sequences = tuple(tuple(map(int, s)) for s in getattr(self, name))
@@ -84,22 +80,11 @@ class Sampling:
                 "min_new_tokens to make responses longer."
             )
 
-    @property
-    def looks_back(self) -> bool:
-        """Whether a rule changes logits before temperature and truncation."""
-        return bool(
-            self.repetition_penalty != 1.0
-            or self.length_penalty
-            or self.bad_words
-            or self.min_new_tokens
-        )
-
 
 class Constraint(Protocol):
     """Which tokens may come next: a pytree whose leaves are its tables.
 
-    Register the class with ``jax.tree_util.register_dataclass``. States are pytrees
-    with one entry a row; the methods take and return any leading shape ``[...]``.
+    States are pytrees with one entry a row, of any leading shape ``[...]``.
     """
 
     def start(self) -> Any:
@@ -108,9 +93,7 @@ class Constraint(Protocol):
     def allowed(self, state: Any, remaining: jax.Array) -> jax.Array:
         """Bool ``[..., V]``: tokens that may come next. All False ends the row.
 
-        Args:
-          state: of the rows.
-          remaining: int32 ``[...]``, tokens that may still come, EOS included.
+        ``remaining``, int32 ``[...]``, tokens may still come, EOS included.
         """
 
     def advance(self, state: Any, tokens: jax.Array) -> Any:

@@ -13,30 +13,30 @@ typical, each on what the one before left.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
 
-from jaxalign.decoding import truncation
 from jaxalign.decoding.rules import Sampling
 
 # Vocabulary entries summed before the cumulative sum; T5 pads its vocabulary to a
 # multiple of 128.
 _BLOCK = 128
+# For non-negative floats the order of the bit patterns is the order of the numbers.
+_ONE_BITS = 0x3F800000  # of float32 1.0
+_INFINITY_BITS = 0x7F800000
 
 
 class Draw(NamedTuple):
     """One token per row; all arrays ``[...]``."""
 
     tokens: jax.Array  # int32 ids
-    logps: jax.Array  # log-probability under the model's full, untempered distribution
-    # log-probability under the distribution drawn from; 0 for greedy and for forced
-    # tokens
-    sampler_logps: jax.Array
-    # of the full distribution, in nats; None unless asked for
-    entropies: jax.Array | None = None
+    logps: jax.Array  # under the model's full, untempered distribution
+    sampler_logps: jax.Array  # under that drawn from; 0 where greedy or forced
+    entropies: jax.Array | None = None  # of the full one, in nats, if asked for
 
 
 class RowSettings(NamedTuple):
@@ -49,6 +49,79 @@ class RowSettings(NamedTuple):
     top_p: jax.Array  # float32 in ``(0, 1]``
 
 
+def _nucleus_floor(logits: jax.Array, p: float | jax.Array) -> jax.Array:
+    """The smallest logit of the nucleus, ``[..., 1]``; ``p`` is one, or one a row.
+
+    The nucleus (Holtzman et al. 2020, arXiv 1904.09751) is {token: prob >= t} for the
+    largest t that leaves the mass ``p``; never empty.
+    """
+    if not isinstance(p, jax.Array) and p >= 1.0:
+        # min() and not the last of the sorted values: XLA turns a slice of top_k
+        # back into a full sort, a hundred times slower on CPU.
+        return jnp.min(logits, axis=-1, keepdims=True)
+    probs = jax.nn.softmax(logits, axis=-1)
+
+    def enough(threshold: jax.Array) -> jax.Array:
+        mass = jnp.sum(jnp.where(probs >= threshold, probs, 0.0), axis=-1)
+        return (mass >= p) & (mass > 0.0)
+
+    low = jnp.zeros(logits.shape[:-1], jnp.int32)
+    threshold = _as_floats(_last_that(enough, low, low + _ONE_BITS + 1))
+    inside = jnp.where(probs >= threshold, logits, jnp.inf)
+    return jnp.min(inside, axis=-1, keepdims=True)
+
+
+def _as_floats(bits: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)[..., None]
+
+
+def _last_that(
+    holds: Callable[[jax.Array], jax.Array], low: jax.Array, high: jax.Array
+) -> jax.Array:
+    """The bits ``[...]`` of the last number for which `holds`, from ``low`` on.
+
+    Bisection over bit patterns finds it exactly in 31 sums; sorting the vocabulary is
+    ten times slower on CPU. It holds at ``low`` and no longer at ``high``.
+    """
+
+    def halve(_, bounds):
+        low, high = bounds
+        middle = low + (high - low) // 2
+        goes_on = holds(_as_floats(middle))
+        return jnp.where(goes_on, middle, low), jnp.where(goes_on, high, middle)
+
+    return jax.lax.fori_loop(0, 31, halve, (low, high))[0]
+
+
+def _keep_from(logits: jax.Array, floor: jax.Array) -> jax.Array:
+    """``logits`` from ``floor`` on, ``-inf`` below."""
+    return jnp.where(logits >= floor, logits, -jnp.inf)
+
+
+def _typical(logits: jax.Array, p: float) -> jax.Array:
+    """Keeps the tokens closest to the entropy with mass at least ``p``; 1 keeps all.
+
+    Locally typical sampling (Meister et al. 2022, arXiv 2202.00666): tokens in order
+    of ``|-log prob - entropy|``, equally close ones together.
+    """
+    if p >= 1.0:
+        return logits
+    logps = jax.nn.log_softmax(logits, axis=-1)
+    probs = jnp.exp(logps)
+    possible = probs > 0.0
+    information = jnp.where(possible, -logps, jnp.inf)
+    entropy = jnp.sum(jnp.where(possible, probs * -logps, 0.0), axis=-1, keepdims=True)
+    distance = jnp.abs(information - entropy)
+
+    def too_little(border: jax.Array) -> jax.Array:
+        return ~(jnp.sum(jnp.where(distance <= border, probs, 0.0), axis=-1) >= p)
+
+    low = jnp.full(logits.shape[:-1], -1, jnp.int32)
+    high = jnp.full(logits.shape[:-1], _INFINITY_BITS, jnp.int32)
+    border = _as_floats(_last_that(too_little, low, high) + 1)
+    return jnp.where(distance <= border, logits, -jnp.inf)
+
+
 def _row_logits(logits: jax.Array, rows: RowSettings) -> jax.Array:
     """Tempered logits of each row's nucleus."""
     best = jnp.argmax(logits, axis=-1)
@@ -57,7 +130,7 @@ def _row_logits(logits: jax.Array, rows: RowSettings) -> jax.Array:
     shifted = shifted / jnp.where(greedy, 1.0, rows.temperature[..., None])
 
     def nucleus(x: jax.Array) -> jax.Array:
-        kept = truncation.keep_from(x, truncation.nucleus_floor(x, rows.top_p))
+        kept = _keep_from(x, _nucleus_floor(x, rows.top_p))
         return jnp.where(rows.top_p[..., None] < 1.0, kept, x)
 
     shifted = jax.lax.cond(jnp.any(rows.top_p < 1.0), nucleus, lambda x: x, shifted)
@@ -73,22 +146,27 @@ def sampler_logits(
     Tempered, then truncated; `rows`, where given, replaces the temperature, which is
     otherwise above 0, and the top-p of `sampling`.
     """
+    temperature, top_p = sampling.temperature, sampling.top_p
     if rows is not None:
-        if sampling.top_k:
-            logits = truncation.apply_top_k(logits, sampling.top_k)
-        logits = _row_logits(logits, rows)
-    else:
-        if sampling.temperature != 1.0:
-            # The largest logit goes to 0 first: a tiny temperature must not overflow.
-            logits = logits - jnp.max(logits, axis=-1, keepdims=True)
-            logits = logits / sampling.temperature
-        if sampling.top_k or sampling.top_p < 1.0:
+        temperature, top_p = 1.0, 1.0
+    if temperature != 1.0:
+        # The largest logit goes to 0 first: a tiny temperature must not overflow.
+        logits = logits - jnp.max(logits, axis=-1, keepdims=True)
+        logits = logits / temperature
+    if sampling.top_k or top_p < 1.0:
+        values = logits
+        if 0 < sampling.top_k < logits.shape[-1]:
             # Top-p of what top-k left needs the k values only, not the vocabulary.
-            values = truncation.top_k_values(logits, sampling.top_k)
-            floor = truncation.nucleus_floor(values, sampling.top_p)
-            logits = truncation.keep_from(logits, floor)
-    logits = truncation.apply_min_p(logits, sampling.min_p)
-    return truncation.apply_typical(logits, sampling.typical_p)
+            values = jax.lax.top_k(logits, sampling.top_k)[0]
+        floor = _nucleus_floor(values, top_p)
+        logits = _keep_from(logits, floor)
+    if rows is not None:
+        logits = _row_logits(logits, rows)
+    if sampling.min_p > 0.0:  # Nguyen et al. 2024 (arXiv 2407.01082)
+        floor = jnp.max(logits, axis=-1, keepdims=True)
+        floor = floor + jnp.log(jnp.float32(sampling.min_p))
+        logits = _keep_from(logits, floor)
+    return _typical(logits, sampling.typical_p)
 
 
 def _categorical(uniform: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -149,14 +227,10 @@ def sample(
         in the batch. Unused when greedy.
       sampling: temperature and truncation.
       ruled: ``[..., V]``, the logits after ``history.apply_rules`` or any other
-        change; what is drawn from after temperature and truncation. Default:
-        ``logits``.
+        change, which are then tempered and truncated; default: ``logits``.
       forced: int32 ``[...]``, the token to take instead of a draw; negative: none.
       entropy: whether to return the full distribution's.
       rows: temperature and top-p of each row, in place of `sampling`'s.
-
-    Returns:
-      A ``Draw`` with arrays ``[...]``.
 
     >>> key = jax.random.key(0)
     >>> sample(jnp.log(jnp.array([0.2, 0.5, 0.3])), key, Sampling(top_k=1)).tokens
@@ -169,8 +243,7 @@ def sample(
         return jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
 
     ruled = logits if ruled is None else ruled
-    unchanged = ruled is logits
-    own_total = None
+    tempered = None
     if sampling.temperature == 0.0 and rows is None:
         tokens = jnp.argmax(ruled, axis=-1).astype(jnp.int32)
     else:
@@ -179,15 +252,13 @@ def sample(
             draw_uniform = jax.vmap(draw_uniform)
         tempered = sampler_logits(ruled, sampling, rows)
         tokens, own_total = _categorical(draw_uniform(keys), tempered)
-        unchanged &= tempered is logits
     if forced is not None:
         tokens = jnp.where(forced >= 0, forced, tokens)
     # Where nothing was changed, spare a pass over the vocabulary.
-    total = own_total if unchanged and own_total is not None else None
-    if total is None:
-        total = jax.nn.logsumexp(logits, axis=-1)
+    unchanged = tempered is logits
+    total = own_total if unchanged else jax.nn.logsumexp(logits, axis=-1)
     logps = chosen(tokens, logits) - total
-    if own_total is None:
+    if tempered is None:
         own = jnp.zeros_like(logps)
     else:
         own = logps if unchanged else chosen(tokens, tempered) - own_total

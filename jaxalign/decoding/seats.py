@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -11,68 +10,64 @@ import jax.numpy as jnp
 
 from jaxalign.decoding import groups as grouping
 from jaxalign.decoding import loop
-from jaxalign.decoding.generate import prompt_keys
 from jaxalign.decoding.groups import Plan, Requests, new_groups
 from jaxalign.decoding.loop import State
 from jaxalign.decoding.rules import Constraint
 
 
-@dataclasses.dataclass(frozen=True)
-class Setup:
-    """What the functions below are compiled for."""
-
-    plan: Plan  # of the loop
-    groups: int  # prompts decoded at a time
-    sharding: jax.sharding.Sharding | None  # of the groups axis, or None
-
-    def constrain(self, state: State) -> State:
-        """Groups over the sharding's axes, so that every call returns what it got."""
-        if self.sharding is None:
-            return state
-        groups, cache = jax.lax.with_sharding_constraint(
-            (state.groups, state.cache), self.sharding
-        )
-        return State(state.cursor, cache, groups)
+def _constrain(plan: Plan, state: State) -> State:
+    """Groups over the sharding's axes, so that every call returns what it got."""
+    if plan.sharding is None:
+        return state
+    groups, cache = jax.lax.with_sharding_constraint(
+        (state.groups, state.cache), plan.sharding
+    )
+    return State(state.cursor, cache, groups)
 
 
-@functools.partial(jax.jit, static_argnames="setup")
+@functools.partial(jax.jit, static_argnames="plan")
 def empty(
-    setup: Setup, params: Any, requests: Requests, constraint: Constraint | None
+    plan: Plan, params: Any, requests: Requests, constraint: Constraint | None
 ) -> State:
     """A state of groups that hold no prompt; of `requests` only the shapes count."""
     one = jax.eval_shape(
-        functools.partial(new_groups, setup.plan), params, requests, constraint
+        functools.partial(new_groups, plan), params, requests, constraint
     )
 
     def blank(leaf):
-        shape = (setup.groups, *leaf.shape[1:])
+        shape = (plan.groups, *leaf.shape[1:])
         if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             return jnp.broadcast_to(jax.random.key(0), shape)
         return jnp.zeros(shape, leaf.dtype)
 
     groups = jax.tree.map(blank, one)
     groups = groups._replace(ended=jnp.ones_like(groups.ended))
-    return setup.constrain(loop.begin(setup.plan, groups))
+    return _constrain(plan, loop.begin(plan, groups))
 
 
-@functools.partial(jax.jit, static_argnames="setup", donate_argnames="state")
+@functools.partial(jax.jit, static_argnames="plan", donate_argnames="state")
 def admit(
-    setup: Setup,
+    plan: Plan,
     params: Any,
     state: State,
     requests: Requests,
     index: jax.Array,
     constraint: Constraint | None,
 ) -> State:
-    """Encodes requests and seats them at the groups ``index``."""
-    new = new_groups(setup.plan, params, requests, constraint)
-    groups = grouping.seat(state.groups, new, index)
-    return setup.constrain(state._replace(groups=groups))
+    """Encodes requests and seats them at ``index [R]``; outside ``[0, G)``: nowhere.
+
+    The cache needs no clearing: what is older than a row's first token is masked.
+    """
+    new = new_groups(plan, params, requests, constraint)
+    groups = jax.tree.map(
+        lambda old, x: old.at[index].set(x, mode="drop"), state.groups, new
+    )
+    return _constrain(plan, state._replace(groups=groups))
 
 
-@functools.partial(jax.jit, static_argnames="setup", donate_argnames="state")
+@functools.partial(jax.jit, static_argnames="plan", donate_argnames="state")
 def run(
-    setup: Setup,
+    plan: Plan,
     params: Any,
     state: State,
     constraint: Constraint | None,
@@ -81,24 +76,29 @@ def run(
     max_steps: jax.Array,
     stop_when_free: jax.Array,
 ) -> tuple[State, jax.Array]:
-    """Decodes, after the groups and samples that were taken back; who is free then."""
-    groups = grouping.drop(state.groups, dropped)
+    """Decodes, without what was taken back; and who is free then.
+
+    Of the groups ``dropped`` bool ``[G]`` all samples end, and of ``ended`` bool ``[G,
+    N]`` those that have a slot, which takes the prompt's next one.
+    """
+    groups = state.groups
+    slots = jnp.take_along_axis(ended, groups.sample, axis=1) | dropped[:, None]
+    groups = groups._replace(
+        ended=groups.ended | slots,
+        next_sample=jnp.where(dropped, groups.num_samples, groups.next_sample),
+    )
     state = loop.run(
-        setup.plan,
+        plan,
         params,
-        state._replace(groups=grouping.end(groups, ended, constraint)),
+        state._replace(groups=grouping.refill(groups, constraint)),
         constraint,
         max_steps=max_steps,
         stop_when_free=stop_when_free,
     )
-    return setup.constrain(state), grouping.free(state.groups)
+    return _constrain(plan, state), grouping.free(state.groups)
 
 
 @jax.jit
 def request_keys(seeds: jax.Array, prompt_ids: jax.Array) -> jax.Array:
     """The key of each request ``[R]``, as `generate` has it."""
-
-    def one(seed, prompt_id):
-        return prompt_keys(jax.random.key(seed), prompt_id[None])[0]
-
-    return jax.vmap(one)(seeds, prompt_ids)
+    return jax.vmap(jax.random.fold_in)(jax.vmap(jax.random.key)(seeds), prompt_ids)

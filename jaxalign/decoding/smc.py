@@ -2,14 +2,9 @@
 
 Each step runs the model once on ``N`` particles, draws ``K`` children of every
 unfinished one, weighs a child by ``G p / q``, and resamples ``N`` of them, by default
-without replacement. The mean weight is an unbiased estimate of the program's
-normaliser ``Z``; the weighted particles approximate its target.
-
-The paper multiplies children by ``N' / (K N)`` and survivors by ``N / N'``, with ``N'``
-the number of children; the product ``1 / K`` is what stands here. Children share their
-parent's logits, so a step costs ``N`` decoder rows, not ``N K``. Survivors take their
-parent's self-attention cache; cross-attention keys and values belong to the prompt and
-are neither copied nor gathered.
+without replacement; see docs/steering.md. The paper multiplies children by ``N' / (K
+N)`` and survivors by ``N / N'``, with ``N'`` the number of children; the product ``1 /
+K`` is what stands here.
 """
 
 from __future__ import annotations
@@ -29,48 +24,22 @@ from jaxalign.decoding.generate import prompt_keys
 from jaxalign.decoding.programs import Context, Program, State
 from jaxalign.decoding.rules import EOS_ID, PAD_ID
 
-_UNLIMITED = 2**30
-
-
-class _Settings(NamedTuple):
-    """Arguments of `smc` that are compiled in."""
-
-    num_particles: int
-    max_new_tokens: int
-    expansion: int
-    resampling: str
-    vocab_size: int | None
-    must_end: bool
-    merge: bool
-
 
 class Particles(NamedTuple):
-    """Weighted responses to ``B`` prompts, ``N`` each.
+    """Weighted responses to ``B`` prompts, ``N`` each."""
 
-    Attributes:
-      tokens: int32 ``[B, N, T]``, up to EOS, then 0.
-      lengths: int32 ``[B, N]`` tokens, EOS included.
-      log_weights: float32 ``[B, N]``; ``-inf`` for particles that died.
-      logps: float32 ``[B, N]``, log-probability of the tokens under the (tempered)
-        model given the first prompt.
-      ended: bool ``[B, N]``, whether the particle finished in time, alive.
-      log_evidence: float32 ``[B]``, the log of the mean weight. ``exp`` of it is
-        unbiased; itself it is biased low.
-      ess: float32 ``[B, T]``, effective sample size among a step's children, before
-        resampling; 0 for steps not taken.
-      ancestors: int32 ``[B, T, N]``, each survivor's parent; -1 for steps not taken.
-      num_invalid: int32 ``[B]`` weights that were NaN or +inf, counted as dead.
-    """
-
-    tokens: jax.Array
-    lengths: jax.Array
-    log_weights: jax.Array
+    tokens: jax.Array  # int32 ``[B, N, T]``, up to EOS, then 0
+    lengths: jax.Array  # int32 ``[B, N]`` tokens, EOS included
+    log_weights: jax.Array  # float32 ``[B, N]``; ``-inf`` for particles that died
+    # float32 ``[B, N]``, of the tokens under the (tempered) model and the first prompt
     logps: jax.Array
-    ended: jax.Array
+    ended: jax.Array  # bool ``[B, N]``, whether the particle finished in time, alive
+    # float32 ``[B]``, the log of the mean weight, biased low; ``exp`` of it is unbiased
     log_evidence: jax.Array
+    # float32 ``[B, T]``, effective sample size among a step's children, before
+    # resampling; 0 for steps not taken
     ess: jax.Array
-    ancestors: jax.Array
-    num_invalid: jax.Array
+    ancestors: jax.Array  # int32 ``[B, T, N]``, parents; -1 for steps not taken
 
     @property
     def weights(self) -> jax.Array:
@@ -93,24 +62,22 @@ def smc(
     prompt_ids: jax.Array | np.ndarray | None = None,
     temperature: float = 1.0,
     vocab_size: int | None = None,
-    must_end: bool = True,
     merge: bool = False,
 ) -> Particles:
-    """Samples from the model conditioned on a program.
+    """Samples from the model conditioned on a program, and on EOS within ``T`` tokens.
 
     A prompt's particles are a function of the parameters, its tokens, ``key`` and its
     id. Compiled once per model, shape, setting and *structure* of the program: other
-    numbers in a program's arrays compile nothing.
+    numbers in a program's arrays compile nothing. A weight that is NaN or +inf counts
+    as dead.
+
+    Arguments that are not named here are those of `jaxalign.decoding.generate`.
 
     Args:
-      model: a ``jaxalign.models.T5``, or anything with its decoding methods.
-      params: its parameters.
       encoder_input_tokens: int32 ``[B, Le]``, right-padded with 0, EOS included; or
         ``[B, M, Le]`` for a program that reads ``M`` prompts.
       program: what to condition on.
-      key: a typed PRNG key.
       num_particles: ``N``.
-      max_new_tokens: ``T``, EOS included.
       expansion: children ``K`` of a particle. Resampling without replacement chooses
         among children, so it needs ``K >= 2``.
       resampling: ``"fearnhead_clifford"`` (without replacement, every step),
@@ -121,25 +88,13 @@ def smc(
       prompt_ids: ``[B]`` integers that tell prompts apart; default: their positions.
       temperature: divides the logits; the tempered model is what is conditioned.
       vocab_size: ids from here on, padding of the embedding, are impossible.
-      must_end: particles without EOS after ``T`` tokens weigh 0. Otherwise they count
-        as they stand.
       merge: add up equal children (parent, token and program state) before resampling;
         the estimate stays unbiased and varies less.
-
-    Returns:
-      ``Particles``.
-
-    Raises:
-      ValueError: naming the argument and what it should be.
     """
     encoder_input_tokens = jnp.asarray(encoder_input_tokens, jnp.int32)
     if encoder_input_tokens.ndim == 2:
         encoder_input_tokens = encoder_input_tokens[:, None]
-    if encoder_input_tokens.ndim != 3:
-        raise ValueError(
-            "encoder_input_tokens must be [B, Le] or [B, M, Le], got shape "
-            f"{encoder_input_tokens.shape}."
-        )
+    chex.assert_rank(encoder_input_tokens, 3)
     batch, contexts, _ = encoder_input_tokens.shape
     if contexts != program.num_contexts:
         raise ValueError(
@@ -171,10 +126,7 @@ def smc(
         jnp.asarray(prompt_ids, jnp.uint32),
         jnp.float32(temperature),
         jnp.float32(ess_threshold),
-        _Settings(
-            *(num_particles, max_new_tokens, expansion),
-            *(resampling, vocab_size, must_end, merge),
-        ),
+        (num_particles, max_new_tokens, expansion, resampling, vocab_size, merge),
     )
 
 
@@ -186,7 +138,6 @@ class _Children(NamedTuple):
     logps: jax.Array
     done: jax.Array
     state: State
-    invalid: jax.Array
 
 
 class _Carry(NamedTuple):
@@ -224,8 +175,7 @@ def _expand(
     )
     logps = context.logps[0][tokens]
     log_g = jnp.where(possible, log_g + logps - log_q[tokens], -jnp.inf)
-    invalid = jnp.isnan(log_g) | (log_g == jnp.inf)
-    log_g = jnp.where(invalid, -jnp.inf, log_g)
+    log_g = jnp.where(log_g < jnp.inf, log_g, -jnp.inf)  # NaN is not below either
     weights = log_weight + log_g - jnp.log(expansion)
     ended = ends | (tokens == EOS_ID)
     if merge and expansion > 1:
@@ -242,7 +192,6 @@ def _expand(
         logps=jnp.where(done, 0.0, logps),
         done=done | ended,
         state=jax.tree.map(if_done, state, states),
-        invalid=jnp.sum(invalid & ~done),
     )
 
 
@@ -284,10 +233,10 @@ def _smc(
     prompt_ids: jax.Array,
     temperature: jax.Array,
     ess_threshold: jax.Array,
-    settings: _Settings,
+    settings: tuple[Any, ...],
 ) -> Particles:
     b, m, length = encoder_input_tokens.shape
-    n, t, expansion, resampling, vocab_size, must_end, merge = settings
+    n, t, expansion, resampling, vocab_size, merge = settings
     flat = encoder_input_tokens.reshape(b * m, length)
     encoder_mask, cross_kv = network.encode(model, params, flat)
     keys = prompt_keys(key, prompt_ids)
@@ -311,16 +260,15 @@ def _smc(
             logits = jnp.where(real, logits, -jnp.inf)
         logps = jax.nn.log_softmax(logits).reshape(b, m, n, -1).swapaxes(1, 2)
         old = carry.particles
-        remaining = jnp.int32(t) - carry.position if must_end else jnp.int32(_UNLIMITED)
+        remaining = t - carry.position
         context = Context(logps, old.tokens, carry.position, remaining, prompt_ids)
 
         step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, carry.position)
         # Children and survivors never share randomness.
         child_keys, offset_keys = jax.vmap(jax.random.split, out_axes=1)(step_keys)
         child_keys = jax.vmap(lambda k: jax.random.split(k, n))(child_keys)
-        children = over_prompts(
-            context, carry.state, old.log_weights, carry.done, child_keys
-        )
+        args = context, carry.state, old.log_weights, carry.done, child_keys
+        children = over_prompts(*args)
         survivors = resample(offset_keys, children.log_weights)
         # A prompt whose particles are all finished waits for its neighbours unchanged.
         settled = jnp.all(carry.done, axis=1, keepdims=True)
@@ -329,42 +277,33 @@ def _smc(
             jnp.where(settled, old.log_weights, survivors.log_weights),
         )
         parents = survivors.indices // expansion
-
-        def of_child(tree):  # [B, N, K, ...] -> [B, N, ...]
-            flat = jax.tree.map(
-                lambda x: x.reshape(b, n * expansion, *x.shape[3:]), tree
-            )
-            return network.take_rows(flat, survivors.indices)
-
-        def of_parent(tree):  # [B, N, ...]
-            return network.take_rows(tree, parents)
-
-        cache = network.take_rows(cache, jnp.repeat(parents, m, axis=0))
-        was_done = of_parent(carry.done)
-        tokens = of_child(children.tokens)
+        flat = jax.tree.map(
+            lambda x: x.reshape(b, n * expansion, *x.shape[3:]), children
+        )
+        child = network.take_rows(flat, survivors.indices)  # [B, N, ...]
+        tokens, lengths, logps, was_done = network.take_rows(
+            (old.tokens, old.lengths, old.logps, carry.done), parents
+        )
         dead = survivors.log_weights == -jnp.inf
         ess = schemes.effective_sample_size(children.log_weights.reshape(b, -1))
         ess = jnp.where(settled[:, 0], 0.0, ess)
         born = jnp.where(settled, -1, parents)
         particles = old._replace(
-            tokens=jax.lax.dynamic_update_slice(
-                of_parent(old.tokens), tokens[:, :, None], (0, 0, carry.position)
-            ),
-            lengths=of_parent(old.lengths) + ~was_done,
+            tokens=tokens.at[:, :, carry.position].set(child.tokens),
+            lengths=lengths + ~was_done,
             log_weights=survivors.log_weights,
-            logps=of_parent(old.logps) + of_child(children.logps),
-            ended=of_child(children.done) & ~dead,
+            logps=logps + child.logps,
+            ended=child.done & ~dead,
             ess=old.ess.at[:, carry.position].set(ess),
             ancestors=old.ancestors.at[:, carry.position].set(born),
-            num_invalid=old.num_invalid + jnp.sum(children.invalid, axis=1),
         )
         return _Carry(
             position=carry.position + 1,
-            inputs=tokens,
+            inputs=child.tokens,
             done=particles.ended | dead,
             particles=particles,
-            state=of_child(children.state),
-            cache=cache,
+            state=child.state,
+            cache=network.take_rows(cache, jnp.repeat(parents, m, axis=0)),
         )
 
     rows = (b, n)
@@ -377,7 +316,6 @@ def _smc(
         log_evidence=jnp.zeros(b, jnp.float32),
         ess=jnp.zeros((b, t), jnp.float32),
         ancestors=jnp.full((b, t, n), -1, jnp.int32),
-        num_invalid=jnp.zeros(b, jnp.int32),
     )
     carry = _Carry(
         position=jnp.int32(0),
@@ -388,9 +326,7 @@ def _smc(
         cache=model.init_self_cache(b * m, n, t),
     )
     found = jax.lax.while_loop(unfinished, step, carry).particles
-    log_weights = found.log_weights
-    if must_end:
-        log_weights = jnp.where(found.ended, log_weights, -jnp.inf)
+    log_weights = jnp.where(found.ended, found.log_weights, -jnp.inf)
     return found._replace(
         log_weights=log_weights,
         log_evidence=jax.nn.logsumexp(log_weights, axis=1) - jnp.log(n),

@@ -3,11 +3,7 @@
 A stop is looked for in the *text* of a response, whatever tokens spell it. Of several
 the one that is completed first ends the response; of those completed by the same
 character, the longest. So the answer depends on the tokens alone, not on how many of
-them come between two looks.
-
-The engine decodes a few tokens at a time; who drives it looks at the text in between,
-and ends the samples that hold a stop. At most the tokens of one look are decoded for
-nothing, and they are not returned.
+them come between two looks at what the engine has decoded.
 """
 
 from __future__ import annotations
@@ -28,14 +24,7 @@ class Cut(NamedTuple):
 
 
 class Stops:
-    """Finds the first of several texts in a response.
-
-    Args:
-      texts: that end a response, none empty.
-      vocabulary: of the responses (``jaxalign.vocabularies``).
-
-    Raises:
-      ValueError: for a stop that is no text, or empty.
+    """Finds the first of several texts, none empty, in a response.
 
     >>> from jaxalign.vocabularies import ByteVocabulary
     >>> stops = Stops(["END", "."], ByteVocabulary())
@@ -58,19 +47,14 @@ class Stops:
     def find(self, text: str, after: int = 0) -> tuple[int, int] | None:
         """Begin and end of the stop that is completed first, or None.
 
-        Args:
-          text: of the response.
-          after: stops that end here or before do not count.
+        Stops that end at ``after`` or before do not count.
         """
         found = []
         for stop in self.texts:
             start = text.find(stop, max(0, after + 1 - len(stop)))
             if start >= 0:
-                found.append((start + len(stop), start))
-        if not found:
-            return None
-        end, start = min(found)
-        return start, end
+                found.append((start, start + len(stop)))
+        return min(found, key=lambda at: (at[1], at[0]), default=None)
 
     def before(self, text: str) -> str:
         """What comes before the first stop, or the whole text."""
@@ -79,24 +63,18 @@ class Stops:
 
     def held(self, text: str) -> int:
         """How many characters at the end of a text may begin a stop."""
-        sizes = {
-            n
-            for stop in self.texts
-            for n in range(1, min(len(stop), len(text) + 1))
-            if text.endswith(stop[:n])
-        }
-        return max(sizes, default=0)
+        begun = (stop[:n] for stop in self.texts for n in range(len(stop)))
+        return max((len(b) for b in begun if text.endswith(b)), default=0)
 
     def cut(
         self, tokens: Sequence[int], final: bool = False, forced: int = 0
     ) -> Cut | None:
-        """Where the first stop ends a response, or None.
+        """Where the first stop ends the tokens of a response, or None.
 
         Args:
           tokens: of the response so far.
           final: whether no more will come: then an open escape is text as well.
-          forced: tokens at the beginning that were given; a stop inside of their text
-            does not count.
+          forced: of the tokens, were given: a stop inside of their text is none.
         """
         if not self.texts:
             return None
@@ -104,12 +82,11 @@ class Stops:
         after = len(decode(tokens[:forced], final=False)) if forced else 0
         text = decode(tokens, final=False)
         found = self.find(text, after)
-        if found is None:
-            if not final:
-                return None
+        if found is None and final:
             text = decode(tokens)
             found = self.find(text, after)
-            return found and Cut(text[: found[1]], found[0], len(tokens))
+        if found is None:
+            return None
         # Each token only adds to the text: the fewest of them that reach the end.
         fewest = forced + bisect.bisect_left(
             range(forced, len(tokens)),

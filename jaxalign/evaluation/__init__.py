@@ -2,16 +2,13 @@
 
 from jaxalign.evaluation.compare import Comparison, compare_responses, mean_reward
 from jaxalign.evaluation.intervals import Interval, mean_with_ci, wilson_interval
-from jaxalign.evaluation.judging import Judge, PairwiseJudge, is_pairwise, verdicts
+from jaxalign.evaluation.judging import verdicts
 from jaxalign.evaluation.metrics import run_metrics
 
 __all__ = [
     "Comparison",
     "Interval",
-    "Judge",
-    "PairwiseJudge",
     "compare_responses",
-    "is_pairwise",
     "mean_reward",
     "mean_with_ci",
     "run_metrics",

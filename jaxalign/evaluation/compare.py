@@ -46,14 +46,12 @@ class Comparison:
 
     def to_json(self) -> dict[str, Any]:
         """Plain numbers; an interval is ``{"mean": .., "ci": [low, high]}``."""
-
-        def plain(value):
-            if isinstance(value, Interval):
-                return {"mean": value.mean, "ci": [value.low, value.high]}
-            return value
-
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return {name: plain(value) for name, value in fields.items()}
+        return {
+            name: {"mean": value.mean, "ci": [value.low, value.high]}
+            if isinstance(value, Interval)
+            else value
+            for name, value in vars(self).items()
+        }
 
 
 def _samples(
@@ -72,17 +70,11 @@ def _samples(
     return listed
 
 
-def mean_reward(
-    scores: Sequence[Sequence[float] | np.ndarray], *, confidence: float = 0.95
-) -> Interval:
+def mean_reward(scores: Sequence[Sequence[float] | np.ndarray]) -> Interval:
     """Mean score of responses; samples of one prompt form one cluster.
 
     Args:
       scores: of each prompt's samples, as `verdicts` gives them; NaN is left out.
-      confidence: two-sided level.
-
-    Returns:
-      An ``Interval``.
 
     Raises:
       ValueError: when there is no verdict at all.
@@ -95,7 +87,7 @@ def mean_reward(
     there = ~np.isnan(flat)
     if not there.any():
         raise _no_verdict(len(flat), "responses")
-    return mean_with_ci(flat[there], clusters[there], confidence=confidence)
+    return mean_with_ci(flat[there], clusters[there])
 
 
 def _no_verdict(count: int, what: str) -> ValueError:
@@ -110,10 +102,8 @@ def compare_responses(
     responses_a: Responses,
     responses_b: Responses,
     judge: judging.Judge | judging.PairwiseJudge,
-    *,
-    confidence: float = 0.95,
 ) -> Comparison:
-    """Compares two models' responses to the same prompts.
+    """Compares two models' responses to the same prompts, at 95% confidence.
 
     A scoring judge is asked once about a response, and every sample of A is compared
     with every sample of B on the same prompt. A pairwise judge is asked in both orders
@@ -124,10 +114,6 @@ def compare_responses(
       responses_a: per prompt a text, or several samples.
       responses_b: the same for model B.
       judge: scoring or pairwise, see `jaxalign.judges`.
-      confidence: two-sided level of all intervals.
-
-    Returns:
-      A ``Comparison``.
     """
     a = _samples("responses_a", prompts, responses_a)
     b = _samples("responses_b", prompts, responses_b)
@@ -135,16 +121,14 @@ def compare_responses(
         raise ValueError("A comparison needs at least one prompt, got none.")
     compare_all = _pairwise if judging.is_pairwise(judge) else _scored
     # Per prompt: an array of A's results against B, 1 win, 0 loss, 0.5 tie.
-    results, extra = compare_all(prompts, a, b, judge, confidence)
+    results, extra = compare_all(prompts, a, b, judge)
     results = [kept for r in results if (kept := r[~np.isnan(r)]).size]
     if not results:
         raise _no_verdict(len(prompts), "prompts' responses")
     flat = np.concatenate(results)
     wins = sum(float(np.mean(r)) for r in results)
     return Comparison(
-        win_rate=wilson_interval(
-            min(wins, len(results)), len(results), confidence=confidence
-        ),
+        win_rate=wilson_interval(min(wins, len(results)), len(results)),
         wins=int(np.sum(flat > 0.5)),
         ties=int(np.sum(flat == 0.5)),
         losses=int(np.sum(flat < 0.5)),
@@ -153,7 +137,7 @@ def compare_responses(
     )
 
 
-def _scored(prompts, a, b, judge, confidence):
+def _scored(prompts, a, b, judge):
     groups = [*zip(prompts, a, strict=True), *zip(prompts, b, strict=True)]
     scores = [s.astype(np.float64) for s in judging.verdicts(groups, judge)]
     scores_a, scores_b = scores[: len(prompts)], scores[len(prompts) :]
@@ -161,23 +145,20 @@ def _scored(prompts, a, b, judge, confidence):
         ((np.sign(x[:, None] - y[None, :]) + 1.0) / 2.0).ravel()
         for x, y in zip(scores_a, scores_b, strict=True)
     ]
-    there = [
-        (x[~np.isnan(x)], y[~np.isnan(y)])
-        for x, y in zip(scores_a, scores_b, strict=True)
-    ]
-    differences = [x.mean() - y.mean() for x, y in there if x.size and y.size]
+    kept = ([s[~np.isnan(s)] for s in each] for each in (scores_a, scores_b))
+    pairs = zip(*kept, strict=True)
+    differences = [x.mean() - y.mean() for x, y in pairs if x.size and y.size]
     if not differences:
         raise _no_verdict(len(prompts), "prompts' responses to both models")
     return results, {
         "no_verdict": sum(int(np.isnan(s).sum()) for s in scores),
-        "reward_a": mean_reward(scores_a, confidence=confidence),
-        "reward_b": mean_reward(scores_b, confidence=confidence),
-        "reward_difference": mean_with_ci(differences, confidence=confidence),
+        "reward_a": mean_reward(scores_a),
+        "reward_b": mean_reward(scores_b),
+        "reward_difference": mean_with_ci(differences),
     }
 
 
-def _pairwise(prompts, a, b, judge, confidence):
-    del confidence
+def _pairwise(prompts, a, b, judge):
     for i, (x, y) in enumerate(zip(a, b, strict=True)):
         if len(x) != len(y):
             raise ValueError(

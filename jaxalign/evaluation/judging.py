@@ -93,9 +93,6 @@ def preferences(
       ``(preference, bias)``, float64 ``[n]``: the mean preference for ``a`` in [0, 1],
       and by how much the judge favoured what stood first, in [-1, 1]. Both are NaN
       where an order has no verdict.
-
-    Raises:
-      ValueError: for a preference outside [0, 1], or another number of them.
     """
 
     def both(one: Sequence[Any], other: Sequence[Any]) -> list[Any]:
@@ -143,24 +140,21 @@ def verdicts(
     groups = list(groups)
     about = metadata or [None] * len(groups)
     if not is_pairwise(judge):
-        rows = [
-            (prompt, response, more)
-            for (prompt, responses), more in zip(groups, about, strict=True)
-            for response in responses
-        ]
-        if not rows:
+        sizes = [len(responses) for _, responses in groups]
+        if not sum(sizes):
             return [np.zeros(0, np.float32) for _ in groups]
-        prompts, texts, each = zip(*rows, strict=True)
-        found = scores(judge, prompts, texts, each if metadata else None)
-        ends = np.cumsum([len(responses) for _, responses in groups])[:-1]
-        return np.split(found, ends)
-    # Per group and response: its preferences over the others.
-    won: list[list[list[float]]] = [[[] for _ in r] for _, r in groups]
+        texts = [text for _, responses in groups for text in responses]
+        of = np.repeat(np.arange(len(groups)), sizes)
+        each = [about[g] for g in of] if metadata else None
+        found = scores(judge, [groups[g][0] for g in of], texts, each)
+        return np.split(found, np.cumsum(sizes)[:-1])
     pairs = [
         (g, i, j)
         for g, (_, responses) in enumerate(groups)
         for i, j in itertools.combinations(range(len(responses)), 2)
     ]
+    # Per group, the preference of each response over each of the others.
+    won = [np.full((len(r), len(r)), np.nan) for _, r in groups]
     if pairs:
         preferred, _ = preferences(
             judge,
@@ -170,16 +164,11 @@ def verdicts(
             [about[g] for g, _, _ in pairs] if metadata else None,
         )
         for (g, i, j), value in zip(pairs, preferred, strict=True):
-            won[g][i].append(float(value))
-            won[g][j].append(1.0 - float(value))
-    return [np.array([_mean(w) for w in group], np.float32) for group in won]
-
-
-def _mean(preferred: list[float]) -> float:
-    there = [p for p in preferred if p == p]
-    if preferred and not there:
-        return float("nan")
-    return sum(there) / len(there) if there else 0.5
+            won[g][i, j], won[g][j, i] = value, 1.0 - value
+    with np.errstate(invalid="ignore"):  # no verdict on any: 0/0
+        means = [np.nansum(w, 1) / np.sum(w == w, 1) for w in won]
+    alone = np.array([0.5], np.float32)
+    return [m.astype(np.float32) if len(m) != 1 else alone for m in means]
 
 
 def _numbers(found: Any, expected: int) -> np.ndarray:

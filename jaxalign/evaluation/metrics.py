@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import itertools
 import logging
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,8 @@ _SIGNATURES = (
 )
 
 
-def _same_number(targets: Sequence[Any], predictions: Sequence[Any]) -> None:
+def _pairs(targets: Sequence[Any], predictions: Sequence[Any]) -> list[tuple[Any, Any]]:
+    """Each target with its prediction; at least one."""
     if len(targets) != len(predictions):
         raise ValueError(
             f"Expected one prediction per target, got {len(targets)} targets and "
@@ -38,6 +40,7 @@ def _same_number(targets: Sequence[Any], predictions: Sequence[Any]) -> None:
         )
     if len(targets) == 0:
         raise ValueError("A metric needs at least one example, got none.")
+    return list(zip(targets, predictions, strict=True))
 
 
 def _references(target: str | Sequence[str]) -> list[str]:
@@ -69,10 +72,9 @@ def exact_match(
     >>> exact_match(["4", ["yes", "true"]], ["4 ", "no"])
     {'exact_match': 50.0}
     """
-    _same_number(targets, predictions)
     hits = [
         prediction.strip() in {text.strip() for text in _references(target)}
-        for target, prediction in zip(targets, predictions, strict=True)
+        for target, prediction in _pairs(targets, predictions)
     ]
     return {"exact_match": 100.0 * float(np.mean(hits))}
 
@@ -81,11 +83,7 @@ def sequence_accuracy(
     targets: Sequence[Any], predictions: Sequence[Any]
 ) -> dict[str, float]:
     """How many predictions equal their target in every token."""
-    _same_number(targets, predictions)
-    hits = [
-        _tokens(target) == _tokens(prediction)
-        for target, prediction in zip(targets, predictions, strict=True)
-    ]
+    hits = [_tokens(t) == _tokens(p) for t, p in _pairs(targets, predictions)]
     return {"sequence_accuracy": 100.0 * float(np.mean(hits))}
 
 
@@ -100,10 +98,9 @@ def token_accuracy(
     >>> token_accuracy([[5, 6, 7]], [[5, 9, 7, 7]])
     {'token_accuracy': 50.0}
     """
-    _same_number(targets, predictions)
     hits = positions = 0
-    for target, prediction in zip(targets, predictions, strict=True):
-        target, prediction = _tokens(target), _tokens(prediction)
+    for pair in _pairs(targets, predictions):
+        target, prediction = map(_tokens, pair)
         hits += sum(t == p for t, p in zip(target, prediction, strict=False))
         positions += max(len(target), len(prediction))
     return {"token_accuracy": 100.0 * hits / max(positions, 1)}
@@ -133,15 +130,11 @@ def bleu(
     Raises:
       ImportError: when sacrebleu is absent (extra ``metrics``).
     """
-    _same_number(targets, predictions)
+    _pairs(targets, predictions)
     sacrebleu = _import_optional("sacrebleu", "sacrebleu")
     references = [_references(target) for target in targets]
     # One stream per reference number; examples with fewer references end theirs early.
-    width = max(len(texts) for texts in references)
-    streams = [
-        [texts[i] if i < len(texts) else None for texts in references]
-        for i in range(width)
-    ]
+    streams = [list(texts) for texts in itertools.zip_longest(*references)]
     score = sacrebleu.corpus_bleu(list(predictions), streams, tokenize=tokenize)
     return {"bleu": float(score.score)}
 
@@ -183,12 +176,6 @@ def words(text: str) -> list[str]:
     return [word for word in found if word]
 
 
-class _Words:
-    """`words`, as ``rouge-score`` asks for it."""
-
-    tokenize = staticmethod(words)
-
-
 def rouge(
     targets: Sequence[str | Sequence[str]],
     predictions: Sequence[str],
@@ -208,41 +195,30 @@ def rouge(
     Returns:
       ``rouge1``, ``rouge2``, ``rougeLsum`` in percent, means over examples.
     """
-    _same_number(targets, predictions)
+    pairs = _pairs(targets, predictions)
     if tokenize not in ("unicode", "ascii"):
         raise ValueError(f"tokenize must be 'unicode' or 'ascii', got {tokenize!r}.")
     scoring = _import_optional("rouge_score.rouge_scorer", "rouge-score")
     names = ("rouge1", "rouge2", "rougeLsum")
-    scorer = scoring.RougeScorer(
-        names, tokenizer=_Words() if tokenize == "unicode" else None
-    )
+    tokenizer = SimpleNamespace(tokenize=words) if tokenize == "unicode" else None
+    scorer = scoring.RougeScorer(names, tokenizer=tokenizer)
     texts = [text for target in targets for text in _references(target)]
     bare = [t for t in texts if t.strip() and not words(t)]
     dropped = [t for t in texts if any(not w.isascii() for w in words(t))]
-    if bare:
-        _log.warning(
-            "%d of %d references have no letter or digit, such as %.40r: ROUGE gives "
-            "them 0 whatever is predicted.",
-            len(bare),
-            len(texts),
-            bare[0],
-        )
-    if tokenize == "ascii" and dropped:
-        _log.warning(
-            "%d of %d references have letters beyond a to z, such as %.40r, which "
-            "ROUGE drops with tokenize='ascii'; use 'unicode' for them.",
-            len(dropped),
-            len(texts),
-            dropped[0],
-        )
-    scores = [
-        scorer.score_multi(_references(target), prediction)
-        for target, prediction in zip(targets, predictions, strict=True)
-    ]
-    return {
-        name: 100.0 * float(np.mean([score[name].fmeasure for score in scores]))
-        for name in names
-    }
+    zero = (
+        "no letter or digit, such as %.40r: ROUGE gives them 0 whatever is predicted."
+    )
+    lost = (
+        "letters beyond a to z, such as %.40r, which ROUGE drops with "
+        "tokenize='ascii'; use 'unicode' for them."
+    )
+    for found, what in ((bare, zero), (dropped * (tokenize == "ascii"), lost)):
+        if found:
+            text = f"%d of %d references have {what}"
+            _log.warning(text, len(found), len(texts), found[0])
+    scores = [scorer.score_multi(_references(t), p) for t, p in pairs]
+    means = {n: np.mean([score[n].fmeasure for score in scores]) for n in names}
+    return {name: 100.0 * float(mean) for name, mean in means.items()}
 
 
 def _name(metric_fn: MetricFn) -> str:
@@ -251,12 +227,10 @@ def _name(metric_fn: MetricFn) -> str:
 
 def _signature(metric_fn: MetricFn) -> tuple[str, ...]:
     """The names of the arguments without a default, which say what a metric wants."""
+    free = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
     parameters = inspect.signature(metric_fn).parameters.values()
-    required = tuple(
-        p.name
-        for p in parameters
-        if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
-    )
+    wanted = (p for p in parameters if p.kind not in free)
+    required = tuple(p.name for p in wanted if p.default is p.empty)
     if required not in _SIGNATURES:
         raise ValueError(
             f"Metric {_name(metric_fn)} takes the arguments {required}; expected one "

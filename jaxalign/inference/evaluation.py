@@ -12,14 +12,11 @@ import numpy as np
 
 from jaxalign import judges, remote, user_code
 from jaxalign.cluster import exclusive
-from jaxalign.data import jsonl, records
+from jaxalign.data import jsonl
 from jaxalign.data.jsonl import json_line
 from jaxalign.decoding import Sampling
 from jaxalign.evaluation import compare, metrics
 from jaxalign.inference import generation, outputs
-
-# How it is computed, which is no part of what was asked for.
-_EXECUTION = ("batch_size", "mesh")
 
 
 @exclusive.one_output_at_a_time
@@ -72,7 +69,9 @@ def evaluate(
       ValueError: when nothing was asked for, or a finished output was made with other
         settings.
     """
-    given = {k: v for k, v in locals().items() if k not in ("output", *_EXECUTION)}
+    # How it is computed is no part of what was asked for.
+    asked = dict(locals())
+    del asked["output"], asked["batch_size"], asked["mesh"]
     if not judge and not metric_fns:
         raise ValueError(
             "Nothing to evaluate with: give --judge=my_judge.py:score, or "
@@ -90,32 +89,17 @@ def evaluate(
         )
         for name in metric_fns
     ]
-    asked = {**given, "verb": "eval", "data": outputs.input_key(data)}
+    asked |= {"verb": "eval", "data": outputs.input_key(data)}
     asked["judge"] = judged.fingerprint if judged else None
     asked["metric_fns"] = [
         user_code.function_key(name, function) if ":" in name else name
         for name, function in zip(metric_fns, functions, strict=True)
     ]
-
-    def key(policy: str, against: str | None) -> dict[str, Any]:
-        return {**asked, "checkpoint": policy, "baseline": against}
-
-    def key_now() -> dict[str, Any]:
-        against = outputs.policy_key(baseline) if baseline else None
-        return key(outputs.policy_key(checkpoint), against)
-
-    if outputs.kept(output, key_now) >= 0:
+    if outputs.kept(output, asked, checkpoint=checkpoint, baseline=baseline) >= 0:
         return jsonl.read_json(output) if jax.process_index() == 0 else {}
     schema = "supervised" if functions else "prompts"
-    examples, _ = records.load(
-        data,
-        schema,
-        field_map=field_map,
-        on_bad_row=on_bad_row,
-        listing=generation.bad_rows_beside(output),
-    )
-    rows = [record for e in examples for record in e.records]
-    prompts = [record["prompt"] for record in rows]
+    rows = generation.read_rows(data, schema, output, field_map, on_bad_row)
+    prompts = [record["prompt"] for _, record in rows]
 
     used: dict[str, str] = {}  # fingerprints of the policies
 
@@ -137,7 +121,7 @@ def evaluate(
     responses = texts(checkpoint)
     result: dict[str, Any] = {"checkpoint": checkpoint, "num_prompts": len(prompts)}
     if functions:
-        targets = [record["completion"] for record in rows]
+        targets = [record["completion"] for _, record in rows]
         first = [samples[0] for samples in responses]
         result["metrics"] = metrics.run_metrics(functions, targets, predictions=first)
     if judged and not baseline:
@@ -155,8 +139,8 @@ def evaluate(
         result["baseline"] = baseline
         result["comparison"] = compared.to_json()
     if output:
-        text = jsonl.dumps(result, indent=2) + "\n"
-        _write(output, [text], key(used[checkpoint], used.get(baseline)))
+        asked |= {"checkpoint": used[checkpoint], "baseline": used.get(baseline)}
+        _write(output, [jsonl.dumps(result, indent=2) + "\n"], asked)
     return result
 
 
@@ -164,26 +148,18 @@ def write_jsonl(
     path: str | Path,
     lines: Iterable[Mapping[str, Any]],
     key: Mapping[str, Any] | None = None,
-    **noted: Any,
 ) -> int:
     """Streams JSON lines into ``path.partial`` and renames it when all are written.
 
-    Of several processes the first writes; `lines` are the same in all of them.
-
-    Args:
-      path: the file, here or in a bucket.
-      lines: JSON objects.
-      key: what a local file depends on, kept beside it (`jaxalign.inference.outputs`).
-      **noted: what else is kept there.
-
-    Returns:
-      The number of lines.
+    Of several processes the first writes; `lines` are the same in all of them. What a
+    local file depends on (`key`) is kept beside it (`jaxalign.inference.outputs`).
+    Returns the number of lines.
     """
-    return _write(path, map(json_line, lines), key, **noted)
+    return _write(path, map(json_line, lines), key)
 
 
 def _write(
-    path: str | Path, texts: Iterable[str], key: Mapping[str, Any] | None, **noted: Any
+    path: str | Path, texts: Iterable[str], key: Mapping[str, Any] | None
 ) -> int:
     if jax.process_index() > 0:
         return sum(1 for _ in texts)
@@ -197,5 +173,5 @@ def _write(
         if key is None:
             os.replace(outputs.partial_path(local), local)
         else:
-            outputs.finish(local, key, **noted)
+            outputs.finish(local, key)
     return count

@@ -4,16 +4,16 @@ Lines go to ``OUTPUT.partial``, which takes its name when all are written. Besid
 lies ``OUTPUT.partial.json`` with what was asked for. The same command, started again
 after a kill, keeps the whole lines that are there and goes on; the result has the bytes
 of a run that was never killed, because whole windows of prompts are decoded again and
-what a window gives is a function of its prompts alone. When all is written, the
-settings stay beside it (`jaxalign.inference.outputs`): the same command has nothing to
-do, and another one does not overwrite it.
+what a window gives is a function of its prompts alone.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +27,13 @@ from jaxalign.cluster import mesh as meshes
 from jaxalign.data import jsonl, records
 from jaxalign.decoding import (
     BeamSearch,
-    Constraint,
     Generation,
     Generator,
     Sampling,
     constraints,
 )
 from jaxalign.decoding import bad_words as forbidden
-from jaxalign.decoding.generate import check_constraint
+from jaxalign.decoding.checks import check_constraint
 from jaxalign.decoding.stops import Stops
 from jaxalign.inference import outputs, searching
 from jaxalign.training import checkpoints
@@ -124,22 +123,15 @@ def generate(
       ValueError: when the output, finished or not, was asked for with other settings,
         or no response of `max_new_tokens` meets `regex`, `include` and `bad_words`.
     """
-    settings = {k: v for k, v in locals().items() if k not in ("output", "prompts")}
-    searches = num_beams > 1 or contrastive_alpha > 0
-    searching.check(settings)
+    asked = {k: v for k, v in locals().items() if k != "output"}
+    searching.check(asked)
     # Lines are appended to it, which an object store cannot do.
     local_output = remote.local_only(output, "--output, which grows line by line,")
     metric = searching.text_metric(mbr) if mbr else None
-    asked = {
-        "prompts": outputs.input_key(prompts),
-        **settings,
-    }
+    asked["prompts"] = outputs.input_key(prompts)
     if mbr and ":" in mbr:
         asked["mbr"] = user_code.function_key(mbr, metric)
-    count = outputs.kept(
-        local_output,
-        lambda: _key({**asked, "checkpoint": outputs.policy_key(checkpoint)}),
-    )
+    count = outputs.kept(local_output, _key(asked), checkpoint=checkpoint)
     if count >= 0:
         return count
     policy, sharding = load(checkpoint, mesh)
@@ -162,63 +154,52 @@ def generate(
         repetition_penalty,
         min_new_tokens=min_new_tokens,
     )
-    examples, _ = records.load(
-        prompts,
-        "prompts",
-        field_map=field_map,
-        on_bad_row=on_bad_row,
-        listing=bad_rows_beside(output),
-    )
-    rows = [(e.raw, record["prompt"]) for e in examples for record in e.records]
+    rows = read_rows(prompts, "prompts", output, field_map, on_bad_row)
     asked["checkpoint"] = policy.fingerprint
     per_prompt = 1 if mbr else num_samples
-    with _Writer(local_output, asked, per_prompt) as writer:
-        whole = writer.count // per_prompt  # prompts that need no decoding
-        common = {
-            "num_samples": num_samples,
-            "max_new_tokens": max_new_tokens,
-            "max_prompt_length": max_prompt_length,
-            "batch_size": batch_size,
-            "start": whole,
-        }
-        texts = [text for _, text in rows]
-        if searches:
-            generations = searching.search(
-                policy,
-                texts,
-                beams=BeamSearch(
-                    num_beams,
-                    length_penalty,
-                    num_groups=num_groups,
-                    diversity_penalty=diversity_penalty,
-                    rules=sampling,
-                )
-                if num_beams > 1
-                else None,
-                contrastive=(top_k or 4, contrastive_alpha)
-                if contrastive_alpha
-                else None,
-                constraint=constraint,
-                **common,
+    with _appending(local_output, asked) as (there, write):
+        # Prompts that need no decoding; lines of the next that are there.
+        whole, skip = divmod(there, per_prompt)
+        if num_beams > 1:
+            beams = BeamSearch(
+                num_beams,
+                length_penalty,
+                num_groups=num_groups,
+                diversity_penalty=diversity_penalty,
+                rules=sampling,
+            )
+            decode = functools.partial(
+                searching.search, beams=beams, constraint=constraint
+            )
+        elif contrastive_alpha > 0:
+            decode = functools.partial(
+                searching.search, contrastive=(top_k or 4, contrastive_alpha)
             )
         else:
-            generations = sample(
-                policy,
-                texts,
+            decode = functools.partial(
+                sample,
                 sampling=sampling,
                 slots=slots,
                 seed=seed,
                 sharding=sharding,
                 stop=stop,
                 constraint=constraint,
-                **common,
             )
+        generations = decode(
+            policy,
+            [record["prompt"] for _, record in rows],
+            num_samples=num_samples,
+            max_new_tokens=max_new_tokens,
+            max_prompt_length=max_prompt_length,
+            batch_size=batch_size,
+            start=whole,
+        )
         if metric:
             generations = searching.choose(generations, metric)
         dead = 0
         for (raw, _), generation in zip(rows[whole:], generations, strict=True):
-            writer.write(_lines(raw, generation))
-            dead += generation.texts.count(None)
+            write(list(_lines(raw, generation))[skip:])
+            dead, skip = dead + generation.texts.count(None), 0
     if dead:
         _log.warning(
             "%d responses are null: min_new_tokens or a stop left them no way to meet "
@@ -248,36 +229,19 @@ def sample(
     policy: checkpoints.Network,
     prompts: Sequence[str],
     *,
-    num_samples: int = 1,
-    sampling: Sampling | None = None,
-    max_new_tokens: int = 128,
     max_prompt_length: int | None = None,
-    batch_size: int = 16,
-    slots: int | None = None,
-    seed: int = 0,
-    sharding: jax.sharding.Sharding | None = None,
     start: int = 0,
-    stop: Sequence[str] = (),
-    constraint: Constraint | None = None,
+    **settings: Any,
 ) -> Iterator[Generation]:
-    """Yields a `jaxalign.decoding.Generation` per prompt, in order, from `start` on."""
+    """Yields a `jaxalign.decoding.Generation` per prompt, in order, from `start` on.
+
+    `settings` are those of `jaxalign.decoding.Generator`.
+    """
     vocabulary = policy.vocabulary
     tokens = [[*vocabulary.encode(text), vocabulary.eos_id] for text in prompts]
     longest = max(map(len, tokens), default=1)
-    generator = Generator(
-        policy.model,
-        vocabulary,
-        max_prompt_length=max_prompt_length or longest,
-        max_new_tokens=max_new_tokens,
-        num_samples=num_samples,
-        sampling=sampling,
-        batch_size=batch_size,
-        slots=slots,
-        seed=seed,
-        sharding=sharding,
-        stop=stop,
-        constraint=constraint,
-    )
+    limit = max_prompt_length or longest
+    generator = Generator(policy.model, vocabulary, max_prompt_length=limit, **settings)
     yield from generator(policy.params, tokens, start=start)
     if generator.num_truncated:
         _log.warning(
@@ -288,12 +252,25 @@ def sample(
         )
 
 
-def bad_rows_beside(output: str | None) -> Path | None:
-    """Where the bad rows of an input are listed: beside the output, if it is here."""
-    if output is None or remote.is_remote(output) or jax.process_index() > 0:
-        return None
-    path = Path(output).expanduser()
-    return path.with_name(f"{path.name}.bad_rows.jsonl")
+def read_rows(
+    path: str,
+    schema: str,
+    output: str | None,
+    field_map: Mapping[str, str] | None,
+    on_bad_row: str,
+) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Rows of an input as they were read, and as the schema has them.
+
+    Bad rows are listed beside the output, if that is here.
+    """
+    listing = None
+    if output is not None and not remote.is_remote(output) and not jax.process_index():
+        beside = Path(output).expanduser()
+        listing = beside.with_name(f"{beside.name}.bad_rows.jsonl")
+    examples, _ = records.load(
+        path, schema, field_map=field_map, on_bad_row=on_bad_row, listing=listing
+    )
+    return [(e.raw, record) for e in examples for record in e.records]
 
 
 def _lines(
@@ -306,15 +283,11 @@ def _lines(
             "checkpoint's parameters are damaged, or overflow in this dtype."
         )
     for i, text in enumerate(generation.texts):
-        line = {
-            **raw,
-            "response": text,
-            "sample": i,
-            "logp": None if text is None else float(generation.logp[i]),
-            "num_tokens": 0 if text is None else len(generation.tokens[i]),
-            **more[i],
-        }
-        yield jsonl.json_line(line)
+        logp, size = float(generation.logp[i]), len(generation.tokens[i])
+        if text is None:
+            logp, size = None, 0
+        line = {"response": text, "sample": i, "logp": logp, "num_tokens": size}
+        yield jsonl.json_line({**raw, **line, **more[i]})
 
 
 # How it was decoded, which changes no text.
@@ -325,61 +298,42 @@ def _key(asked: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in asked.items() if k not in _EXECUTION}
 
 
-class _Writer:
-    """Appends lines to an unfinished file that says what it belongs to.
+@contextlib.contextmanager
+def _appending(
+    path: Path, asked: Mapping[str, Any]
+) -> Iterator[tuple[int, Callable[[list[str]], None]]]:
+    """How many whole lines an earlier run left of an output, and what appends more.
 
-    Attributes:
-      count: whole lines that an earlier run left.
+    The unfinished file, beside which lies what was asked for, takes its name at the
+    end, if nothing went wrong. Of several processes the first writes.
     """
-
-    def __init__(self, path: Path, asked: Mapping[str, Any], per_prompt: int):
-        self._path = path
-        self._partial = outputs.partial_path(path)
-        self._about = path.with_name(path.name + ".partial.json")
-        self._asked = asked
-        self._first = jax.process_index() == 0
-        self._skip = 0
-        self.count = 0
-        if self._first:
-            self.count = self._open(asked)
-        if jax.process_count() > 1:
-            self.count = int(multihost_utils.broadcast_one_to_all(np.int32(self.count)))
-        self._skip = self.count % per_prompt
-
-    def _open(self, asked: dict[str, Any]) -> int:
-        whole = b""
-        if self._partial.exists() and self._about.exists():
-            before = jsonl.read_json(self._about)
-            outputs.refuse_other(f"{self._partial} was begun", before, asked)
+    count, file = 0, None
+    about = path.with_name(path.name + ".partial.json")
+    if jax.process_index() == 0:
+        whole, partial = b"", outputs.partial_path(path)
+        if partial.exists() and about.exists():
+            before = jsonl.read_json(about)
+            outputs.refuse_other(f"{partial} was begun", before, asked)
             # A kill may have torn the last line.
-            content = self._partial.read_bytes()
+            content = partial.read_bytes()
             whole = content[: content.rfind(b"\n") + 1]
-        self._file = outputs.open_partial(self._path)  # closed by __exit__
-        files.write_atomically(self._about, json.dumps(asked, indent=2) + "\n")
-        self._file.truncate(len(whole))
-        self._file.seek(len(whole))
+        file = outputs.open_partial(path)
+        files.write_atomically(about, json.dumps(asked, indent=2) + "\n")
+        file.truncate(len(whole))
+        file.seek(len(whole))
         count = whole.count(b"\n")
         if count:
-            _log.info("%s: going on after %d lines.", self._partial, count)
-        return count
+            _log.info("%s: going on after %d lines.", partial, count)
+    if jax.process_count() > 1:
+        count = int(multihost_utils.broadcast_one_to_all(np.int32(count)))
 
-    def write(self, lines: Iterable[str]) -> None:
-        """Appends a prompt's lines, less those that are there already."""
-        if not self._first:
-            return
-        lines = list(lines)[self._skip :]
-        self._skip = 0
-        self._file.write("".join(lines).encode("utf-8"))
-        self._file.flush()
+    def write(lines: list[str]) -> None:
+        if file:
+            file.write("".join(lines).encode("utf-8"))
+            file.flush()
 
-    def __enter__(self) -> _Writer:
-        return self
-
-    def __exit__(self, kind: Any, *_: Any) -> None:
-        """Closes the file, which takes its name if nothing went wrong."""
-        if not self._first:
-            return
-        self._file.close()
-        if kind is None:
-            outputs.finish(self._path, _key(self._asked))
-            self._about.unlink()
+    with file or contextlib.nullcontext():
+        yield count, write
+    if file:
+        outputs.finish(path, _key(asked))
+        about.unlink()

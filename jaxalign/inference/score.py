@@ -17,7 +17,6 @@ import numpy as np
 from jaxalign import batch as batches
 from jaxalign import models, remote
 from jaxalign.cluster import exclusive
-from jaxalign.data import records
 from jaxalign.files import json_sha256
 from jaxalign.inference import generation, outputs
 from jaxalign.inference.evaluation import write_jsonl
@@ -57,20 +56,11 @@ def score(
     """
     asked = {"verb": "score", "field_map": field_map, "on_bad_row": on_bad_row}
     asked["data"] = outputs.input_key(data)
-    count = outputs.kept(
-        output, lambda: {**asked, "checkpoint": outputs.policy_key(checkpoint)}
-    )
+    count = outputs.kept(output, asked, checkpoint=checkpoint)
     if count >= 0:
         return count
     policy, sharding = generation.load(checkpoint, mesh)
-    examples, _ = records.load(
-        data,
-        "supervised",
-        field_map=field_map,
-        on_bad_row=on_bad_row,
-        listing=generation.bad_rows_beside(output),
-    )
-    rows = [(e.raw, record) for e in examples for record in e.records]
+    rows = generation.read_rows(data, "supervised", output, field_map, on_bad_row)
     key = {**asked, "checkpoint": policy.fingerprint}
     unfinished = _unfinished(output, key)
     logps, lengths = score_pairs(
@@ -104,15 +94,8 @@ def score_pairs(
 ) -> tuple[np.ndarray, np.ndarray]:
     """``log p(completion | prompt)`` and target lengths of text pairs, ``[n]`` each.
 
-    Args:
-      policy: whose log-probabilities.
-      pairs: ``(prompt, completion)``; nothing is cut.
-      batch_size: encoder rows at a time.
-      sharding: places rows on several devices; every process gets all numbers.
-      **settings: of `jaxalign.training.scoring.score`.
-
-    Raises:
-      ValueError: naming a response, when the network's logits are not finite.
+    Nothing is cut; every process gets all numbers. More settings are those of
+    `jaxalign.training.scoring.score`. Logits that are not finite are an error.
     """
     if not pairs:
         return np.zeros(0, np.float32), np.zeros(0, np.int32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -40,23 +41,14 @@ def check(asked: Mapping[str, Any]) -> None:
         raise ValueError("num_groups and diversity_penalty need num_beams above 1.")
     if not (beams or contrastive):
         return
-    idle = {
-        "temperature": 1.0,
-        "top_p": 1.0,
-        "min_p": 0.0,
-        "typical_p": 1.0,
-        "regex": None,
-        "slots": None,
-        "mesh": None,
-    }
+    idle: dict[str, Any] = dict.fromkeys(("temperature", "top_p", "typical_p"), 1.0)
+    idle |= dict.fromkeys(("regex", "slots", "mesh"))
+    idle |= {"min_p": 0.0, "include": (), "stop": ()}
     if beams:
         idle["top_k"] = 0
     else:
-        idle |= {"repetition_penalty": 1.0, "min_new_tokens": 0}
-    set_ = [n for n, off in idle.items() if asked[n] != off]
-    set_ += [n for n in ("include", "stop") if asked[n]]
-    if contrastive and asked["bad_words"]:
-        set_.append("bad_words")
+        idle |= {"repetition_penalty": 1.0, "min_new_tokens": 0, "bad_words": ()}
+    set_ = [n for n, off in idle.items() if asked[n] != off and asked[n] != []]
     if set_:
         name = "Beam" if beams else "Contrastive"
         raise ValueError(f"{name} search has no {', '.join(set_)}: leave out.")
@@ -64,19 +56,12 @@ def check(asked: Mapping[str, Any]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """What a search or a choice gives for one prompt, best first.
+    """What a search or a choice gives for one prompt, best first."""
 
-    Attributes:
-      texts: responses; None where one could not meet the constraint.
-      tokens: their ids, EOS included where one came.
-      logp: float64, summed log-probabilities.
-      more: further numbers of each response, by name.
-    """
-
-    texts: list[str | None]
-    tokens: list[np.ndarray]
-    logp: np.ndarray
-    more: list[dict[str, float]]
+    texts: list[str | None]  # None where one could not meet the constraint
+    tokens: list[np.ndarray]  # ids, EOS included where one came
+    logp: np.ndarray  # float64, summed log-probabilities
+    more: list[dict[str, float]]  # further numbers of each response, by name
 
 
 def search(
@@ -94,19 +79,16 @@ def search(
 ) -> Iterator[Found]:
     """Yields the best responses to each prompt, in order, from `start` on.
 
-    Args:
-      policy: a loaded checkpoint.
-      prompts: texts.
-      num_samples: responses per prompt; 1 for contrastive search.
-      max_new_tokens: of a response, EOS included.
-      max_prompt_length: longer prompts are cut and keep their EOS.
-      batch_size: prompts at a time. Which prompts share a batch, and so every bit of
-        the result, does not depend on `start`.
-      beams: the rules of a beam search.
-      contrastive: ``(k, alpha)`` of a contrastive search, in place of `beams`.
-      constraint: of a beam search.
-      start: the first prompt.
+    Of a beam search, perhaps with a constraint, or of a contrastive search with ``(k,
+    alpha)``. Longer prompts are cut and keep their EOS. Which of them share a batch,
+    and so every bit of the result, does not depend on `start`.
     """
+    if beams:
+        rules = {"search": beams, "num_return": num_samples, "constraint": constraint}
+        method = functools.partial(beam_search, **rules)
+    else:
+        k, alpha = contrastive
+        method = functools.partial(contrastive_search, top_k=k, penalty_alpha=alpha)
     vocabulary, eos = policy.vocabulary, policy.vocabulary.eos_id
     tokens = [[*vocabulary.encode(text), eos] for text in prompts]
     limit = max_prompt_length or max(map(len, tokens), default=1)
@@ -120,50 +102,25 @@ def search(
             padded = np.zeros((batch_size, length), np.int32)
             for row, ids in enumerate(rows):
                 padded[row, : len(ids)] = ids
-            if contrastive:
-                k, alpha = contrastive
-                samples = jax.device_get(
-                    contrastive_search(
-                        policy.model,
-                        policy.params,
-                        padded,
-                        max_new_tokens=max_new_tokens,
-                        top_k=k,
-                        penalty_alpha=alpha,
-                    )
+            found = jax.device_get(
+                method(
+                    policy.model, policy.params, padded, max_new_tokens=max_new_tokens
                 )
-                found, lengths = samples.tokens, samples.lengths
-                logps = samples.logps.sum(-1, dtype=np.float64)
-                scores = None
+            )
+            if beams:
+                norms = np.asarray(beams.normalizer(found.lengths), np.float64)
+                logps = found.scores.astype(np.float64) * norms
             else:
-                result = jax.device_get(
-                    beam_search(
-                        policy.model,
-                        policy.params,
-                        padded,
-                        max_new_tokens=max_new_tokens,
-                        search=beams,
-                        num_return=num_samples,
-                        constraint=constraint,
-                    )
-                )
-                found, lengths, scores = result.tokens, result.lengths, result.scores
-                logps = scores.astype(np.float64) * np.asarray(
-                    beams.normalizer(lengths), np.float64
-                )
-            for row in range(len(rows)):
-                if first + row < start:
-                    continue
-                texts = [found[row, n, :m] for n, m in enumerate(lengths[row])]
+                logps = found.logps.sum(-1, dtype=np.float64)
+            for row in range(max(0, start - first), len(rows)):
+                sizes = enumerate(found.lengths[row])
+                ids = [found.tokens[row, n, :size] for n, size in sizes]
+                more = [{}] * len(ids)
+                if beams:
+                    more = [{"score": float(s)} for s in found.scores[row]]
+                texts = [vocabulary.decode(own.tolist()) for own in ids]
                 bar.update(1)
-                yield Found(
-                    [vocabulary.decode(ids.tolist()) for ids in texts],
-                    texts,
-                    logps[row],
-                    [{"score": float(s)} for s in scores[row]]
-                    if scores is not None
-                    else [{}] * len(texts),
-                )
+                yield Found(texts, ids, logps[row], more)
 
 
 # Sentence-level, ``(hypothesis, reference) -> larger is better``, by sacrebleu.
@@ -171,12 +128,7 @@ _METRICS = ("chrf", "bleu")
 
 
 def text_metric(name: str) -> Callable[[str, str], float]:
-    """A metric of two texts: ``chrf``, ``bleu``, or any ``module:function``.
-
-    Raises:
-      ValueError: for an unknown name.
-      ImportError: when sacrebleu is absent.
-    """
+    """A metric of two texts: ``chrf``, ``bleu``, or any ``module:function``."""
     if ":" in name:
         return user_code.resolve_callable(name)
     if name not in _METRICS:
@@ -190,9 +142,8 @@ def text_metric(name: str) -> Callable[[str, str], float]:
         raise ImportError(
             f"--mbr={name} needs sacrebleu: pip install 'jaxalign[metrics]'."
         ) from None
-    if name == "chrf":
-        return lambda h, r: sacrebleu.sentence_chrf(h, [r]).score
-    return lambda h, r: sacrebleu.sentence_bleu(h, [r]).score
+    score = getattr(sacrebleu, f"sentence_{name}")
+    return lambda h, r: score(h, [r]).score
 
 
 def choose(
@@ -206,9 +157,8 @@ def choose(
             texts = [generation.texts[i] for i in fit]
             utilities = mbr.expected_utilities(texts, metric)
             best, utility = fit[int(np.argmax(utilities))], float(max(utilities))
+        one = slice(best, best + 1)
         yield Found(
-            [generation.texts[best]],
-            [generation.tokens[best]],
-            generation.logp[best : best + 1],
+            *(generation.texts[one], generation.tokens[one], generation.logp[one]),
             [{"utility": utility}],
         )

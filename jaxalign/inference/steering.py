@@ -6,20 +6,22 @@ import functools
 import logging
 import math
 import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.special
 from tqdm import tqdm
 
 from jaxalign import judges
 from jaxalign.cluster import exclusive
-from jaxalign.data import records
 from jaxalign.data.bad_rows import quoted, show
 from jaxalign.decoding import constraints, programs
-from jaxalign.decoding.generate import check_constraint
+from jaxalign.decoding.checks import check_constraint
+from jaxalign.decoding.generator import prompt_bucket
 from jaxalign.decoding.smc import smc
 from jaxalign.inference import generation, outputs
 from jaxalign.inference.evaluation import write_jsonl
@@ -82,7 +84,7 @@ def steer(
       include: phrases that it has to hold.
       template: text with ``[BLANK]`` in it, each to be filled; excludes the two above.
       potential: a scoring judge, such as ``"package.module:function"`` (see
-        `jaxalign.judges`), asked about every prefix; the target is the model times
+        `jaxalign.judges`), asked about every response; the target is the model times
         ``exp(score / beta)``. ``-inf`` forbids a response; NaN, ``inf``, None and what
         float32 does not hold are an error.
       beta: see ``potential``.
@@ -106,31 +108,22 @@ def steer(
         with other settings.
     """
     asked = {k: v for k, v in locals().items() if k not in ("output", "batch_size")}
-    asked |= {"verb": "steer", "prompts": outputs.input_key(prompts)}
-
     scorer = judges.resolve(potential) if potential else None
-    asked["potential"] = scorer.fingerprint if scorer else None
-
-    def key(policy: str) -> dict[str, Any]:
-        return {**asked, "checkpoint": policy}
-
-    count = outputs.kept(output, lambda: key(outputs.policy_key(checkpoint)))
+    asked |= {
+        "verb": "steer",
+        "prompts": outputs.input_key(prompts),
+        "potential": scorer.fingerprint if scorer else None,
+    }
+    count = outputs.kept(output, asked, checkpoint=checkpoint)
     if count >= 0:
         return count
     policy = checkpoints.newest(checkpoint)
-    examples, _ = records.load(
-        prompts,
-        "prompts",
-        field_map=field_map,
-        on_bad_row=on_bad_row,
-        listing=generation.bad_rows_beside(output),
-    )
-    rows = [(e.raw, record["prompt"]) for e in examples for record in e.records]
+    rows = generation.read_rows(prompts, "prompts", output, field_map, on_bad_row)
     default = {"regex": regex, "include": tuple(include), "template": template}
     wishes = [_wish(i, raw, default) for i, (raw, _) in enumerate(rows)]
     judge = None
     if scorer:
-        judge = _Judge(potential, scorer, beta, [text for _, text in rows])
+        judge = _Judge(potential, scorer, beta, [r["prompt"] for _, r in rows])
     program_of = functools.cache(
         lambda wish: _program(wish, judge, policy, max_new_tokens)
     )
@@ -142,28 +135,29 @@ def steer(
             raise ValueError(f"Row {i}: {error}") from error
         groups.setdefault(wish, []).append(i)
 
+    sample = functools.partial(
+        smc,
+        policy.model,
+        policy.params,
+        key=jax.random.key(seed),
+        num_particles=num_particles,
+        expansion=expansion,
+        resampling=resampling,
+        ess_threshold=ess_threshold,
+        merge=merge,
+        temperature=temperature,
+        max_new_tokens=max_new_tokens,
+        vocab_size=policy.vocabulary.vocab_size,
+    )
     found: dict[int, list[dict[str, Any]]] = {}
     with tqdm(total=len(rows), desc="steer", unit="prompt", disable=None) as bar:
         for wish, members in groups.items():
             for start in range(0, len(members), batch_size):
                 batch = members[start : start + batch_size]
+                tokens = _encoder_tokens(batch, rows, batch_size, policy.vocabulary)
+                ids = np.resize(batch, batch_size)
                 particles = jax.device_get(
-                    smc(
-                        policy.model,
-                        policy.params,
-                        _encoder_tokens(batch, rows, batch_size, policy.vocabulary),
-                        program_of(wish),
-                        key=jax.random.key(seed),
-                        prompt_ids=np.resize(batch, batch_size),
-                        num_particles=num_particles,
-                        expansion=expansion,
-                        resampling=resampling,
-                        ess_threshold=ess_threshold,
-                        merge=merge,
-                        temperature=temperature,
-                        max_new_tokens=max_new_tokens,
-                        vocab_size=policy.vocabulary.vocab_size,
-                    )
+                    sample(tokens, program_of(wish), prompt_ids=ids)
                 )
                 if judge:
                     judge.check()
@@ -172,21 +166,20 @@ def steer(
                 bar.update(len(batch))
     dead = sum(lines[0]["response"] is None for lines in found.values())
     if dead:
+        forbidden = ""
+        if judge and judge.forbidden:
+            forbidden = f" ({judge.forbidden} responses had a potential of -inf)"
         _log.warning(
-            "No particle of %d of %d prompts survived%s; more particles, a larger "
-            "expansion or more new tokens may help.",
-            dead,
-            len(rows),
-            f" ({judge.forbidden} responses had a potential of -inf)"
-            if judge and judge.forbidden
-            else "",
+            f"No particle of {dead} of {len(rows)} prompts survived{forbidden}; more "
+            "particles, a larger expansion or more new tokens may help."
         )
 
     def lines() -> Iterable[dict[str, Any]]:
         for i, (raw, _) in enumerate(rows):
             yield from ({**raw, **line} for line in found[i])
 
-    return write_jsonl(output, lines(), key(policy.fingerprint))
+    asked["checkpoint"] = policy.fingerprint
+    return write_jsonl(output, lines(), asked)
 
 
 def _wish(i: int, raw: Mapping[str, Any], default: Mapping[str, Any]) -> _Wish:
@@ -218,9 +211,6 @@ class _Judge:
 
     What goes wrong there is kept for `check`: an error that is raised inside comes out
     as a page of the compiler's.
-
-    Attributes:
-      forbidden: how many responses had ``-inf``.
     """
 
     def __init__(self, name: str, judge: judges.Judge, beta: float, prompts: list[str]):
@@ -235,7 +225,7 @@ class _Judge:
         # Of a function its own values: wider than float32, and told as they are.
         self._ask = getattr(judge, "values", judge)
         self._error: Exception | None = None
-        self.forbidden = 0
+        self.forbidden = 0  # responses that had -inf
 
     def __call__(self, responses: list[str], prompt_ids: list[int]) -> list[float]:
         """Log-potentials; -inf for all once something has gone wrong."""
@@ -280,23 +270,19 @@ def _program(
     parts: list[programs.Program] = []
     if wish.template is not None:
         parts.append(_template(wish.template, vocabulary, num_tokens))
-    elif wish.include:
-        parts.append(
-            constraints.must_include(
-                wish.include, vocabulary, num_tokens, pattern=wish.regex
-            )
+    elif wish.include or wish.regex is not None:
+        constraint = constraints.must_include(
+            wish.include, vocabulary, num_tokens, pattern=wish.regex
         )
-    elif wish.regex is not None:
-        parts.append(constraints.regex(wish.regex, vocabulary, num_tokens))
-    if wish.template is None and parts:
-        check_constraint(parts[0], max_new_tokens)
+        check_constraint(constraint, max_new_tokens)
+        parts.append(constraint)
     if wish.contexts > 1:
         parts.append(programs.PromptIntersection(wish.contexts))
     if judge is not None:
         parts.append(programs.Potential(programs.text_function(judge, vocabulary)))
-    if not parts:
-        return programs.Unconditioned()
-    return parts[0] if len(parts) == 1 else programs.Product(tuple(parts))
+    if len(parts) > 1:
+        return programs.Product(tuple(parts))
+    return parts[0] if parts else programs.Program()
 
 
 def _template(template: str, vocabulary: Any, num_tokens: int) -> programs.Program:
@@ -336,17 +322,10 @@ def _template(template: str, vocabulary: Any, num_tokens: int) -> programs.Progr
 def _fixed_ids(
     text: str, vocabulary: Any, behind: bool, before: bool
 ) -> tuple[list[int], bool]:
-    """Ids that spell a template's text between blanks, to the letter.
+    """Ids that spell a template's text to the letter; whether a space is left over.
 
-    Args:
-      text: the text.
-      vocabulary: of SentencePiece.
-      behind: whether a blank comes before it.
-      before: whether a blank comes after it; then a last space is best left to the
-        blank's first piece, which begins with one as the model is used to.
-
-    Returns:
-      The ids, and whether a space is left to the blank.
+    A blank comes before it (``behind``), or after it (``before``): then a last space is
+    best left to the blank's first piece, which begins with one as the model is used to.
     """
     encode = vocabulary.encode_inside if behind else vocabulary.encode
     begun = vocabulary.encode("a") if behind else []
@@ -378,11 +357,14 @@ def _encoder_tokens(
     def ids(text: str) -> list[int]:
         return [*vocabulary.encode(text), vocabulary.eos_id]
 
-    texts = [[rows[i][1], *(rows[i][0].get("more_prompts") or [])] for i in batch]
-    tokens = [[ids(text) for text in row] for row in texts]
+    tokens = [
+        [ids(text) for text in (record["prompt"], *(raw.get("more_prompts") or []))]
+        for raw, record in (rows[i] for i in batch)
+    ]
     longest = max(len(t) for row in tokens for t in row)
-    length = max(16, 1 << (longest - 1).bit_length())
-    out = np.zeros((size, len(tokens[0]), length), np.int32)
+    out = np.zeros(
+        (size, len(tokens[0]), prompt_bucket(longest, sys.maxsize)), np.int32
+    )
     for at in range(size):
         for m, prompt in enumerate(tokens[at % len(tokens)]):
             out[at, m, : len(prompt)] = prompt
@@ -390,30 +372,23 @@ def _encoder_tokens(
 
 
 def _lines(particles: Any, at: int, vocabulary: Any) -> list[dict[str, Any]]:
-    log_weights = particles.log_weights[at].astype(np.float64)
-    evidence = float(particles.log_evidence[at])
-    ess = particles.ess[at]
-    shared = {
-        "log_evidence": evidence if math.isfinite(evidence) else None,
-        "min_ess": float(ess[ess > 0.0].min(initial=math.inf))
-        if (ess > 0.0).any()
-        else 0.0,
-    }
+    own = jax.tree.map(lambda x: x[at], particles)
+    evidence = float(own.log_evidence)
+    min_ess = min(own.ess[own.ess > 0.0].tolist(), default=0.0)
     if not math.isfinite(evidence):
+        shared = {"log_evidence": None, "min_ess": min_ess}
         return [{"response": None, "particle": 0, "weight": 0.0, **shared}]
-    weights = np.exp(log_weights - log_weights.max())
-    weights = weights / weights.sum()
+    weights = scipy.special.softmax(own.log_weights.astype(np.float64))
     order = [n for n in np.argsort(-weights, kind="stable") if weights[n] > 0.0]
     return [
         {
-            "response": vocabulary.decode(
-                particles.tokens[at, n, : particles.lengths[at, n]].tolist()
-            ),
+            "response": vocabulary.decode(own.tokens[n, : own.lengths[n]].tolist()),
             "particle": rank,
             "weight": float(weights[n]),
-            "logp": float(particles.logps[at, n]),
-            "num_tokens": int(particles.lengths[at, n]),
-            **shared,
+            "logp": float(own.logps[n]),
+            "num_tokens": int(own.lengths[n]),
+            "log_evidence": evidence,
+            "min_ess": min_ess,
         }
         for rank, n in enumerate(order)
     ]

@@ -14,7 +14,9 @@ One string names a judge on the command line and in gin:
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+
+import numpy as np
 
 from jaxalign import user_code
 from jaxalign.evaluation.judging import (
@@ -27,13 +29,10 @@ from jaxalign.evaluation.judging import (
 )
 from jaxalign.judges import network, text
 from jaxalign.judges.functions import from_function
-from jaxalign.judges.mixture import WeightedSum
-from jaxalign.judges.network import NetworkJudge
 from jaxalign.judges.text import TextJudge, TextPreference
 
 __all__ = [
     "Judge",
-    "NetworkJudge",
     "PairwiseJudge",
     "TextJudge",
     "TextPreference",
@@ -45,6 +44,36 @@ __all__ = [
     "scores",
     "verdicts",
 ]
+
+
+class WeightedSum:
+    """``sum_i weight_i * score_i``; NaN where any part has no verdict.
+
+    Args:
+      parts: ``(weight, judge)``, each asked once about a batch.
+
+    Raises:
+      ValueError: for a part that compares responses instead of scoring one.
+    """
+
+    def __init__(self, parts: Sequence[tuple[float, Judge]]):
+        for _, judge in parts:
+            if is_pairwise(judge):
+                raise ValueError(
+                    "A sum of judges is of scores, and one of its parts compares two "
+                    f"responses: {judge.fingerprint}."
+                )
+        self._parts = list(parts)
+        self.fingerprint = " + ".join(f"{w!r}*{j.fingerprint}" for w, j in parts)
+
+    def __call__(self, prompts, responses, metadata=None):
+        """Float32 ``[n]``; the sum is taken in float64."""
+        found = np.zeros(len(responses))
+        for weight, judge in self._parts:
+            scores = np.asarray(judge(prompts, responses, metadata), np.float32)
+            found += weight * scores.astype(np.float64)
+        return found.astype(np.float32)
+
 
 KINDS: dict[str, Callable[[str], Judge | PairwiseJudge]] = {
     "reward": network.reward,
@@ -62,10 +91,7 @@ _WEIGHTED = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)\s*\*\s*(.+)", 
 
 
 def resolve(name: str) -> Judge | PairwiseJudge:
-    """The judge that a string names; networks are loaded when first asked.
-
-    Args:
-      name: see the module's documentation.
+    """The judge that a string names, as above; networks are loaded when first asked.
 
     Raises:
       ValueError: saying what was not understood, and the nearest that would be.

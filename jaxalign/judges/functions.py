@@ -11,10 +11,6 @@ import numpy as np
 from jaxalign import user_code
 from jaxalign.evaluation.judging import Judge, Metadata, PairwiseJudge
 
-_POSITIONAL = (
-    inspect.Parameter.POSITIONAL_ONLY,
-    inspect.Parameter.POSITIONAL_OR_KEYWORD,
-)
 _LISTS = ("list", "List", "Sequence", "tuple", "Tuple")
 
 
@@ -43,8 +39,13 @@ def from_function(
     """
     where = getattr(function, "__qualname__", None) or type(function).__qualname__
     found = inspect.signature(function).parameters
-    parameters = [p for p in found.values() if p.name != "metadata"]
-    required = [p for p in parameters if p.default is p.empty and p.kind in _POSITIONAL]
+    required = [
+        p
+        for p in found.values()
+        if p.default is p.empty
+        and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+        and p.name != "metadata"
+    ]
     if len(required) not in (2, 3):
         raise ValueError(
             "A judge takes (prompt, response) and returns a score, or takes (prompt, "
@@ -53,17 +54,11 @@ def from_function(
         )
     kind = ScoreFunction if len(required) == 2 else PreferenceFunction
     name = name or f"{getattr(function, '__module__', '')}:{where}"
-    first = required[0]
-    takes_lists = first.name == "prompts" or _is_list(first.annotation)
+    # Postponed annotations are texts; other kinds are written as they begin.
+    text = inspect.formatannotation(required[0].annotation).strip("'")
+    is_list = text.partition("[")[0].rpartition(".")[2] in _LISTS
+    takes_lists = required[0].name == "prompts" or is_list
     return kind(function, name, takes_lists, "metadata" in found)
-
-
-def _is_list(annotation: Any) -> bool:
-    # Postponed annotations are texts; other kinds have one that begins alike.
-    text = annotation if isinstance(annotation, str) else str(annotation)
-    if isinstance(annotation, type) and not hasattr(annotation, "__origin__"):
-        text = annotation.__name__
-    return text.partition("[")[0].rpartition(".")[2] in _LISTS
 
 
 class _Function:
@@ -71,34 +66,28 @@ class _Function:
         self,
         function: Callable[..., Any],
         name: str,
-        takes_lists: bool = False,
-        takes_metadata: bool = False,
+        takes_lists: bool,
+        takes_metadata: bool,
     ):
         self._function, self._name = function, name
         self._takes_lists, self._takes_metadata = takes_lists, takes_metadata
         self.fingerprint = user_code.function_key(name, function)
 
-    def values(self, *texts: Sequence[str], metadata: Metadata | None = None) -> list:
-        """What the function itself says, unchecked."""
-        more: list[dict[str, Any]] = [{}] * len(texts[0])
-        if self._takes_metadata:
-            more = [{"metadata": m} for m in metadata or [None] * len(texts[0])]
-        if not self._takes_lists:
+    def _numbers(self, metadata: Metadata | None, *texts: Sequence[str]) -> np.ndarray:
+        if self._takes_lists:
+            named = {"metadata": metadata} if self._takes_metadata else {}
+            values = list(self._function(*map(list, texts), **named))
+            if len(values) != len(texts[0]):
+                raise ValueError(
+                    f"{self._name} was given {len(texts[0])} prompts and returned "
+                    f"{len(values)} numbers; one for each is expected."
+                )
+        else:
+            more: list[dict[str, Any]] = [{}] * len(texts[0])
+            if self._takes_metadata:
+                more = [{"metadata": m} for m in metadata or [None] * len(texts[0])]
             rows = zip(more, *texts, strict=True)
-            return [self._function(*row, **named) for named, *row in rows]
-        named = {"metadata": metadata} if self._takes_metadata else {}
-        found = list(self._function(*map(list, texts), **named))
-        if len(found) != len(texts[0]):
-            raise ValueError(
-                f"{self._name} was given {len(texts[0])} prompts and returned "
-                f"{len(found)} numbers; one for each is expected."
-            )
-        return found
-
-    def _numbers(
-        self, *texts: Sequence[str], metadata: Metadata | None = None
-    ) -> np.ndarray:
-        values = self.values(*texts, metadata=metadata)
+            values = [self._function(*row, **named) for named, *row in rows]
         found = np.full(len(values), np.nan)
         for i, value in enumerate(values):
             if value is None:
@@ -117,25 +106,14 @@ class _Function:
 class ScoreFunction(_Function):
     """``(prompt, response) -> score``; see `from_function`."""
 
-    def __call__(
-        self,
-        prompts: Sequence[str],
-        responses: Sequence[str],
-        metadata: Metadata | None = None,
-    ) -> np.ndarray:
+    def __call__(self, prompts, responses, metadata=None):
         """Float32 ``[n]``."""
-        return self._numbers(prompts, responses, metadata=metadata)
+        return self._numbers(metadata, prompts, responses)
 
 
 class PreferenceFunction(_Function):
     """``(prompt, a, b) -> preference``; see `from_function`."""
 
-    def compare(
-        self,
-        prompts: Sequence[str],
-        a: Sequence[str],
-        b: Sequence[str],
-        metadata: Metadata | None = None,
-    ) -> np.ndarray:
+    def compare(self, prompts, a, b, metadata=None):
         """Float32 ``[n]``."""
-        return self._numbers(prompts, a, b, metadata=metadata)
+        return self._numbers(metadata, prompts, a, b)

@@ -21,17 +21,9 @@ class Template:
     braces stay. Lines ``name: value`` between two lines of ``---`` are its settings.
 
     Args:
-      text: of the whole file.
+      text: of the whole file; `fingerprint` is its digest.
       origin: where it comes from, for messages.
       settings: the names that the head may set.
-
-    Attributes:
-      names: those in braces.
-      settings: as written at the head.
-      fingerprint: a digest of the whole text.
-
-    Raises:
-      ValueError: for a setting that is not known.
 
     >>> template = Template("---\\nmax_tokens: 8\\n---\\n{prompt}: {response}?")
     >>> template.settings
@@ -63,11 +55,7 @@ class Template:
 
     @classmethod
     def read(cls, path: str, settings: tuple[str, ...]) -> Template:
-        """The template in a file.
-
-        Raises:
-          FileNotFoundError: naming the files that lie where it was looked for.
-        """
+        """The template in a file."""
         file = Path(path).expanduser()
         if not file.is_file():
             beside = [p.name for p in file.parent.glob(f"*{file.suffix}")]
@@ -77,11 +65,7 @@ class Template:
         return cls(file.read_text(encoding="utf-8"), path, settings)
 
     def number(self, name: str, default: float) -> float:
-        """A setting that is a number.
-
-        Raises:
-          ValueError: when it is none.
-        """
+        """A setting that is a number."""
         try:
             return float(self.settings.get(name, default))
         except ValueError:
@@ -90,15 +74,7 @@ class Template:
             ) from None
 
     def fill(self, more: Mapping[str, Any] | None = None, **values: str) -> str:
-        """The text with values in place of their names.
-
-        Args:
-          more: of the row, such as ``{"reference": ...}``.
-          **values: which come first.
-
-        Raises:
-          ValueError: naming what is not known.
-        """
+        """The text with `values`, or what `more` knows, in place of their names."""
         known = {**(more or {}), **values}
         missing = sorted(self.names - set(known))
         if missing:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -54,8 +54,12 @@ class _Asked:
                 f"HIGH' ({error})."
             ) from error
 
-    def _ask(self, rows: Sequence[Mapping[str, str]], about: Metadata | None):
+    def _ask(self, about: Metadata | None, **texts: Sequence[str]) -> np.ndarray:
         """The mean of what is read off each row's answers, NaN for none."""
+        rows = [
+            dict(zip(texts, row, strict=True))
+            for row in zip(*texts.values(), strict=True)
+        ]
         more = about or [None] * len(rows)
         answers = self._teacher.generate(
             [self._rubric.fill(m, **r) for r, m in zip(rows, more, strict=True)],
@@ -63,19 +67,15 @@ class _Asked:
             temperature=self._temperature,
             max_tokens=self._max_tokens,
         )
-        found = [[self._value(a) for a in texts if a is not None] for texts in answers]
-        read = [[v for v in values if not math.isnan(v)] for values in found]
-        return np.array(
-            [sum(values) / len(values) if values else math.nan for values in read],
-            np.float32,
-        )
+        read = [[v for a in given if (v := self._value(a)) == v] for given in answers]
+        means = [sum(values) / len(values) if values else math.nan for values in read]
+        return np.array(means, np.float32)
 
-    def _value(self, answer: str) -> float:
-        matches = list(self._pattern.finditer(answer))
+    def _value(self, answer: str | None) -> float:
+        matches = list(self._pattern.finditer(answer or ""))
         if not matches:
             return math.nan
-        last = matches[-1]
-        value = self._number(last[1] if last.re.groups else last[0])
+        value = self._number(matches[-1][1 if self._pattern.groups else 0])
         return value if self._low <= value <= self._high else math.nan
 
     def _number(self, text: str | None) -> float:
@@ -88,18 +88,9 @@ class _Asked:
 class TextJudge(_Asked):
     """Scores by a teacher and a rubric with ``{response}``."""
 
-    def __call__(
-        self,
-        prompts: Sequence[str],
-        responses: Sequence[str],
-        metadata: Metadata | None = None,
-    ) -> np.ndarray:
+    def __call__(self, prompts, responses, metadata=None):
         """Float32 ``[n]``; NaN where no answer holds a number of the rubric's range."""
-        rows = [
-            {"prompt": p, "response": r}
-            for p, r in zip(prompts, responses, strict=True)
-        ]
-        return self._ask(rows, metadata)
+        return self._ask(metadata, prompt=prompts, response=responses)
 
 
 class TextPreference(_Asked):
@@ -107,18 +98,9 @@ class TextPreference(_Asked):
 
     _read = _LETTER
 
-    def compare(
-        self,
-        prompts: Sequence[str],
-        a: Sequence[str],
-        b: Sequence[str],
-        metadata: Metadata | None = None,
-    ) -> np.ndarray:
+    def compare(self, prompts, a, b, metadata=None):
         """Float32 ``[n]``; NaN where no answer says A, B or tie."""
-        rows = [
-            {"prompt": p, "a": x, "b": y} for p, x, y in zip(prompts, a, b, strict=True)
-        ]
-        return self._ask(rows, metadata)
+        return self._ask(metadata, prompt=prompts, a=a, b=b)
 
     def _number(self, text: str | None) -> float:
         return _PREFERENCES.get((text or "").upper(), math.nan)

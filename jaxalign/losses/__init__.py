@@ -4,19 +4,21 @@ A loss never sees a model, a tokenizer or a trainer. Objectives
 (`jaxalign.objectives`) join a loss with a model's forward pass and its metrics.
 """
 
-from jaxalign.losses.anchored import apo_down, apo_zero, exo_pair, nca_pair, sppo_hard
-from jaxalign.losses.likelihood import cross_entropy
+from jaxalign.losses.likelihood import RATIONALE_TERMS, cross_entropy, rationale
 from jaxalign.losses.pairwise import (
+    apo_down,
+    apo_zero,
     dpo,
     dpo_nll,
+    exo_pair,
     hinge,
     ipo,
     log_ratios,
-    margins,
     masked,
+    nca_pair,
     robust_dpo,
+    sppo_hard,
 )
-from jaxalign.losses.rationales import RATIONALE_TERMS, rationale
 from jaxalign.losses.reference_free import cpo, orpo, simpo, slic_hf
 from jaxalign.losses.rewards import dro_p, dro_p_at_mean, dro_v, reward_weights
 from jaxalign.losses.unpaired import apo_zero_unpaired, bco, kto, kto_at_reference_point
@@ -40,7 +42,6 @@ __all__ = [
     "kto",
     "kto_at_reference_point",
     "log_ratios",
-    "margins",
     "masked",
     "nca_pair",
     "orpo",

@@ -1,4 +1,4 @@
-"""Maximum likelihood."""
+"""Maximum likelihood: of responses, and of texts that say why one was preferred."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign.losses.pairwise import masked
+
+RATIONALE_TERMS = ("nll", "logsigmoid")
 
 
 def cross_entropy(
@@ -33,16 +35,13 @@ def cross_entropy(
     Args:
       target_logits: ``[...]`` the target's logit.
       log_z: ``[...]`` ``logsumexp`` of the logits.
-      mean_logits: ``[...]`` mean of the logits; needed where ``label_smoothing > 0``.
-      vocab_size: ``V``; needed where ``label_smoothing > 0``.
+      mean_logits: ``[...]`` mean of the logits; needed where ``label_smoothing > 0``,
+        as is ``vocab_size``, ``V``.
       label_smoothing: ``eps`` in ``[0, 1)``.
       z_loss: weight of the penalty that keeps the log-normaliser near zero.
 
     Returns:
       One float32 loss per token, in nats.
-
-    Raises:
-      ValueError: label smoothing without what it needs.
 
     >>> cross_entropy(jnp.zeros(1), jnp.log(jnp.array([4.0])))
     Array([1.3862944], dtype=float32)
@@ -62,4 +61,37 @@ def cross_entropy(
         losses = (on - off) * losses + off * uniform - entropy
     if z_loss:
         losses = losses + z_loss * jnp.square(log_z)
+    return masked(losses, where)
+
+
+def rationale(
+    logps: jax.Array, *, gamma: float, term: str = "nll", where: jax.Array | None = None
+) -> jax.Array:
+    """The rationale's term of RDPO and RORPO (Just et al. 2024, arXiv 2407.14477).
+
+    ::
+
+        nll          -gamma log pi_theta(rationale | pair)                   the paper
+        logsigmoid   -log sigmoid(gamma log pi_theta(rationale | pair))      its code
+
+    The two are not the same: the second's gradient is the first's times
+    ``sigmoid(-gamma logps)``, between one half and one.
+
+    Args:
+      logps: the rationales' log-probabilities under the policy, any shape: sums over
+        tokens in RDPO, means in RORPO.
+      gamma: weight of the term.
+      term: ``"nll"`` or ``"logsigmoid"``.
+
+    >>> logps = jnp.array([-30.0])
+    >>> rationale(logps, gamma=0.01)
+    Array([0.29999998], dtype=float32)
+    >>> rationale(logps, gamma=0.01, term="logsigmoid")
+    Array([0.8543552], dtype=float32)
+    """
+    if term not in RATIONALE_TERMS:
+        raise ValueError(f"term must be one of {RATIONALE_TERMS}, got {term!r}.")
+    chex.assert_type(logps, float)
+    scaled = gamma * masked(jnp.asarray(logps, jnp.float32), where)
+    losses = -scaled if term == "nll" else -jax.nn.log_sigmoid(scaled)
     return masked(losses, where)

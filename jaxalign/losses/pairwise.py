@@ -6,6 +6,9 @@ summed over a response's tokens, EOS included::
     lr    = log pi_theta(y|x) - log pi_ref(y|x)        the log-ratio of one response
     delta = lr_w - lr_l                                the margin, before beta
 
+Some functions see the margin alone, which lets both log-probabilities fall together;
+others anchor the chosen response, the rejected one, or both, to the reference.
+
 Every function is pure and unreduced: arrays in, one float32 loss per pair out. They
 share these arguments:
 
@@ -17,6 +20,11 @@ share these arguments:
 """
 
 from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
 
 import chex
 import jax
@@ -33,19 +41,6 @@ def log_ratios(
     return masked(logps - jax.lax.stop_gradient(ref_logps), where)
 
 
-def margins(
-    chosen_logps: jax.Array,
-    rejected_logps: jax.Array,
-    ref_chosen_logps: jax.Array,
-    ref_rejected_logps: jax.Array,
-    where: jax.Array | None = None,
-) -> jax.Array:
-    """The log-ratio margin ``delta`` in nats; the reference is under stop-gradient."""
-    chex.assert_equal_shape([chosen_logps, rejected_logps])
-    chosen = log_ratios(chosen_logps, ref_chosen_logps, where)
-    return chosen - log_ratios(rejected_logps, ref_rejected_logps, where)
-
-
 def masked(values: jax.Array, where: jax.Array | None) -> jax.Array:
     """Zeroes values where the mask is zero.
 
@@ -55,11 +50,40 @@ def masked(values: jax.Array, where: jax.Array | None) -> jax.Array:
     return values if where is None else jnp.where(where.astype(bool), values, 0.0)
 
 
+def _of_log_ratios(loss: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """Makes ``loss(lr_w, lr_l, ...)`` one of four log-probabilities and a mask."""
+    parameters = inspect.signature(loss).parameters
+
+    @functools.wraps(loss)
+    def of_logps(
+        chosen_logps: jax.Array,
+        rejected_logps: jax.Array,
+        ref_chosen_logps: jax.Array,
+        ref_rejected_logps: jax.Array,
+        *,
+        where: jax.Array | None = None,
+        **settings: Any,
+    ) -> jax.Array:
+        chex.assert_equal_shape([chosen_logps, rejected_logps])
+        chosen = log_ratios(chosen_logps, ref_chosen_logps, where)
+        rejected = log_ratios(rejected_logps, ref_rejected_logps, where)
+        if "where" in parameters:  # it masks what it adds to them
+            settings["where"] = where
+        return masked(loss(chosen, rejected, **settings), where)
+
+    # What `help` shows is what is called, the loss's own settings included.
+    del of_logps.__wrapped__
+    own = inspect.signature(of_logps)
+    *logps, where, _ = own.parameters.values()
+    settings = [p for p in list(parameters.values())[2:] if p.name != "where"]
+    of_logps.__signature__ = own.replace(parameters=[*logps, *settings, where])
+    return of_logps
+
+
+@_of_log_ratios
 def dpo(
-    chosen_logps: jax.Array,
-    rejected_logps: jax.Array,
-    ref_chosen_logps: jax.Array,
-    ref_rejected_logps: jax.Array,
+    chosen: jax.Array,
+    rejected: jax.Array,
     *,
     beta: float,
     label_smoothing: float = 0.0,
@@ -79,76 +103,44 @@ def dpo(
         length-regularised DPO (Park et al. 2024, arXiv 2403.19159), minus a
         margin is ODPO (Amini et al. 2024, arXiv 2402.10571).
 
-    >>> losses = dpo(jnp.array([-10.0]), jnp.array([-12.0]), jnp.array([-11.0]),
-    ...              jnp.array([-11.5]), beta=0.1)
-    >>> round(float(losses[0]), 5)
+    >>> losses = dpo(*jnp.array([-10.0, -12.0, -11.0, -11.5]), beta=0.1)
+    >>> round(float(losses), 5)
     0.62096
     """
-    scaled = beta * margins(
-        chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, where
-    )
-    scaled = masked(scaled + jax.lax.stop_gradient(offset), where)
-    losses = -(1.0 - label_smoothing) * jax.nn.log_sigmoid(
-        scaled
-    ) - label_smoothing * jax.nn.log_sigmoid(-scaled)
-    return masked(losses, where)
+    scaled = beta * (chosen - rejected) + jax.lax.stop_gradient(offset)
+    scaled = masked(scaled, where)
+    losses = -(1.0 - label_smoothing) * jax.nn.log_sigmoid(scaled)
+    return losses - label_smoothing * jax.nn.log_sigmoid(-scaled)
 
 
-def hinge(
-    chosen_logps: jax.Array,
-    rejected_logps: jax.Array,
-    ref_chosen_logps: jax.Array,
-    ref_rejected_logps: jax.Array,
-    *,
-    beta: float,
-    where: jax.Array | None = None,
-) -> jax.Array:
+@_of_log_ratios
+def hinge(chosen: jax.Array, rejected: jax.Array, *, beta: float) -> jax.Array:
     """The hinge on the log-ratio margin: SLiC with a reference (arXiv 2305.10425).
 
     A pair whose scaled margin exceeds 1 costs nothing and moves nothing::
 
-        loss = relu(1 - beta delta)
+        loss = relu(1 - beta delta)    beta: one over the margin asked for
 
-    Args:
-      beta: one over the margin asked for, in 1/nat.
-
-    >>> hinge(jnp.array([-10.0]), jnp.array([-12.0]), jnp.array([-11.0]),
-    ...       jnp.array([-11.5]), beta=0.1)
-    Array([0.85], dtype=float32)
+    >>> hinge(*jnp.array([-10.0, -12.0, -11.0, -11.5]), beta=0.1)
+    Array(0.85, dtype=float32)
     """
-    scaled = beta * margins(
-        chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, where
-    )
-    return masked(jax.nn.relu(1.0 - scaled), where)
+    return jax.nn.relu(1.0 - beta * (chosen - rejected))
 
 
+@_of_log_ratios
 def robust_dpo(
-    chosen_logps: jax.Array,
-    rejected_logps: jax.Array,
-    ref_chosen_logps: jax.Array,
-    ref_rejected_logps: jax.Array,
-    *,
-    beta: float,
-    label_smoothing: float = 0.1,
-    where: jax.Array | None = None,
+    chosen: jax.Array, rejected: jax.Array, *, beta: float, label_smoothing: float = 0.1
 ) -> jax.Array:
     """Robust DPO (Chowdhury et al. 2024, arXiv 2403.00409).
 
     Unbiased for DPO's loss on clean labels when each label is flipped with probability
-    ``eps``; the price is that the loss is unbounded below::
+    ``eps = label_smoothing``, in ``[0, 0.5)``; in return it is unbounded below::
 
         loss = (-(1 - eps) log sigmoid(z) + eps log sigmoid(-z)) / (1 - 2 eps),
         z    = beta delta
 
-    Args:
-      label_smoothing: the flip probability ``eps`` in ``[0, 0.5)``.
-
-    Raises:
-      ValueError: a flip probability outside ``[0, 0.5)``.
-
-    >>> losses = robust_dpo(jnp.array([-10.0]), jnp.array([-12.0]),
-    ...                     jnp.array([-11.0]), jnp.array([-11.5]), beta=0.1)
-    >>> round(float(losses[0]), 5)
+    >>> losses = robust_dpo(*jnp.array([-10.0, -12.0, -11.0, -11.5]), beta=0.1)
+    >>> round(float(losses), 5)
     0.60221
     """
     if not 0.0 <= label_smoothing < 0.5:
@@ -156,14 +148,10 @@ def robust_dpo(
             f"robust_dpo needs a flip probability in [0, 0.5), got {label_smoothing}: "
             "at 0.5 the labels say nothing."
         )
-    scaled = beta * margins(
-        chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, where
-    )
-    losses = (
-        label_smoothing * jax.nn.log_sigmoid(-scaled)
-        - (1.0 - label_smoothing) * jax.nn.log_sigmoid(scaled)
-    ) / (1.0 - 2.0 * label_smoothing)
-    return masked(losses, where)
+    scaled = beta * (chosen - rejected)
+    losses = label_smoothing * jax.nn.log_sigmoid(-scaled)
+    losses -= (1.0 - label_smoothing) * jax.nn.log_sigmoid(scaled)
+    return losses / (1.0 - 2.0 * label_smoothing)
 
 
 def ipo(
@@ -190,11 +178,8 @@ def ipo(
     Args:
       beta: the paper's ``tau``.
       length_normalize: divide each log-ratio by the number of its tokens.
-      chosen_lengths: tokens of the chosen responses, same shape; needed to normalise.
-      rejected_lengths: tokens of the rejected responses.
-
-    Raises:
-      ValueError: normalisation without lengths.
+      chosen_lengths: tokens of the chosen responses, same shape; needed to normalise,
+        as are those of the rejected ones.
 
     >>> ipo(jnp.array([-10.0]), jnp.array([-12.0]), jnp.array([-11.0]),
     ...     jnp.array([-11.5]), beta=0.1, length_normalize=False)
@@ -210,7 +195,8 @@ def ipo(
         chosen = jnp.maximum(chosen_lengths, 1)
         rejected = jnp.maximum(rejected_lengths, 1)
         logps = [x / n for x, n in zip(logps, 2 * [chosen, rejected], strict=True)]
-    h = margins(*logps, where)
+    chosen, rejected = (log_ratios(*pair, where) for pair in (logps[::2], logps[1::2]))
+    h = chosen - rejected
     return masked(jnp.square(h - 1.0 / (2.0 * beta)), where)
 
 
@@ -254,3 +240,101 @@ def dpo_nll(
         label_smoothing=label_smoothing,
         where=where,
     )
+
+
+@_of_log_ratios
+def exo_pair(
+    chosen: jax.Array,
+    rejected: jax.Array,
+    *,
+    beta: float,
+    label_smoothing: float = 1e-3,
+) -> jax.Array:
+    """Efficient exact optimisation on pairs (Ji et al. 2024, arXiv 2402.00856, Eq. 16).
+
+    The *reverse* KL from the policy's preference to the smoothed label, where DPO is
+    the forward one. With ``p = sigmoid(beta delta)`` and ``eps = label_smoothing`` in
+    ``(0, 0.5)``, which bounds the target away from 0::
+
+        loss = p (log p - log(1 - eps)) + (1 - p) (log(1 - p) - log eps)
+
+    >>> losses = exo_pair(*jnp.array([-10.0, -12.0, -11.0, -11.5]), beta=0.1)
+    >>> round(float(losses), 4)
+    2.5055
+    """
+    if not 0.0 < label_smoothing < 0.5:
+        raise ValueError(
+            f"exo_pair needs label_smoothing in (0, 0.5), got {label_smoothing}: its "
+            "reverse KL is infinite at 0."
+        )
+    scaled = beta * (chosen - rejected)
+    log_p, log_q = jax.nn.log_sigmoid(scaled), jax.nn.log_sigmoid(-scaled)
+    losses = jnp.exp(log_p) * (log_p - jnp.log1p(-label_smoothing))
+    return losses + jnp.exp(log_q) * (log_q - jnp.log(label_smoothing))
+
+
+@_of_log_ratios
+def nca_pair(chosen: jax.Array, rejected: jax.Array, *, beta: float) -> jax.Array:
+    """Noise contrastive alignment on pairs (Chen et al. 2024, arXiv 2402.05369).
+
+    Each response is told from the reference by itself, so the chosen one's likelihood
+    is held up::
+
+        loss = -log sigmoid(beta lr_w)
+               - (log sigmoid(-beta lr_w) + log sigmoid(-beta lr_l)) / 2
+
+    >>> losses = nca_pair(*jnp.array([-10.0, -12.0, -11.0, -11.5]), beta=0.1)
+    >>> round(float(losses), 5)
+    1.35082
+    """
+    down = jax.nn.log_sigmoid(-beta * chosen) + jax.nn.log_sigmoid(-beta * rejected)
+    return -jax.nn.log_sigmoid(beta * chosen) - 0.5 * down
+
+
+@_of_log_ratios
+def sppo_hard(chosen: jax.Array, rejected: jax.Array, *, beta: float) -> jax.Array:
+    """Self-play preference optimisation, hard labels (SPPO; Wu et al. 2024).
+
+    Each log-ratio is regressed on its side's win probability, taken as 1 and 0
+    (arXiv 2405.00675; ``beta`` is one over the paper's ``eta``)::
+
+        loss = (lr_w - 1 / (2 beta))^2 + (lr_l + 1 / (2 beta))^2
+
+    >>> sppo_hard(*jnp.array([-10.0, -12.0, -11.0, -11.5]), beta=0.1)
+    Array(36.25, dtype=float32)
+    """
+    target = 0.5 / beta
+    return jnp.square(chosen - target) + jnp.square(rejected + target)
+
+
+@_of_log_ratios
+def apo_zero(chosen: jax.Array, rejected: jax.Array, *, beta: float) -> jax.Array:
+    """Anchored preference optimisation, APO-zero (D'Oosterlinck et al. 2024).
+
+    For chosen responses better than what the policy writes: raises them and lowers the
+    rejected ones (arXiv 2408.06266, Eq. 7)::
+
+        loss = 1 - sigmoid(beta lr_w) + sigmoid(beta lr_l)
+
+    >>> losses = apo_zero(*jnp.array([-10.0, -12.0, -11.0, -11.5]), beta=0.1)
+    >>> round(float(losses), 5)
+    0.96252
+    """
+    return 1.0 - jax.nn.sigmoid(beta * chosen) + jax.nn.sigmoid(beta * rejected)
+
+
+@_of_log_ratios
+def apo_down(chosen: jax.Array, rejected: jax.Array, *, beta: float) -> jax.Array:
+    """Anchored preference optimisation, APO-down (D'Oosterlinck et al. 2024).
+
+    For chosen responses worse than what the policy writes: lowers both, the rejected
+    ones more (arXiv 2408.06266, Eq. 8)::
+
+        loss = sigmoid(beta lr_w) + 1 - sigmoid(beta delta)
+
+    >>> losses = apo_down(*jnp.array([-10.0, -12.0, -11.0, -11.5]), beta=0.1)
+    >>> round(float(losses), 5)
+    0.98755
+    """
+    losses = 1.0 + jax.nn.sigmoid(beta * chosen)
+    return losses - jax.nn.sigmoid(beta * (chosen - rejected))

@@ -28,7 +28,7 @@ def _pair(
     pair = [jnp.asarray(x, jnp.float32) for x in (chosen_logps, rejected_logps)]
     if where is not None:
         pair = [jnp.where(where.astype(bool), x, fill) for x in pair]
-    return pair[0], pair[1]
+    return tuple(pair)
 
 
 def cpo(
@@ -47,11 +47,9 @@ def cpo(
 
     Args:
       chosen_logps: *summed* log-probabilities of the chosen responses.
-      beta: in 1/nat.
       label_smoothing: assumed probability ``eps`` that a label is flipped.
 
-    >>> losses = cpo(jnp.array([-10.0]), jnp.array([-12.0]), beta=0.1)
-    >>> round(float(losses[0]), 5)
+    >>> round(float(cpo(*jnp.array([-10.0, -12.0]), beta=0.1)), 5)
     0.59814
     """
     chosen, rejected = _pair(chosen_logps, rejected_logps, where)
@@ -81,8 +79,7 @@ def simpo(
       gamma: the target margin, not divided by ``beta`` (the authors' code names
         ``gamma / beta``); 0.3 to 0.8 times ``beta`` in the paper.
 
-    >>> losses = simpo(jnp.array([-2.0]), jnp.array([-3.0]), beta=2.0, gamma=0.5)
-    >>> round(float(losses[0]), 5)
+    >>> round(float(simpo(*jnp.array([-2.0, -3.0]), beta=2.0, gamma=0.5)), 5)
     0.20141
     """
     chosen, rejected = _pair(chosen_logps, rejected_logps, where)
@@ -113,8 +110,7 @@ def orpo(
         bounded above by -1e-6, where the odds would be infinite.
       beta: the paper's ``lambda``, the weight of this term beside the likelihood.
 
-    >>> losses = orpo(jnp.array([-2.0]), jnp.array([-3.0]), beta=0.1)
-    >>> round(float(losses[0]), 6)
+    >>> round(float(orpo(*jnp.array([-2.0, -3.0]), beta=0.1)), 6)
     0.028875
     """
     # Zero is where the odds end; masked pairs stand elsewhere.
@@ -133,14 +129,9 @@ def slic_hf(
 ) -> jax.Array:
     """The calibration term of SLiC-HF (Zhao et al. 2023, arXiv 2305.10425).
 
-    ::
+    On *summed* log-probabilities, with ``beta`` 1 in the paper::
 
         loss = relu(delta - beta (l_w - l_l))
-
-    Args:
-      chosen_logps: *summed* log-probabilities of the chosen responses.
-      beta: scales the margin; 1 in the paper.
-      delta: the margin asked for.
 
     >>> slic_hf(jnp.array([-10.0]), jnp.array([-10.5]))
     Array([0.5], dtype=float32)

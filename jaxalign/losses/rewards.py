@@ -1,15 +1,11 @@
 """Losses on single trajectories with scalar rewards: regression, and weighting.
 
-``lr`` is the log-ratio ``log pi_theta(y|x) - log pi_ref(y|x)``. Every function is pure
-and unreduced. They share these arguments:
+As in `jaxalign.losses.pairwise`, with one float32 loss per response out of
 
-* ``logps``: the policy's log-probabilities, summed over a response's tokens, EOS
-  included; any shape. Sums, not means: a mean would change ``tau`` by a factor of the
-  length;
-* ``ref_logps``: the reference policy's, same shape;
+* ``logps`` and ``ref_logps``, sums over its tokens: means would change ``tau`` by a
+  factor of the length;
 * ``rewards``: scalar rewards, same shape;
-* ``tau``: strength of the KL constraint, in units of the reward per nat;
-* ``where``: mask, same shape.
+* ``tau``: strength of the KL constraint, in units of the reward per nat.
 """
 
 from __future__ import annotations
@@ -47,7 +43,7 @@ def dro_v(
         without it, the policy gradient is ``-tau d``.
 
     Returns:
-      ``(policy_losses, value_losses)``, float32, one of each per response.
+      ``(policy_losses, value_losses)``, one of each per response.
 
     >>> dro_v(jnp.array([-3.0]), jnp.array([-3.5]), jnp.array([0.2]), jnp.array([1.0]),
     ...       tau=0.5, rescale=False)
@@ -98,11 +94,7 @@ def dro_p(
     optimum is constant where every prompt has the same value; the paper's appendix
     finds it weaker than `dro_v`::
 
-        loss = (u - mean(u))^2 / 2
-
-    Args:
-      logps: summed policy log-probabilities, any shape; the whole global batch, because
-        the mean is over it.
+        loss = (u - mean(u))^2 / 2    over the whole global batch
 
     >>> zeros = jnp.zeros(2)
     >>> dro_p(zeros, zeros, jnp.array([1.0, -1.0]), tau=1.0)
@@ -124,16 +116,12 @@ def reward_weights(
 ) -> jax.Array:
     """Weights of reward-weighted regression (Peters & Schaal 2007) and AWR.
 
-    ``min(exp(r / temperature), max_weight)``, the bound being that of AWR's code (Peng
-    et al. 2019, arXiv 1910.00177).
+    ``min(exp(r / temperature), max_weight)``, 0 where masked; the bound is that of
+    AWR's code (Peng et al. 2019, arXiv 1910.00177).
 
     Args:
       rewards: standardised rewards or advantages, any shape.
       temperature: in units of the reward; infinite weighs all the same.
-      max_weight: the bound.
-
-    Returns:
-      Float32 weights; 0 where masked.
 
     >>> reward_weights(jnp.array([0.0, 100.0]), temperature=1.0)
     Array([ 1., 20.], dtype=float32)

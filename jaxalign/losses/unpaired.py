@@ -1,15 +1,10 @@
 """Losses on single trajectories with labels: thumbs up and thumbs down.
 
-``lr`` is the log-ratio ``log pi_theta(y|x) - log pi_ref(y|x)``. Every function is pure
-and unreduced: arrays in, one float32 loss per response out. They share these arguments:
+As in `jaxalign.losses.pairwise`, with one float32 loss per response out of ``logps``
+and ``ref_logps``, sums over its tokens, and
 
-* ``logps``: the policy's log-probabilities, summed over a response's tokens, EOS
-  included; any shape;
-* ``ref_logps``: the reference policy's, same shape; no gradient flows to them;
 * ``labels``: 1 for desirable, 0 for undesirable, same shape;
-* ``beta``: strength of the KL constraint, in 1/nat;
-* ``desirable_weight``, ``undesirable_weight``: ``lambda_D`` and ``lambda_U``;
-* ``where``: mask, same shape.
+* ``desirable_weight``, ``undesirable_weight``: ``lambda_D`` and ``lambda_U``.
 """
 
 from __future__ import annotations
@@ -32,11 +27,7 @@ def kto_at_reference_point(
     undesirable_weight: float = 1.0,
     where: jax.Array | None = None,
 ) -> jax.Array:
-    """`kto` with the reference point ``z`` already estimated.
-
-    Args:
-      reference_point: scalar ``z >= 0`` in nats; no gradient flows to it.
-    """
+    """`kto` with the scalar ``z >= 0`` already estimated; no gradient flows to it."""
     ratios = log_ratios(logps, ref_logps, where)
     chex.assert_equal_shape([ratios, labels])
     z = jax.lax.stop_gradient(jnp.asarray(reference_point, jnp.float32))
@@ -72,9 +63,8 @@ def kto(
     sees the batch in pieces estimates ``z`` first and calls `kto_at_reference_point`.
 
     Args:
-      kl_logps: summed policy log-probabilities of the mismatched responses.
-      ref_kl_logps: the reference policy's, same shape as `kl_logps`.
-      kl_where: mask on the mismatched responses.
+      kl_logps: summed policy log-probabilities of the mismatched responses, of which
+        `ref_kl_logps` and the mask `kl_where` have the shape.
 
     >>> at_start = jnp.array([-3.0, -5.0])
     >>> kto(at_start, at_start, at_start, at_start, jnp.array([1, 0]), beta=0.1)

@@ -18,7 +18,6 @@ from jaxalign.models.scoring import (
     encode,
     final_states,
     response_logps,
-    target_logps,
     token_logps,
 )
 from jaxalign.models.t5 import T5
@@ -45,7 +44,6 @@ __all__ = [
     "relayout",
     "response_logps",
     "stack_layers",
-    "target_logps",
     "token_logps",
     "unstack_layers",
 ]

@@ -19,13 +19,6 @@ from jaxalign.models.layers import ATTENTION_INIT, Dense, constrain
 KeyValues = tuple[jax.Array, jax.Array]
 
 
-def _query_init(depth: int):
-    def init(key, shape, dtype=jnp.float32):
-        return ATTENTION_INIT(key, shape, dtype) / math.sqrt(depth)
-
-    return init
-
-
 class Attention(nn.Module):
     """Projections and attention; parameters ``{query,key,value,out}/kernel``.
 
@@ -39,7 +32,11 @@ class Attention(nn.Module):
         joined = cfg.num_heads * cfg.head_dim
         dtype = cfg.activation_dtype
         axes = ("embed", "joined_kv")
-        self.query = Dense(joined, axes, dtype, _query_init(cfg.head_dim))
+
+        def query_init(key, shape, dtype=jnp.float32):
+            return ATTENTION_INIT(key, shape, dtype) / math.sqrt(cfg.head_dim)
+
+        self.query = Dense(joined, axes, dtype, query_init)
         self.key = Dense(joined, axes, dtype, ATTENTION_INIT)
         self.value = Dense(joined, axes, dtype, ATTENTION_INIT)
         self.out = Dense(cfg.emb_dim, ("joined_kv", "embed"), dtype, ATTENTION_INIT)
@@ -67,15 +64,8 @@ class Attention(nn.Module):
     ) -> jax.Array:
         """Attends from ``x [B, Lq, E]`` to keys and values ``[B, Lk, H, D]``.
 
-        Args:
-          x: query states.
-          key_values: from :meth:`key_values`.
-          segments: which keys a query sees.
-          bias: float32 ``[1, H, Lq, Lk]`` or None.
-          deterministic: no dropout of attention weights.
-
-        Returns:
-          ``[B, Lq, E]``.
+        ``segments`` say which keys a query sees; ``bias`` is float32
+        ``[1, H, Lq, Lk]`` or None.
         """
         cfg = self.config
         keys, values = key_values
@@ -90,8 +80,7 @@ class Attention(nn.Module):
         query = self._split(self.query(x))
         # Parameters are made on rows of one token, on whatever device.
         path = PATHS["whole" if self.is_initializing() else cfg.attention]
-        context = path(query, keys, values, segments, bias)
-        return self._join(context)
+        return self._join(path(query, keys, values, segments, bias))
 
     def attend_step(
         self,
@@ -113,10 +102,7 @@ class Attention(nn.Module):
         query = self.query(x)
         query = query.reshape(*x.shape[:-1], self.config.num_heads, -1)
         scores = jnp.einsum(
-            f"bnhd,b{own}hkd->bnhk",
-            query,
-            keys,
-            preferred_element_type=jnp.float32,
+            f"bnhd,b{own}hkd->bnhk", query, keys, preferred_element_type=jnp.float32
         )
         share = weights(scores, mask[:, :, None], bias).astype(values.dtype)
         context = jnp.einsum(f"bnhk,b{own}hkd->bnhd", share, values)
@@ -126,10 +112,7 @@ class Attention(nn.Module):
 def write_cache(cache: jax.Array, new: jax.Array, position: jax.Array) -> jax.Array:
     """Writes ``new [B, N, H, D]`` into ``cache [B, N, H, T, D]`` at ``position``.
 
-    Args:
-      cache: the keys or the values so far.
-      new: those of the current token.
-      position: scalar int32, or ``[B, N]`` where continuations differ in length.
+    The position is a scalar, or ``[B, N]`` where continuations differ in length.
     """
     new = new.astype(cache.dtype)
     if position.ndim == 0:

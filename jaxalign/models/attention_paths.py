@@ -28,10 +28,8 @@ _BLOCKS = (512, 256, CHUNK)
 class Segments:
     """Which keys a query sees: its segment's, and if causal none after itself.
 
-    Attributes:
-      queries: int32 ``[B, Lq]``.
-      keys: int32 ``[B, Lk]``; padding is segment 0, whose queries see padding.
-      causal: whether queries and keys are one row, read from left to right.
+    Segments are int32 ``[B, Lq]`` and ``[B, Lk]``; 0 is padding, which sees padding.
+    Where `causal`, queries and keys are one row, read from left to right.
     """
 
     queries: jax.Array
@@ -71,35 +69,17 @@ def _attend(query, keys, values, mask, bias):
     return jnp.einsum("bhqk,bkhd->bqhd", share, values)
 
 
-def whole(
-    query: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
-    segments: Segments,
-    bias: jax.Array | None,
-) -> jax.Array:
-    """Attention with all scores ``[B, H, Lq, Lk]`` at once.
+# Of query [B, Lq, H, D], keys and values [B, Lk, H, D], segments, and a bias, float32
+# [1, H, Lq, Lk] or None: [B, Lq, H, D].
+Path = Callable[..., jax.Array]
 
-    Args:
-      query: ``[B, Lq, H, D]``.
-      keys: ``[B, Lk, H, D]``.
-      values: ``[B, Lk, H, D]``.
-      segments: who sees what.
-      bias: float32 ``[1, H, Lq, Lk]`` or None.
 
-    Returns:
-      ``[B, Lq, H, D]``.
-    """
+def whole(query, keys, values, segments: Segments, bias) -> jax.Array:
+    """Attention with all scores ``[B, H, Lq, Lk]`` at once."""
     return _attend(query, keys, values, segments.mask(), bias)
 
 
-def chunked(
-    query: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
-    segments: Segments,
-    bias: jax.Array | None,
-) -> jax.Array:
+def chunked(query, keys, values, segments: Segments, bias) -> jax.Array:
     """`whole`, `CHUNK` queries at a time; the backward pass makes their scores again.
 
     Scores of ``[B, H, CHUNK, Lk]`` exist at once (Rabe & Staats 2021, with whole rows
@@ -134,13 +114,7 @@ def chunked(
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, 1)
 
 
-def pallas(
-    query: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
-    segments: Segments,
-    bias: jax.Array | None,
-) -> jax.Array:
+def pallas(query, keys, values, segments: Segments, bias) -> jax.Array:
     """`whole` by JAX's flash attention kernel for TPUs: no scores in memory at all.
 
     Rows of the batch come one after the other, so that all share one bias and the
@@ -198,8 +172,4 @@ def _padded(x: jax.Array, axis: int, more: int, value: int = 0) -> jax.Array:
     return jnp.pad(x, widths, constant_values=value)
 
 
-PATHS: dict[str, Callable[..., jax.Array]] = {
-    "whole": whole,
-    "chunked": chunked,
-    "pallas": pallas,
-}
+PATHS: dict[str, Path] = {"whole": whole, "chunked": chunked, "pallas": pallas}

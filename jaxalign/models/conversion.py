@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import itertools
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 
 from jaxalign.models.stacks import PARAM_SCAN_AXIS
 
@@ -23,86 +26,61 @@ def stack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
     shape ``[a, layers, ...]``. Bits are kept; so are leaves outside the layers and
     parameters already stacked.
 
-    Args:
-      params: parameters of a model with ``scan_layers=False``.
-
-    Returns:
-      Parameters of the same model with ``scan_layers=True``.
-
     Raises:
       ValueError: layer numbers with a gap.
     """
-
-    def stack(*leaves):
-        xp = np if isinstance(leaves[0], np.ndarray) else jnp
-        return xp.stack(leaves, axis=PARAM_SCAN_AXIS)
-
-    out = dict(params)
-    for name in _STACKS:
-        if name not in params:
-            continue
-        layers = {
-            int(found[1]): leaf
-            for key, leaf in params[name].items()
-            if (found := _LAYER.fullmatch(key))
-        }
-        if sorted(layers) != list(range(len(layers))):
+    out: dict[tuple[str, ...], Any] = {}
+    apart: dict[tuple[str, ...], dict[int, Any]] = collections.defaultdict(dict)
+    for (name, *tail), leaf in traverse_util.flatten_dict(dict(params)).items():
+        layer = name in _STACKS and _LAYER.fullmatch(tail[0])
+        if layer:
+            apart[name, name, *tail[1:]][int(layer[1])] = leaf
+        else:
+            out[name, *tail] = leaf
+    for names, leaves in apart.items():
+        if sorted(leaves) != list(range(len(leaves))):
             raise ValueError(
-                f"{name} must have layers_0 ... layers_{len(layers) - 1}, got the "
-                f"numbers {sorted(layers)}."
+                f"{names[0]} must have layers_0 ... layers_{len(leaves) - 1}, got the "
+                f"numbers {sorted(leaves)}."
             )
-        rest = {k: v for k, v in params[name].items() if not _LAYER.fullmatch(k)}
-        if layers:
-            ordered = [layers[i] for i in range(len(layers))]
-            rest[name] = jax.tree.map(stack, *ordered)
-        out[name] = rest
-    return out
+        xp = np if isinstance(leaves[0], np.ndarray) else jnp
+        ordered = [leaves[i] for i in range(len(leaves))]
+        out[names] = xp.stack(ordered, axis=PARAM_SCAN_AXIS)
+    return traverse_util.unflatten_dict(out)
 
 
 def unstack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of :func:`stack_layers`, bit for bit.
+    """The inverse of :func:`stack_layers`, bit for bit."""
+    out = {}
+    for (name, *tail), leaf in traverse_util.flatten_dict(dict(params)).items():
+        if name in _STACKS and tail[0] == name:
+            for i in range(leaf.shape[PARAM_SCAN_AXIS]):
+                out[name, f"layers_{i}", *tail[1:]] = _layer(leaf, i)
+        else:
+            out[name, *tail] = leaf
+    return traverse_util.unflatten_dict(out)
 
-    Args:
-      params: parameters of a model with ``scan_layers=True``.
 
-    Returns:
-      Parameters of the same model with ``scan_layers=False``.
-    """
-    out = dict(params)
-    for name in _STACKS:
-        if name not in params or name not in params[name]:
-            continue
-        rest = dict(params[name])
-        stacked = rest.pop(name)
-        depth = jax.tree.leaves(stacked)[0].shape[PARAM_SCAN_AXIS]
-        for i in range(depth):
-            rest[f"layers_{i}"] = jax.tree.map(
-                lambda x, i=i: x[(slice(None),) * PARAM_SCAN_AXIS + (i,)], stacked
-            )
-        out[name] = rest
-    return out
+def _layer(leaf: Any, i: int) -> Any:
+    return leaf[(slice(None),) * PARAM_SCAN_AXIS + (i,)]
 
 
 def relayout(tree: Any, like: Any) -> Any:
     """A train state, or any tree that embeds parameters, in another layout.
 
-    Args:
-      tree: of a model with its layers apart, or stacked.
-      like: the same of the same model in the layout that is wanted; arrays or shapes.
-
-    Returns:
-      The arrays of `tree` in the structure of `like`, bit for bit. What an optimizer
-      keeps one of for a whole stack, such as an unused moment, it keeps one of for each
-      layer, all alike.
-
-    Raises:
-      ValueError: naming what `like` has and `tree` has not.
+    The arrays of `tree` in the structure of `like` (arrays or shapes), bit for bit.
+    What an optimizer keeps one of for a whole stack, such as an unused moment, it keeps
+    one of for each layer, all alike.
     """
     flat = jax.tree_util.tree_flatten_with_path(tree)[0]
-    known = {_names(path): leaf for path, leaf in flat}
+
+    def names_of(path):
+        return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
+
+    known = {names_of(path): leaf for path, leaf in flat}
 
     def one(path, wanted):
-        names = _names(path)
+        names = names_of(path)
         if names in known:
             return known[names]
         for i, name in enumerate(names):
@@ -118,14 +96,9 @@ def relayout(tree: Any, like: Any) -> Any:
     return jax.tree_util.tree_map_with_path(one, like)
 
 
-def _names(path: Any) -> tuple[str, ...]:
-    return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
-
-
 def _stacked(known: Any, head: Any, tail: Any, wanted: Any) -> Any:
-    leaves = []
-    while (*head, f"layers_{len(leaves)}", *tail) in known:
-        leaves.append(known[*head, f"layers_{len(leaves)}", *tail])
+    names = ((*head, f"layers_{i}", *tail) for i in itertools.count())
+    leaves = [known[n] for n in itertools.takewhile(known.__contains__, names)]
     if leaves[0].shape == wanted.shape:
         return leaves[0]
     if wanted.shape[PARAM_SCAN_AXIS] == 1:  # one for the whole stack
@@ -136,5 +109,4 @@ def _stacked(known: Any, head: Any, tail: Any, wanted: Any) -> Any:
 def _cut(leaf: Any, layer: int, wanted: Any) -> Any:
     if leaf.shape == wanted.shape:
         return leaf
-    layer = min(layer, leaf.shape[PARAM_SCAN_AXIS] - 1)
-    return leaf[(slice(None),) * PARAM_SCAN_AXIS + (layer,)]
+    return _layer(leaf, min(layer, leaf.shape[PARAM_SCAN_AXIS] - 1))

@@ -12,19 +12,8 @@ from jaxalign.models.networks import EncoderDecoder, Params
 from jaxalign.models.vocabulary import head_outputs
 
 
-def target_logps(
-    states: jax.Array, kernel: jax.Array, targets: jax.Array, *, chunk: int = 0
-) -> jax.Array:
-    """``log softmax(states @ kernel)[targets]``, in float32: see `head_outputs`."""
-    return head_outputs(states, kernel, targets, chunk=chunk).logps
-
-
 def encode(model: EncoderDecoder, params: Params, batch: Batch) -> jax.Array:
-    """Encoder states ``[B, Le, E]`` of a batch's prompts, without dropout.
-
-    What `final_states` takes as ``encoded``, to score several pairings of prompts and
-    responses with one encoder pass.
-    """
+    """Encoder states ``[B, Le, E]`` of a batch's prompts, without dropout."""
     return model.apply(
         {"params": params},
         batch["encoder_input_tokens"],
@@ -46,22 +35,15 @@ def final_states(
     """Decoder states of every target token, and the head they are for.
 
     Args:
-      model: the network.
-      params: its parameters.
-      batch: a response batch.
       prompt: int32 ``[B, R]``, the prompt each response is scored under instead of
         ``batch["response_prompt"]`` (KTO's mismatched prompts); negative: none.
-      deterministic: no dropout.
       dropout_key: needed where ``deterministic=False``.
-      encoded: encoder states of this batch ``[B, Le, E]``, of `encode`, to score
-        several pairings with one encoder pass; computed here by default.
+      encoded: of `encode`, to score several pairings of prompts and responses with one
+        encoder pass; computed here by default.
 
     Returns:
       States ``[B, K, Ld, E]``, the head's kernel ``[E, V]``, and the encoder segment
       that each token attends to, ``[B, K, Ld]``, 0 for none.
-
-    Raises:
-      ValueError: dropout without a key.
     """
     rngs = {}
     if not deterministic and model.config.dropout_rate > 0.0:
@@ -105,17 +87,14 @@ def token_logps(
     Logits at step t predict target t: the inputs are shifted already.
 
     Args:
-      model: the network.
-      params: its parameters.
-      batch: a response batch.
       **settings: of `final_states`.
 
     Returns:
       ``[B, K, Ld]`` float32; 0 at padding and where a response has no prompt.
     """
     states, kernel, asked = final_states(model, params, batch, **settings)
-    chunk = model.config.logits_chunk
-    logps = target_logps(states, kernel, batch["decoder_target_tokens"], chunk=chunk)
+    targets, chunk = batch["decoder_target_tokens"], model.config.logits_chunk
+    logps = head_outputs(states, kernel, targets, chunk=chunk).logps
     return jnp.where(asked > 0, logps, 0.0)
 
 
@@ -125,9 +104,6 @@ def response_logps(
     """``log p(response | prompt)``: :func:`token_logps` summed, EOS included.
 
     Args:
-      model: the network.
-      params: its parameters.
-      batch: a response batch.
       **settings: of `final_states`.
 
     Returns:

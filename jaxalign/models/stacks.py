@@ -12,8 +12,15 @@ import jax.numpy as jnp
 from jaxalign.models.attention import Attention, KeyValues, write_cache
 from jaxalign.models.attention_paths import Segments
 from jaxalign.models.config import T5Config
-from jaxalign.models.layers import Dropout, MlpBlock, RMSNorm, constrain
-from jaxalign.models.relative_bias import RelativePositionBias
+from jaxalign.models.layers import (
+    MLP_INIT,
+    Dropout,
+    MlpBlock,
+    RelativePositionBias,
+    RMSNorm,
+    constrain,
+    parameter,
+)
 
 # The axis of every parameter on which scanned layers are stacked, T5X's
 # param_scan_axis; see jaxalign.models.conversion.
@@ -85,15 +92,10 @@ class DecoderLayer(nn.Module):
         bias: jax.Array,
         deterministic: bool,
     ) -> jax.Array:
-        """Teacher-forced.
+        """Teacher-forced ``y [B, K, L, E]`` on ``encoded [B, Le, E]``.
 
-        Args:
-          y: ``[B, K, L, E]``.
-          encoded: ``[B, Le, E]``.
-          own: the responses of ``B * K`` rows.
-          prompts: the prompts that ``[B, K * L]`` tokens answer.
-          bias: float32 ``[1, H, L, L]``.
-          deterministic: no dropout.
+        ``own`` are the responses of ``B * K`` rows, ``prompts`` what their
+        ``[B, K * L]`` tokens answer; ``bias`` is ``[1, H, L, L]``.
         """
         b, k, length, e = y.shape
         # Rows of one prompt do not see each other: K is a batch axis here ...
@@ -122,19 +124,12 @@ class DecoderLayer(nn.Module):
         cross_mask: jax.Array,
         bias: jax.Array,
     ) -> tuple[jax.Array, KeyValues]:
-        """One token of each of N continuations.
+        """One token ``y [B, N, E]`` of each of N continuations; also the new cache.
 
-        Args:
-          y: ``[B, N, E]``.
-          cache: own keys and values ``[B, N, H, T, D]``.
-          cross_kv: the prompt's keys and values ``[B, H, Le, D]``.
-          position: scalar or ``[B, N]``.
-          self_mask: bool ``[B or 1, N or 1, T]``.
-          cross_mask: bool ``[B, 1, Le]``.
-          bias: float32 ``[B or 1, N or 1, H, T]``.
-
-        Returns:
-          The new ``y`` and cache.
+        ``cache`` holds their own keys and values ``[B, N, H, T, D]``, ``cross_kv`` the
+        prompt's ``[B, H, Le, D]``. ``position`` is a scalar or ``[B, N]``,
+        ``self_mask`` bool ``[B or 1, N or 1, T]``, ``cross_mask`` bool ``[B, 1, Le]``
+        and ``bias`` float32 ``[B or 1, N or 1, H, T]``.
         """
         h = self.pre_self_attention_layer_norm(y)
         new = self.self_attention.key_values(h)
@@ -152,18 +147,17 @@ class DecoderLayer(nn.Module):
 def _run(
     layers: nn.Module | list[nn.Module],
     config: T5Config,
-    body: Callable[[nn.Module, Any, Any], tuple[Any, Any]],
+    body: Callable[..., tuple[Any, Any]],
     carry: Any,
-    xs: Any = None,
-    *,
-    in_axes: Any = 0,
+    *xs: Any,
+    in_axes: Any = (),
     out_axes: Any = 0,
     remat: bool = False,
 ) -> tuple[Any, Any]:
-    """Runs ``body(layer, carry, x) -> (carry, y)`` over a stack's layers.
+    """Runs ``body(layer, carry, *x) -> (carry, y)`` over a stack's layers.
 
-    ``layers`` is a list of layers, with ``xs`` and ``ys`` tuples over them, or one
-    scanned layer, with ``xs`` and ``ys`` stacked on ``in_axes`` and ``out_axes``.
+    ``layers`` is a list of layers, with each of ``xs`` and ``ys`` a tuple over them, or
+    one scanned layer, with these stacked on ``in_axes`` and ``out_axes``.
     """
     if remat and config.remat_policy != "none":
         # A scan's own loop already keeps XLA from merging the recomputation away.
@@ -184,10 +178,10 @@ def _run(
             else config.num_decoder_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        return scan(layers, carry, xs)
+        return scan(layers, carry, *xs)
     ys = []
-    for i, layer in enumerate(layers):
-        carry, y = body(layer, carry, None if xs is None else xs[i])
+    for layer, *x in zip(layers, *xs, strict=True):
+        carry, y = body(layer, carry, *x)
         ys.append(y)
     return carry, tuple(ys)
 
@@ -218,7 +212,7 @@ class Encoder(nn.Module):
         x, _ = _run(
             self.encoder if cfg.scan_layers else self.layers,
             cfg,
-            lambda layer, x, _: (layer(x, segments, bias, deterministic), None),
+            lambda layer, x: (layer(x, segments, bias, deterministic), None),
             constrain(x, "batch", "length", "embed"),
             remat=True,
         )
@@ -232,15 +226,8 @@ class LogitsDense(nn.Module):
 
     @nn.compact
     def __call__(self) -> jax.Array:
-        return self.param(
-            "kernel",
-            nn.with_logical_partitioning(
-                nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal"),
-                ("embed", "vocab"),
-            ),
-            (self.config.emb_dim, self.config.vocab_size),
-            jnp.float32,
-        )
+        shape = (self.config.emb_dim, self.config.vocab_size)
+        return parameter(self, "kernel", MLP_INIT, ("embed", "vocab"), shape)
 
 
 class Decoder(nn.Module):
@@ -276,14 +263,12 @@ class Decoder(nn.Module):
         b, k, length, _ = embedded.shape
         rows = segment_ids.reshape(b * k, length)
         own = Segments(rows, rows, causal=True)
-        prompts = Segments(
-            prompt_segment_ids.reshape(b, k * length), encoder_segment_ids
-        )
+        asked = prompt_segment_ids.reshape(b, k * length)
+        prompts = Segments(asked, encoder_segment_ids)
         bias = self.relpos_bias(length)
 
-        def body(layer, y, _):
-            y = layer(y, encoded, own, prompts, bias, deterministic)
-            return y, None
+        def body(layer, y):
+            return layer(y, encoded, own, prompts, bias, deterministic), None
 
         y = self.dropout(embedded, deterministic)
         y = constrain(y, "batch", None, "length", "embed")
@@ -295,7 +280,7 @@ class Decoder(nn.Module):
         _, key_values = _run(
             self._layers(),
             self.config,
-            lambda layer, carry, _: (carry, layer.cross_key_values(encoded)),
+            lambda layer, carry: (carry, layer.cross_key_values(encoded)),
             None,
             out_axes=CROSS_SCAN_AXIS,
         )
@@ -311,7 +296,6 @@ class Decoder(nn.Module):
         cursor: jax.Array | None = None,
     ) -> tuple[jax.Array, Any]:
         """States ``[B, N, E]`` of the tokens at ``position`` and the new cache."""
-        cfg = self.config
         length = jax.tree.leaves(cache)[0].shape[-2]
         if cursor is None:
             # [T] for a scalar position, [B, N, T] for one per continuation.
@@ -323,7 +307,7 @@ class Decoder(nn.Module):
             # distance only, so rows at different positions share the write and bias.
             age = jnp.mod(cursor - jnp.arange(length), length)
             self_mask = age <= position[..., None]
-            bias = self.relpos_bias.before(age)
+            bias = self.relpos_bias.by_distance(-age)
             position = jnp.mod(cursor, length)
         if self_mask.ndim == 1:
             self_mask = self_mask[None, None]
@@ -331,21 +315,17 @@ class Decoder(nn.Module):
             bias = bias[None, None]
         cross_mask = (encoder_mask != 0)[:, None]
 
-        def body(layer, y, x):
-            own, cross = x
+        def body(layer, y, own, cross):
             return layer.step(y, own, cross, position, self_mask, cross_mask, bias)
 
-        if cfg.scan_layers:
-            xs = (cache, cross_kv)
-        else:
-            xs = tuple(zip(cache, cross_kv, strict=True))
         y, cache = _run(
             self._layers(),
-            cfg,
+            self.config,
             body,
             embedded,
-            xs,
-            in_axes=((CACHE_SCAN_AXIS, CROSS_SCAN_AXIS),),
+            cache,
+            cross_kv,
+            in_axes=(CACHE_SCAN_AXIS, CROSS_SCAN_AXIS),
             out_axes=CACHE_SCAN_AXIS,
         )
         return self.decoder_norm(y), cache

@@ -8,6 +8,7 @@ vocabulary.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -31,9 +32,6 @@ class T5(nn.Module):
     Parameter names, shapes and logical axes are T5X's. Methods are called with
     ``model.apply({"params": params}, ..., method="encode")``; pass
     ``rngs={"dropout": key}`` where ``deterministic=False``.
-
-    Attributes:
-      config: shape and numerics.
     """
 
     config: T5Config
@@ -50,15 +48,9 @@ class T5(nn.Module):
         *,
         deterministic: bool = True,
     ) -> jax.Array:
-        """Encodes rows of packed prompts, each blind to the others.
+        """Final-normed states ``[B, Le, E]`` of packed prompts, blind to each other.
 
-        Args:
-          input_tokens: int32 ``[B, Le]``.
-          segment_ids: int32 ``[B, Le]``; 0 is padding.
-          deterministic: no dropout.
-
-        Returns:
-          Final-normed states ``[B, Le, E]`` in the activation dtype.
+        Tokens and segments are int32 ``[B, Le]``; segment 0 is padding.
         """
         chex.assert_rank([input_tokens, segment_ids], 2)
         chex.assert_equal_shape([input_tokens, segment_ids])
@@ -83,11 +75,11 @@ class T5(nn.Module):
 
         Args:
           encoded: ``[B, Le, E]`` from :meth:`encode`.
-          encoder_segment_ids: int32 ``[B, Le]``.
-          decoder_input_tokens: int32 ``[B, K, Ld]``, targets shifted right.
-          decoder_segment_ids: int32 ``[B, K, Ld]``; 0 is padding.
-          prompt_segment_ids: int32 ``[B, K, Ld]``, the encoder segment each token may
-            look at, 0 for none (``jaxalign.batch.prompt_of_tokens``).
+          encoder_segment_ids: ``[B, Le]``.
+          decoder_input_tokens: ``[B, K, Ld]``, targets shifted right.
+          decoder_segment_ids: ``[B, K, Ld]``; 0 is padding.
+          prompt_segment_ids: ``[B, K, Ld]``, the encoder segment each token may look
+            at, 0 for none (``jaxalign.batch.prompt_of_tokens``).
           deterministic: no dropout.
 
         Returns:
@@ -115,10 +107,8 @@ class T5(nn.Module):
         """
         if self.config.logits_via_embedding:
             # T5 1.0 was trained in Mesh TensorFlow with this factor on the states.
-            scale = 1.0 / math.sqrt(self.config.emb_dim)
-            return states * jnp.asarray(scale, states.dtype), (
-                self.token_embedder.embedding.T
-            )
+            scale = jnp.asarray(1.0 / math.sqrt(self.config.emb_dim), states.dtype)
+            return states * scale, self.token_embedder.embedding.T
         return states, self.decoder.logits_dense()
 
     def logits(self, states: jax.Array) -> jax.Array:
@@ -126,11 +116,7 @@ class T5(nn.Module):
         return project(*self.head(states))
 
     def __call__(self, batch: Batch, *, deterministic: bool = True) -> jax.Array:
-        """Float32 logits ``[B, K, Ld, V]`` of a response batch.
-
-        To score responses use ``jaxalign.models.token_logps``, which can do without
-        all logits at once.
-        """
+        """Float32 logits ``[B, K, Ld, V]``; `token_logps` does without all at once."""
         encoded = self.encode(
             batch["encoder_input_tokens"],
             batch["encoder_segment_ids"],
@@ -149,78 +135,27 @@ class T5(nn.Module):
     def cross_key_values(self, encoded: jax.Array) -> Any:
         """Every decoder layer's cross-attention keys and values, for decoding.
 
-        Args:
-          encoded: ``[B, Le, E]``.
-
-        Returns:
-          A tuple over layers of ``(keys, values)``, each ``[B, H, Le, D]``. With
-          ``scan_layers`` one such pair, stacked: ``[B, layers, H, Le, D]``.
+        A tuple over layers of ``(keys, values)``, each ``[B, H, Le, D]``. With
+        ``scan_layers`` one such pair, stacked: ``[B, layers, H, Le, D]``.
         """
         return self.decoder.cross_key_values(encoded)
 
     def init_self_cache(self, batch: int, n: int, length: int) -> Any:
-        """An empty self-attention cache; needs no parameters.
+        """An empty self-attention cache for ``T = length``; needs no parameters.
 
-        Axes 0 and 1 of every leaf are prompt and continuation, whatever the layout,
-        so that beams and particles can be gathered with one ``tree.map``.
-
-        Args:
-          batch: prompts ``B``.
-          n: continuations ``N`` of each.
-          length: tokens ``T`` it can hold.
-
-        Returns:
-          A tuple over layers of ``(keys, values)``, each ``[B, N, H, T, D]``. With
-          ``scan_layers`` one such pair, stacked: ``[B, N, layers, H, T, D]``.
+        A tuple over layers of ``(keys, values)``, each ``[B, N, H, T, D]``. With
+        ``scan_layers`` one such pair, stacked: ``[B, N, layers, H, T, D]``. Axes 0 and
+        1 are prompt and continuation in both, so that beams and particles can be
+        gathered with one ``tree.map``.
         """
-        cfg = self.config
+        cfg, pairs = self.config, self.config.num_decoder_layers
         shape = [batch, n, cfg.num_heads, length, cfg.head_dim]
         if cfg.scan_layers:
-            shape.insert(CACHE_SCAN_AXIS, cfg.num_decoder_layers)
-
-        def pair():
-            return tuple(jnp.zeros(shape, cfg.activation_dtype) for _ in range(2))
-
-        if cfg.scan_layers:
-            return pair()
-        return tuple(pair() for _ in range(cfg.num_decoder_layers))
-
-    def decode_step(
-        self,
-        tokens: jax.Array,
-        position: jax.Array | int,
-        self_cache: Any,
-        cross_kv: Any,
-        encoder_mask: jax.Array,
-        cursor: jax.Array | int | None = None,
-    ) -> tuple[jax.Array, Any]:
-        """Logits of the token after ``tokens``, one position at a time.
-
-        Feeding a response's inputs token by token gives :meth:`decode`'s logits.
-        Keys and values at positions after ``position`` are ignored, so a cache may
-        be reused without clearing.
-
-        Args:
-          tokens: int32 ``[B, N]``, the input tokens at ``position``; the first is the
-            start token 0.
-          position: int32 scalar, or ``[B, N]`` where continuations differ in length;
-            smaller than the cache's ``T``.
-          self_cache: from :meth:`init_self_cache` or the last step.
-          cross_kv: from :meth:`cross_key_values`.
-          encoder_mask: ``[B, Le]``, non-zero at the prompt's tokens (the encoder's
-            segment ids where a row holds one prompt).
-          cursor: int32 scalar, with ``position [B, N]``: use the cache as a ring, in
-            which step ``cursor`` writes the column ``cursor % T`` for all rows at
-            once, whatever their positions. Increase it by 1 a step and never mix it
-            with calls without; a continuation may start at any step.
-
-        Returns:
-          Float32 logits ``[B, N, V]`` and the new cache.
-        """
-        states, self_cache = self.decode_step_states(
-            tokens, position, self_cache, cross_kv, encoder_mask, cursor
-        )
-        return self.logits(states), self_cache
+            shape.insert(CACHE_SCAN_AXIS, pairs)
+            pairs = 1
+        zeros = functools.partial(jnp.zeros, shape, cfg.activation_dtype)
+        cache = tuple((zeros(), zeros()) for _ in range(pairs))
+        return cache[0] if cfg.scan_layers else cache
 
     def decode_step_states(
         self,
@@ -231,18 +166,36 @@ class T5(nn.Module):
         encoder_mask: jax.Array,
         cursor: jax.Array | int | None = None,
     ) -> tuple[jax.Array, Any]:
-        """:meth:`decode_step` without the head: final states ``[B, N, E]``, cache."""
+        """Final states ``[B, N, E]`` of one position's ``tokens``, and the new cache.
+
+        Feeding a response's inputs token by token gives :meth:`decode`'s states. Keys
+        and values after ``position`` are ignored: a cache may be reused as it is.
+
+        Args:
+          tokens: int32 ``[B, N]``, the input tokens at ``position``; the first is the
+            start token 0.
+          position: int32 scalar, or ``[B, N]`` where continuations differ in length;
+            smaller than the cache's ``T``.
+          self_cache: from :meth:`init_self_cache` or the last step.
+          cross_kv: from :meth:`cross_key_values`.
+          encoder_mask: ``[B, Le]``, non-zero at the prompt's tokens.
+          cursor: int32 scalar, with ``position [B, N]``: use the cache as a ring, in
+            which step ``cursor`` writes the column ``cursor % T`` for all rows at
+            once, whatever their positions. Increase it by 1 a step and never mix it
+            with calls without; a continuation may start at any step.
+        """
         position = jnp.asarray(position, jnp.int32)
         chex.assert_rank([tokens, encoder_mask], 2)
         if position.ndim != 0:
             chex.assert_equal_shape([tokens, position])
         if cursor is not None:
             cursor = jnp.asarray(cursor, jnp.int32)
+        embedded = self.token_embedder(tokens)
         return self.decoder.step(
-            self.token_embedder(tokens),
-            position,
-            self_cache,
-            cross_kv,
-            encoder_mask,
-            cursor,
+            embedded, position, self_cache, cross_kv, encoder_mask, cursor
         )
+
+    def decode_step(self, *arguments: Any, **named: Any) -> tuple[jax.Array, Any]:
+        """:meth:`decode_step_states` with float32 logits ``[B, N, V]`` for states."""
+        states, cache = self.decode_step_states(*arguments, **named)
+        return self.logits(states), cache

@@ -39,20 +39,14 @@ class HeadOutputs(NamedTuple):
 
 def project(states: jax.Array, kernel: jax.Array) -> jax.Array:
     """``states [..., E] @ kernel [E, V]`` accumulated and returned in float32."""
-    logits = jnp.einsum(
-        "...e,ev->...v",
-        states,
-        kernel.astype(states.dtype),
-        preferred_element_type=jnp.float32,
+    kernel = kernel.astype(states.dtype)
+    return _constrain(
+        jnp.einsum("...e,ev->...v", states, kernel, preferred_element_type=jnp.float32)
     )
-    return _constrain(logits)
 
 
 def _constrain(logits: jax.Array) -> jax.Array:
-    middle = ["length"] if logits.ndim > 2 else []
-    return constrain(
-        logits, "batch", *[None] * (logits.ndim - 2 - len(middle)), *middle, "vocab"
-    )
+    return constrain(logits, "batch", *[None] * (logits.ndim - 2), "vocab")
 
 
 def head_outputs(
@@ -120,11 +114,9 @@ def _backward(chunk: int, residuals: Any, cotangents: Any) -> Any:
         dlogits = of_log_z[..., None] * jnp.exp(logits - log_z[..., None])
         dlogits = _constrain(dlogits + jnp.where(hit, of_target[..., None], 0.0))
         dlogits = dlogits.astype(states.dtype)
-        exact = {"preferred_element_type": jnp.float32}
-        dstates = jnp.einsum(
-            "...v,ev->...e", dlogits, kernel.astype(states.dtype), **exact
-        )
-        dkernel = jnp.einsum("...e,...v->ev", states, dlogits, **exact)
+        einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+        dstates = einsum("...v,ev->...e", dlogits, kernel.astype(states.dtype))
+        dkernel = einsum("...e,...v->ev", states, dlogits)
         return dstates.astype(states.dtype), dkernel
 
     per_token = (targets, log_z, of_target, of_log_z)
@@ -148,9 +140,7 @@ def _backward(chunk: int, residuals: Any, cotangents: Any) -> Any:
 _head.defvjp(_forward, _backward)
 
 
-def _outputs(
-    logits: jax.Array, targets: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _outputs(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, ...]:
     largest = jnp.max(logits, axis=-1)
     log_z = largest + jnp.log(jnp.sum(jnp.exp(logits - largest[..., None]), axis=-1))
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]

@@ -7,6 +7,7 @@ prompts. The village (`jaxalign.world`) judges them exactly.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -22,12 +23,12 @@ from jaxalign.evaluation import compare
 from jaxalign.inference import generation, score
 from jaxalign.pipelines import quickstart
 from jaxalign.pipelines.study import Study
+from jaxalign.report import comparison as page
 from jaxalign.training import checkpoints
 
 RESPONSES_PER_STEP = 48
+_COLUMNS = {"reward": "reward", "kl": "log_ratio", "tokens": "num_tokens"}
 _ROWS = {"trajectory": 8000, "preference": 4000, "rationale": 4000}
-# No evaluation on the way and no samples: the comparison does its own.
-_NOTHING_ELSE = {"EVAL_STEPS": 1, "run.Run.sampler": None}
 
 # By gin file: the objective's class, and what differs from the gin file's defaults. One
 # learning rate for all, and strengths that are round numbers: none was searched for.
@@ -62,23 +63,19 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def settings_of(name: str, steps: int) -> tuple[str, dict[str, Any]]:
-    """The schema of an objective's data and its settings, by its gin file's name.
-
-    Raises:
-      ValueError: naming the nearest one.
-    """
+    """The schema of an objective's data and its settings, by its gin file's name."""
     if name not in SETTINGS:
         hint = nearest(name, SETTINGS) or f"; known: {', '.join(SETTINGS)}"
         raise ValueError(f"No objective {name!r} to compare{hint}.")
     class_name, own = SETTINGS[name]
     kind = objective_classes.OBJECTIVES[class_name]
-    per_row = 1 if kind.schema == "trajectory" else 2
-    packing = kind.min_prompts
+    per_row = kind.min_prompts * (1 if kind.schema == "trajectory" else 2)
     settings = {
-        **_NOTHING_ELSE,
+        # No evaluation on the way and no samples: the comparison does its own.
+        **{"EVAL_STEPS": 1, "run.Run.sampler": None},
         "TRAIN_STEPS": steps,
-        "PACKING": packing,
-        "BATCH_SIZE": RESPONSES_PER_STEP // per_row // packing,
+        "PACKING": kind.min_prompts,
+        "BATCH_SIZE": RESPONSES_PER_STEP // per_row,
     }
     if kind.schema == "rationale":
         # A rationale's prompt holds the question and both answers.
@@ -108,27 +105,19 @@ def run(
       split: of the prompts; validation to choose settings by.
       redo: stages to make again, such as ``seed0/dpo``.
 
-    Returns:
-      The table, best reward first.
-
     Raises:
-      ValueError: when `run_dir` holds stages of other settings, before anything is
-        trained; or for an unknown objective.
+      ValueError: before anything is trained, when `run_dir` holds stages of other
+        settings, or for an unknown objective.
     """
     names = list(objectives or SETTINGS)
     wanted = {name: settings_of(name, steps) for name in names}
     with Study(run_dir, redo=redo) as study:
         # First what all policies share, so that another value is refused at once.
         study.file("settings.json", _note, steps=steps)
+        home = f"responses/{split}/seed"
         asked = [
-            quickstart.village_prompts(
-                study,
-                f"responses/{split}/seed{seed}/prompts.jsonl",
-                split,
-                num_prompts,
-                seed,
-            )
-            for seed in range(seeds)
+            quickstart.village_prompts(study, f"{home}{n}", split, num_prompts, n)
+            for n in range(seeds)
         ]
         found: dict[str, list[Path]] = {name: [] for name in ("sft", *names)}
         for seed, prompts in enumerate(asked):
@@ -136,15 +125,12 @@ def run(
             found["sft"].append(answers(study, sft, sft, prompts, seed))
             for name, (schema, settings) in wanted.items():
                 start = {**settings, "INITIAL_CHECKPOINT_PATH": sft}
-                path = f"seed{seed}/{name}"
-                rows = _ROWS[schema]
+                path, rows = f"seed{seed}/{name}", _ROWS[schema]
                 policy = quickstart.train(study, path, schema, rows, seed, start)
                 found[name].append(answers(study, policy, sft, prompts, seed))
         results = collect(found)
         text = jsonl.dumps(results, indent=2) + "\n"
         files.write_atomically(study.folder / "comparison.json", text)
-        from jaxalign.report import comparison as page
-
         path = study.folder / "comparison.html"
         page.write(path, results, steps=steps, split=split)
         table = as_text(results["objectives"])
@@ -152,107 +138,73 @@ def run(
     return f"{table}\n\nPage: {run_dir}/comparison.html"
 
 
-def _note(output: Path, steps: int) -> None:
-    files.write_atomically(output, jsonl.json_line({"steps": steps}))
+def _note(output: Path, **settings: Any) -> None:
+    jsonl.write_rows(output, [settings])
 
 
 def supervised(study: Study, seed: int) -> Path:
     """The policy from which every objective of a seed starts."""
-    size, settings = quickstart.SFT_ROWS, quickstart.SFT
-    return quickstart.train(
-        study, f"seed{seed}/sft", "supervised", size, seed, settings
-    )
+    size, settings, path = quickstart.SFT_ROWS, quickstart.SFT, f"seed{seed}/sft"
+    return quickstart.train(study, path, "supervised", size, seed, settings)
 
 
 def answers(
     study: Study, policy: Path, reference: Path, prompts: Path, seed: int
 ) -> Path:
     """A policy's sampled answers, beside the prompts, with rewards and log-ratios."""
-    return study.file(
-        f"{prompts.parent.relative_to(study.folder)}/{policy.name}.jsonl",
-        _answer,
-        execution={"batch_size": 100},
-        policy=policy,
-        reference=reference,
-        prompts=prompts,
-        seed=seed,
-        temperature=1.0,
-        max_new_tokens=64,
-    )
+    name = f"{prompts.parent.relative_to(study.folder)}/{policy.name}.jsonl"
+    inputs = {"policy": policy, "reference": reference, "prompts": prompts}
+    size = {"batch_size": 100}
+    return study.file(name, _answer, execution=size, seed=seed, **inputs)
 
 
 def _answer(
-    output: Path,
-    *,
-    policy: Path,
-    reference: Path,
-    prompts: Path,
-    seed: int,
-    temperature: float,
-    max_new_tokens: int,
-    batch_size: int,
+    output: Path, policy: Path, reference: Path, prompts: Path, **settings: int
 ) -> None:
-    texts = [row["prompt"] for row in quickstart.read(prompts)]
-    network = checkpoints.load(policy)
-    generations = generation.sample(
-        network,
-        texts,
-        sampling=Sampling(temperature=temperature),
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        seed=seed,
+    texts = [row["prompt"] for row in jsonl.read_rows(prompts)]
+    network, base = map(checkpoints.load, (policy, reference))
+    given = generation.sample(
+        network, texts, sampling=Sampling(), max_new_tokens=64, **settings
     )
-    given = [(g.texts[0], len(g.tokens[0])) for g in generations]
-    pairs = list(zip(texts, [text for text, _ in given], strict=True))
-    base = checkpoints.load(reference)
-    own, _ = score.score_pairs(network, pairs, batch_size=batch_size)
-    other, _ = score.score_pairs(base, pairs, batch_size=batch_size)
-    rows = zip(texts, given, own, other, strict=True)
-    lines = [
-        jsonl.json_line(
-            {
-                "prompt": prompt,
-                "response": text,
-                "reward": world.true_reward(prompt, text),
-                "log_ratio": float(a - b),
-                "num_tokens": tokens,
-            }
-        )
-        for prompt, (text, tokens), a, b in rows
+    pairs = [(text, g.texts[0]) for text, g in zip(texts, given, strict=True)]
+    size = settings["batch_size"]
+    own, _ = score.score_pairs(network, pairs, batch_size=size)
+    other, _ = score.score_pairs(base, pairs, batch_size=size)
+    rows = [
+        {
+            "prompt": prompt,
+            "response": text,
+            "reward": world.true_reward(prompt, text),
+            "log_ratio": float(a - b),
+            "num_tokens": len(g.tokens[0]),
+        }
+        for (prompt, text), g, a, b in zip(pairs, given, own, other, strict=True)
     ]
-    files.write_atomically(output, "".join(lines))
+    jsonl.write_rows(output, rows)
 
 
 def means(paths: Sequence[Path]) -> dict[str, list[float]]:
     """``{"reward", "kl", "tokens": [one per file]}`` of files of answers."""
-    columns = (("reward", "reward"), ("kl", "log_ratio"), ("tokens", "num_tokens"))
-    answered = [quickstart.read(path) for path in paths]
+    answered = [jsonl.read_rows(path) for path in paths]
     return {
         column: [float(np.mean([row[field] for row in rows])) for rows in answered]
-        for column, field in columns
+        for column, field in _COLUMNS.items()
     }
 
 
 def collect(found: dict[str, list[Path]]) -> dict[str, Any]:
     """Means by objective and seed, and the matrix of win rates over all seeds."""
-    # Prompts of different seeds are different units, even where their texts agree.
-    flat = {
-        n: [r for p in paths for r in quickstart.read(p)] for n, paths in found.items()
+    rows = {
+        n: [r for p in paths for r in jsonl.read_rows(p)] for n, paths in found.items()
     }
+    texts = {name: [row["response"] for row in own] for name, own in rows.items()}
+    # Prompts of different seeds are different units, even where their texts agree.
+    prompts = [row["prompt"] for row in rows["sft"]]
     judge = judges.from_function(world.true_reward)
-    wins: dict[str, dict[str, float]] = {}
-    for a in found:
-        wins[a] = {}
-        for b in found:
-            if a == b:
-                continue
-            compared = compare.compare_responses(
-                [r["prompt"] for r in flat[a]],
-                [r["response"] for r in flat[a]],
-                [r["response"] for r in flat[b]],
-                judge,
-            )
-            wins[a][b] = compared.win_rate.mean
+    wins: dict[str, dict[str, float]] = {name: {} for name in found}
+    for a, b in itertools.permutations(found, 2):
+        compared = compare.compare_responses(prompts, texts[a], texts[b], judge)
+        wins[a][b] = compared.win_rate.mean
     table = {name: means(paths) for name, paths in found.items()}
     return {"objectives": table, "win_rates": wins}
 
@@ -261,8 +213,6 @@ def as_text(table: dict[str, dict[str, list[float]]]) -> str:
     """The table for a terminal, best reward first."""
     lines = [f"{'objective':<22}{'true reward':>12}{'KL':>9}{'tokens':>9}"]
     for name in sorted(table, key=lambda n: -np.mean(table[n]["reward"])):
-        reward, kl, tokens = (
-            np.mean(table[name][k]) for k in ("reward", "kl", "tokens")
-        )
+        reward, kl, tokens = (np.mean(table[name][k]) for k in _COLUMNS)
         lines.append(f"{name:<22}{reward:>12.3f}{kl:>9.2f}{tokens:>9.1f}")
     return "\n".join(lines)

@@ -12,17 +12,15 @@ after a kill goes on where it stopped, and what was judged keeps its verdict.
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 
-from jaxalign import configs, files, judges, remote
+from jaxalign import configs, judges, remote
 from jaxalign.cluster import mesh as meshes
-from jaxalign.data import records
-from jaxalign.data.jsonl import json_line
+from jaxalign.data import jsonl, records
 from jaxalign.inference import generation
 from jaxalign.pipelines import verdicts
 from jaxalign.pipelines.study import Study
@@ -101,11 +99,10 @@ def run(
         policy = first
         for number in range(1, rounds + 1):
             home = f"round{number}"
-            asked = study.lines(
-                f"{home}/prompts.jsonl",
-                _prompt_rows,
-                _slice(texts, number, prompts_per_round),
-            )
+            size = len(texts) if prompts_per_round is None else prompts_per_round
+            endless = itertools.cycle(texts)
+            own = itertools.islice(endless, (number - 1) * size, number * size)
+            asked = study.lines(f"{home}/prompts.jsonl", _prompt_rows, list(own))
             samples = study.file(
                 f"{home}/samples.jsonl",
                 generation.generate,
@@ -139,13 +136,12 @@ def run(
                 REFERENCE_CHECKPOINT_PATH=policy if reference == "refreshed" else first,
                 RANDOM_SEED=seed + number,
             )
-            rows, reward, tied = verdicts.training_rows(_read(judged), schema)
+            rows, reward, tied = verdicts.training_rows(jsonl.read_rows(judged), schema)
             row = {"round": number, "policy": str(trained), "sampled_from": str(policy)}
             table.append({**row, "reward": reward, "rows": len(rows), "tied": tied})
             policy = trained
             if jax.process_index() == 0:
-                lines = "".join(map(json_line, table))
-                files.write_atomically(study.folder / "rounds.jsonl", lines)
+                jsonl.write_rows(study.folder / "rounds.jsonl", table)
         study.page("Rounds of judged samples")
     return "\n".join(
         f"round {row['round']}: samples score {row['reward']:.4g}, trained on "
@@ -192,24 +188,12 @@ def _described(
     return schema, mesh, -(-batch_size // ways) * ways
 
 
-def _slice(texts: Sequence[str], number: int, size: int | None) -> list[str]:
-    """The prompts of a round, which counts from 1."""
-    if size is None:
-        return list(texts)
-    start = (number - 1) * size
-    return list(itertools.islice(itertools.cycle(texts), start, start + size))
-
-
 def _prompt_rows(texts: Sequence[str]) -> list[dict[str, str]]:
     return [{"prompt": text} for text in texts]
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_bytes().split(b"\n") if line]
-
-
 def _write_rows(output: Path, judged: Path, schema: str) -> None:
-    found = _read(judged)
+    found = jsonl.read_rows(judged)
     rows, _, _ = verdicts.training_rows(found, schema)
     if not rows:
         raise ValueError(
@@ -217,4 +201,4 @@ def _write_rows(output: Path, judged: Path, schema: str) -> None:
             f"{len(found)} prompts apart, so there is nothing to learn from. Give a "
             "higher --temperature or more --num_samples, or look at the judge."
         )
-    files.write_atomically(output, "".join(map(json_line, rows)))
+    jsonl.write_rows(output, rows)

@@ -7,7 +7,6 @@ response exactly, so the table at the end is a measurement, not a model's opinio
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 
 from jaxalign import files, judges, report, world
 from jaxalign.data import jsonl
-from jaxalign.evaluation import compare, mean_reward
+from jaxalign.evaluation import compare
 from jaxalign.inference import generation
 from jaxalign.pipelines.study import Study
 
@@ -62,40 +61,26 @@ def run(
         ``samples/``, ``results.json``, ``report.html`` and ``study.html``.
       seed: of data, training and samples.
       redo: stages to make again, such as ``dpo``.
-
-    Returns:
-      The table.
-
-    Raises:
-      ValueError: when a stage in `run_dir` was made with other inputs.
     """
     started = time.monotonic()
     with Study(run_dir, redo=redo) as study:
         policies = {"sft": train(study, "sft", "supervised", SFT_ROWS, seed, SFT)}
         for name, (schema, settings) in _ALIGNED.items():
-            start = {"INITIAL_CHECKPOINT_PATH": policies["sft"]}
-            own = {**settings, **start}
-            policies[name] = train(study, name, schema, 4000, seed, own)
-        prompts = village_prompts(
-            study, "samples/prompts.jsonl", "test", _TEST_PROMPTS, seed
-        )
+            start = {**settings, "INITIAL_CHECKPOINT_PATH": policies["sft"]}
+            policies[name] = train(study, name, schema, 4000, seed, start)
+        prompts = village_prompts(study, "samples", "test", _TEST_PROMPTS, seed)
+        asked = {"prompts": prompts, "num_samples": 2, "max_new_tokens": 64}
+        asked |= {"seed": seed, "execution": {"batch_size": 64}}
         samples = {
             name: study.file(
-                f"samples/{name}.jsonl",
-                generation.generate,
-                execution={"batch_size": 64},
-                checkpoint=policy,
-                prompts=prompts,
-                num_samples=2,
-                max_new_tokens=64,
-                seed=seed,
+                f"samples/{name}.jsonl", generation.generate, checkpoint=policy, **asked
             )
             for name, policy in policies.items()
         }
         results = _evaluate(samples)
         text = jsonl.dumps(results, indent=2) + "\n"
         files.write_atomically(study.folder / "results.json", text)
-        page = report.write_report(list(policies.values()), None)
+        page = report.write_report(list(policies.values()))
         table = _table(results)
         study.page("Quickstart", f"<pre>{table}</pre>")
     minutes = (time.monotonic() - started) / 60
@@ -121,43 +106,28 @@ def train(
       seed: of the data and the run.
       settings: gin macros beside `COMMON`'s.
       gin_file: ``runs/<gin_file>.gin``.
-
-    Returns:
-      The run directory.
     """
-    data = {
-        macro: study.file(
-            f"data/{schema}.{split}.{size}.{seed}.jsonl",
-            _write_data,
-            schema=schema,
-            split=split,
-            size=size,
-            seed=seed,
-        )
-        for macro, split, size in (
-            ("DATA", "train", rows),
-            ("EVAL_DATA", "validation", 400),
-        )
-    }
+    macros = {"RANDOM_SEED": seed, **COMMON, **settings}
+    parts = {"DATA": ("train", rows), "EVAL_DATA": ("validation", 400)}
+    for macro, (split, size) in parts.items():
+        asked = {"schema": schema, "split": split, "size": size, "seed": seed}
+        path = f"data/{schema}.{split}.{size}.{seed}.jsonl"
+        macros.setdefault(macro, study.file(path, _write_data, **asked))
     return study.train(
         name,
         [f"runs/{gin_file or Path(name).name}.gin"],
         bindings=["SCHEDULE = @schedules.cosine()"],
         execution={"CACHE_DIR": str(study.folder / "data" / "cache")},
-        **{**data, "RANDOM_SEED": seed, **COMMON, **settings},
+        **macros,
     )
 
 
 def village_prompts(
-    study: Study, name: str, split: str, num_prompts: int, seed: int
+    study: Study, folder: str, split: str, num_prompts: int, seed: int
 ) -> Path:
-    """A file of unseen prompts of a split."""
+    """A file of unseen prompts of a split, ``folder/prompts.jsonl``."""
     asked = {"split": split, "num_prompts": num_prompts, "seed": seed}
-    return study.file(name, _write_prompts, **asked)
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return study.file(f"{folder}/prompts.jsonl", _write_prompts, **asked)
 
 
 def _write_data(output: Path, **asked: Any) -> None:
@@ -166,8 +136,7 @@ def _write_data(output: Path, **asked: Any) -> None:
 
 def _write_prompts(output: Path, split: str, num_prompts: int, seed: int) -> None:
     texts = world.sample_prompts(split, num_prompts, seed)
-    lines = "".join(jsonl.json_line({"prompt": text}) for text in texts)
-    files.write_atomically(output, lines)
+    jsonl.write_rows(output, [{"prompt": text} for text in texts])
 
 
 def _evaluate(samples: dict[str, Path]) -> dict[str, dict[str, Any]]:
@@ -176,24 +145,17 @@ def _evaluate(samples: dict[str, Path]) -> dict[str, dict[str, Any]]:
     results: dict[str, dict[str, Any]] = {}
     texts: dict[str, list[list[str]]] = {}
     for name, path in samples.items():
-        rows = read(path)
+        rows = jsonl.read_rows(path)
         prompts = [row["prompt"] for row in rows if row["sample"] == 0]
         given = [row["response"] for row in rows]
-        texts[name] = [given[i : i + 2] for i in range(0, len(given), 2)]
-        scores = judges.verdicts(zip(prompts, texts[name], strict=True), judge)
-        reward = mean_reward(scores)
-        results[name] = {
-            "true_reward": reward.mean,
-            "ci95": [reward.low, reward.high],
-            "mean_tokens": sum(row["num_tokens"] for row in rows) / len(rows),
-        }
+        texts[name] = own = [given[i : i + 2] for i in range(0, len(given), 2)]
+        compared = compare.compare_responses(prompts, own, texts["sft"], judge)
+        reward, *ends = compared.reward_a
+        tokens = sum(row["num_tokens"] for row in rows) / len(rows)
+        results[name] = {"true_reward": reward, "ci95": ends, "mean_tokens": tokens}
         if name != "sft":
-            compared = compare.compare_responses(
-                prompts, texts[name], texts["sft"], judge
-            )
-            rate = compared.win_rate
-            results[name]["win_rate_vs_sft"] = rate.mean
-            results[name]["win_rate_ci95"] = [rate.low, rate.high]
+            rate, *ends = compared.win_rate
+            results[name] |= {"win_rate_vs_sft": rate, "win_rate_ci95": ends}
     return results
 
 

@@ -22,7 +22,6 @@ Of several processes the first decides, and makes all but training runs.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import functools
 import inspect
 import json
@@ -30,22 +29,20 @@ import os
 import shlex
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 from tqdm import tqdm
 
-from jaxalign import remote
+from jaxalign import remote, user_code
 from jaxalign.cluster import exclusive
 from jaxalign.data import jsonl
 from jaxalign.files import file_sha256, json_sha256
 from jaxalign.inference import outputs
 from jaxalign.training import checkpoints, run_directory
 from jaxalign.training.description import describe
-
-_KEPT, _MADE = 0, 1
 
 
 class Study:
@@ -95,13 +92,11 @@ class Study:
     def __exit__(self, *_: Any) -> None:
         self._open.close()
 
-    def _read(self) -> int:
+    def _read(self) -> None:
         self.stages = run_directory.read_manifest(self.folder).get("stages", {})
         for name in self._redo - set(self.stages):
-            near = difflib.get_close_matches(name, self.stages, 1, 0.0)
-            hint = f" Did you mean {near[0]!r}?" if near else " It has none yet."
+            hint = user_code.hint(name, self.stages) or f" It has {list(self.stages)}."
             raise ValueError(f"{self.folder} has no stage {name!r} to redo.{hint}")
-        return len(self.stages)
 
     # ---- The three kinds of stages --------------------------------------------------
 
@@ -123,33 +118,18 @@ class Study:
           execution: further arguments of it, which change nothing of what is written.
           all_processes: it is called by every process of a job, not by the first.
           **inputs: a `Path` counts by the content of its file or run, anything else
-            by its ``repr`` as JSON.
-
-        Returns:
-          The file's path.
+            as JSON.
 
         Raises:
           ValueError: when the stage was made with other inputs, or when its output is
             no longer what was made.
         """
-        path = self.folder / name
-        with self._stage(name, path, _function_key(function), inputs) as needed:
 
-            def make() -> int:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                function(output=path, **inputs, **(execution or {}))
-                return 0
+        def make(path: Path) -> None:
+            function(output=path, **inputs, **(execution or {}))
 
-            if needed and all_processes:
-                make()
-            elif needed:
-                exclusive.in_main(make)
-            if needed and not path.is_file():
-                raise ValueError(
-                    f"The stage {name!r} ended without writing {path}: its "
-                    "function must write the path it is given as `output`."
-                )
-        return path
+        key = _function_key(function)
+        return self._stage(name, key, inputs, make, all_processes)
 
     def lines(
         self,
@@ -173,16 +153,10 @@ class Study:
           **inputs: as in `file`.
         """
 
-        path = self.folder / name
-
-        def grow() -> int:
-            path.parent.mkdir(parents=True, exist_ok=True)
+        def make(path: Path) -> None:
             partial = outputs.partial_path(path)
-            written = _whole_lines(partial)
-            done = written - written % batch  # a batch is written whole or made again
-            _keep_lines(partial, done)
+            starts = range(_keep_batches(partial, batch), len(items), batch)
             with open(partial, "a", encoding="utf-8") as file:
-                starts = range(done, len(items), batch)
                 for start in tqdm(starts, name, disable=None, leave=False):
                     asked = items[start : start + batch]
                     found = function(asked, **inputs)
@@ -195,13 +169,9 @@ class Study:
                     file.flush()
                     os.fsync(file.fileno())
             os.replace(partial, path)
-            return 0
 
         counted = {**inputs, "items": json_sha256(list(items)), "batch": batch}
-        with self._stage(name, path, _function_key(function), counted) as needed:
-            if needed:
-                exclusive.in_main(grow)
-        return path
+        return self._stage(name, _function_key(function), counted, make)
 
     def train(
         self,
@@ -218,82 +188,99 @@ class Study:
         The command that makes it by itself is told before it begins.
 
         Args:
-          name: of the run directory.
+          name: of the run directory, which is returned.
           gin_files: as in ``--gin_file``.
           bindings: ``"NAME = VALUE"`` as gin spells it, before `macros`.
           search_paths: folders to look for gin files in.
           execution: macros that change nothing of what is learnt.
           **macros: values of gin macros; a `Path` counts by content.
-
-        Returns:
-          The run directory.
         """
         from jaxalign import configs
         from jaxalign.training import run as runs
         from jaxalign.training import train as loop
 
-        path = self.folder / name
         given = {**macros, **(execution or {})}
         values = {k: str(v) if isinstance(v, Path) else v for k, v in given.items()}
         spelt = [*bindings, *(f"{k} = {v!r}" for k, v in values.items())]
-        place = f"MODEL_DIR = {str(path)!r}"
+        place = f"MODEL_DIR = {str(self.folder / name)!r}"
         read = configs.parse(gin_files, [*spelt, place], search_paths)
         text = configs.config_str()
+
+        def make(path: Path) -> None:
+            flags = [f"--gin_file={file}" for file in gin_files]
+            flags += ["--gin." + b.replace(" = ", "=", 1) for b in spelt]
+            command = ["jaxalign", "train", *flags, f"--run_dir={path}"]
+            self._say(f"$ {shlex.join(command)}")
+            loop.train(runs.from_gin(), text)
+
         # In order: of a user's own files a later one overrides an earlier one.
-        own: dict[str, Any] = {"gin files": [[p.name, file_sha256(p)] for p in read]}
-        own |= {"bindings": list(bindings)} if bindings else {}
-        with self._stage(name, path, own, macros) as needed:
-            if needed:
-                flags = [f"--gin_file={file}" for file in gin_files]
-                flags += ["--gin." + b.replace(" = ", "=", 1) for b in spelt]
-                command = ["jaxalign", "train", *flags, f"--run_dir={path}"]
-                self._say(f"$ {shlex.join(command)}")
-                loop.train(runs.from_gin(), text)
-        return path
+        key: dict[str, Any] = {"gin files": [[p.name, file_sha256(p)] for p in read]}
+        key |= {"bindings": list(bindings)} if bindings else {}
+        return self._stage(name, key, macros, make, all_processes=True)
 
     # ---- What a stage is ------------------------------------------------------------
 
-    @contextlib.contextmanager
     def _stage(
-        self, name: str, path: Path, own: dict[str, Any], inputs: dict[str, Any]
-    ) -> Iterator[bool]:
-        """Yields whether the stage has to be made; then records what it made."""
-        decided = exclusive.in_main(lambda: self._decide(name, path, own, inputs))
-        if decided == _KEPT:
-            yield False
-            return
+        self,
+        name: str,
+        key: Mapping[str, Any],
+        inputs: Mapping[str, Any],
+        make: Callable[[Path], None],
+        all_processes: bool = False,
+    ) -> Path:
+        """Makes a stage unless it is kept, and records what it made."""
+        path = self.folder / name
+        if exclusive.in_main(lambda: self._is_kept(name, path, key, inputs)):
+            return path
         started = time.monotonic()
-        yield True
+        if all_processes:
+            make(path)
+        else:
+            exclusive.in_main(lambda: make(path))
         seconds = round(time.monotonic() - started, 3)
 
-        def finish() -> int:
+        def finish() -> None:
+            if not path.exists():
+                raise ValueError(
+                    f"The stage {name!r} ended without writing {path}: its "
+                    "function must write the path it is given as `output`."
+                )
             key = self.stages[name]["key"]
             made = {"output": content(path), "seconds": seconds}
             self._record(name, key=key, status="finished", **made)
-            return 0
 
         exclusive.in_main(finish)
         self._say(f"[{len(self._seen)}] {name}: made in {seconds:.1f} s")
+        return path
 
-    def _decide(
-        self, name: str, path: Path, own: dict[str, Any], inputs: dict[str, Any]
-    ) -> int:
-        """Whether a stage is kept; if not, it is recorded as running."""
-        key = own | {k: self._identity(v) for k, v in inputs.items()}
+    def _is_kept(
+        self, name: str, path: Path, key: Mapping[str, Any], inputs: Mapping[str, Any]
+    ) -> bool:
+        """Whether a stage is there already; if not, it is recorded as running."""
+        saved, key = self.stages.get(name, {}), dict(key)
+        for k, value in inputs.items():
+            found = _identity(value)
+            if _has_key(value):  # its entries under their own names
+                key |= {f"{k}: {part}": v for part, v in found.items()}
+            else:
+                key[k] = found
         key = json.loads(json.dumps(key))  # as it comes back from the manifest
-        saved = self.stages.get(name, {})
         if name in self._seen:  # asked for twice, as two runs share their data
             if saved.get("key") == key:
-                return _KEPT
+                return True
             raise ValueError(f"Two stages of this study are called {name!r}.")
         self._seen.append(name)
+        if name in self._redo:  # later ones too, where their inputs come out different
+            for entry in self.stages.values():
+                entry["stale"] = entry["number"] > saved["number"]
+            run_directory.update_manifest(self.folder, stages=self.stages)
         follows = saved.get("stale", False) and saved["key"] != key
-        if name in self._redo:
-            self._outdate(after=name)
-        if name in self._redo or follows or (saved and not _begun(path)):
-            _remove(path)
+        there = _on_disk(path)
+        if name in self._redo or follows or (saved and not there):
+            for old in there:
+                shutil.rmtree(old) if old.is_dir() else old.unlink()
             saved = {}
-        elif not saved and _begun(path):
+        elif not saved and there:
             raise ValueError(
                 f"{path} exists, and no manifest says what it was made with. Move it "
                 "away, or give another folder."
@@ -301,9 +288,9 @@ class Study:
         elif saved and saved["key"] != key:
             raise ValueError(
                 f"The stage {name!r} in {self.folder} was made with other inputs: "
-                f"{outputs.differing(_flat(saved['key']), _flat(key))}. Give another "
-                f"folder, the inputs of then, or --redo={name} to make it again, and "
-                "what follows from it."
+                f"{outputs.differing(saved['key'], key)}. Give another folder, the "
+                f"inputs of then, or --redo={name} to make it again, and what follows "
+                "from it."
             )
         if saved.get("status") == "finished":
             if saved["output"] != content(path):
@@ -312,33 +299,14 @@ class Study:
                     f"or give --redo={name} to make it again."
                 )
             self._say(f"[{len(self._seen)}] {name}: kept")
-            return _KEPT
+            return True
+        path.parent.mkdir(parents=True, exist_ok=True)
         self._record(name, key=key, status="running")
         self._say(f"[{len(self._seen)}] {name}: {'goes on' if saved else 'begins'}")
-        return _MADE
-
-    def _identity(self, value: Any) -> Any:
-        if isinstance(value, Path):
-            return content(value)
-        if isinstance(value, str) and remote.is_remote(value):
-            return content(value)
-        if isinstance(value, list | tuple):
-            return [self._identity(v) for v in value]
-        if isinstance(value, dict):
-            return {str(k): self._identity(v) for k, v in value.items()}
-        if callable(value) or hasattr(value, "fingerprint"):
-            return _function_key(value)
-        return value
+        return False
 
     def _record(self, name: str, **entry: Any) -> None:
         self.stages[name] = {**entry, "number": len(self._seen)}
-        run_directory.update_manifest(self.folder, stages=self.stages)
-
-    def _outdate(self, after: str) -> None:
-        """Lets later stages be made again where their inputs come out different."""
-        number = self.stages[after]["number"]
-        for entry in self.stages.values():
-            entry["stale"] = entry["number"] > number
         run_directory.update_manifest(self.folder, stages=self.stages)
 
     # ---- One page -------------------------------------------------------------------
@@ -398,42 +366,34 @@ def _function_key(function: Callable[..., Any]) -> dict[str, Any]:
     return key
 
 
-def _flat(key: dict[str, Any]) -> dict[str, Any]:
-    """With the entries of inputs that are functions under their own names."""
-    flat: dict[str, Any] = {}
-    for name, value in key.items():
-        if isinstance(value, dict) and "function's name" in value:
-            flat |= {f"{name}: {part}": found for part, found in value.items()}
-        else:
-            flat[name] = value
-    return flat
+def _identity(value: Any) -> Any:
+    """What an input counts by in a key."""
+    if isinstance(value, Path) or isinstance(value, str) and remote.is_remote(value):
+        return content(value)
+    if isinstance(value, list | tuple):
+        return [_identity(v) for v in value]
+    if isinstance(value, dict):
+        return {str(k): _identity(v) for k, v in value.items()}
+    return _function_key(value) if _has_key(value) else value
 
 
-def _begun(path: Path) -> bool:
-    """Whether anything of a stage is on disk; if not, any key is a new one."""
-    return path.exists() or any(path.parent.glob(f"{path.name}.partial*"))
+def _has_key(value: Any) -> bool:
+    """Whether it is a function, or an object that says what it depends on."""
+    return callable(value) or hasattr(value, "fingerprint")
 
 
-def _remove(path: Path) -> None:
-    for found in [path, *path.parent.glob(f"{path.name}.partial*")]:
-        if found.is_dir():
-            shutil.rmtree(found)
-        else:
-            found.unlink(missing_ok=True)
+def _on_disk(path: Path) -> list[Path]:
+    """What there is of a stage, whole or not; if nothing, any key is a new one."""
+    every = [path, *path.parent.glob(f"{path.name}.partial*")]
+    return [p for p in every if p.exists()]
 
 
-def _whole_lines(path: Path) -> int:
+def _keep_batches(path: Path, batch: int) -> int:
+    """Cuts a file after its last whole batch of lines; how many lines are left."""
     if not path.exists():
         return 0
-    with open(path, "rb") as file:
-        return sum(line.endswith(b"\n") for line in file)
-
-
-def _keep_lines(path: Path, count: int) -> None:
-    """Cuts a file after so many lines."""
-    if not path.exists():
-        return
     with open(path, "r+b") as file:
-        for _ in range(count):
-            file.readline()
-        file.truncate(file.tell())
+        lines = [line for line in file if line.endswith(b"\n")]
+        kept = lines[: len(lines) // batch * batch]
+        file.truncate(sum(map(len, kept)))
+    return len(kept)

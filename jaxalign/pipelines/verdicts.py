@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jaxalign import judges
+from jaxalign.data import jsonl
 
 SCHEMAS = ("preference", "trajectory", "supervised")  # what judged samples give
 
@@ -28,17 +29,12 @@ def verdicts(
     [{'prompt': '2+2?', 'responses': ['4', '5'], 'scores': [1.0, 0.0]}]
     """
     groups = list(groups)
-    return [
-        {
-            "prompt": prompt,
-            "responses": texts,
-            # As the shortest number that is the same in float32.
-            "scores": [None if np.isnan(s) else float(str(s)) for s in scores],
-        }
-        for (prompt, texts), scores in zip(
-            groups, judges.verdicts(groups, judge), strict=True
-        )
-    ]
+    found, given = [], judges.verdicts(groups, judge)
+    for (prompt, texts), own in zip(groups, given, strict=True):
+        # As the shortest number that is the same in float32.
+        scores = [None if np.isnan(s) else float(str(s)) for s in own]
+        found.append({"prompt": prompt, "responses": texts, "scores": scores})
+    return found
 
 
 def groups(samples: Path) -> list[tuple[str, list[str]]]:
@@ -48,32 +44,27 @@ def groups(samples: Path) -> list[tuple[str, list[str]]]:
     hold one.
     """
     found: list[tuple[str, dict[str, None]]] = []
-    with open(samples, encoding="utf-8") as file:
-        for line in map(json.loads, file):
-            if line["sample"] == 0:
-                found.append((line["prompt"], {}))
-            if line["response"].strip():
-                found[-1][1][line["response"]] = None
+    for line in jsonl.read_rows(samples):
+        if line["sample"] == 0:
+            found.append((line["prompt"], {}))
+        if line["response"].strip():
+            found[-1][1][line["response"]] = None
     return [(prompt, list(texts)) for prompt, texts in found]
 
 
 def training_rows(
     judged: Iterable[Mapping[str, Any]], schema: str
 ) -> tuple[list[dict[str, Any]], float, int]:
-    """Training rows from verdicts.
+    """Training rows from verdicts; a response without a score is left out.
 
     Args:
-      judged: ``{"prompt", "responses", "scores"}`` each; a score that is null or NaN
-        is no verdict, and its response is left out.
+      judged: ``{"prompt", "responses", "scores"}`` each.
       schema: ``"preference"``: the best against the worst response, with the
         difference of their scores as the margin; ``"trajectory"``: every response with
         its score as the reward; ``"supervised"``: the best response.
 
     Returns:
       ``(rows, mean score of all responses, prompts whose responses tie)``.
-
-    Raises:
-      ValueError: for another schema.
 
     >>> judged = [{"prompt": "2+2?", "responses": ["4", "5"], "scores": [1.0, 0.0]}]
     >>> training_rows(judged, "preference")[0]
@@ -89,16 +80,13 @@ def training_rows(
     tied = 0
     for verdict in judged:
         prompt = {"prompt": verdict["prompt"]}
-        given = [
-            (score, text)
-            for score, text in zip(verdict["scores"], verdict["responses"], strict=True)
-            if score is not None and score == score
-        ]
+        pairs = zip(verdict["scores"], verdict["responses"], strict=True)
+        given = [(s, text) for s, text in pairs if s is not None and s == s]
         if not given:
             tied += 1
             continue
         all_scores += [score for score, _ in given]
-        best, worst = max(given, key=_score), min(given, key=_score)
+        best, worst = max(given, key=itemgetter(0)), min(given, key=itemgetter(0))
         if schema == "trajectory":
             rows += (prompt | {"completion": t, "reward": score} for score, t in given)
         elif best[0] == worst[0]:
@@ -109,7 +97,3 @@ def training_rows(
         else:
             rows.append(prompt | {"completion": best[1]})
     return rows, float(np.mean(all_scores)) if all_scores else float("nan"), tied
-
-
-def _score(given: tuple[float, str]) -> float:
-    return given[0]

@@ -37,9 +37,8 @@ def plan(
       run: the run; its data is not read.
       topologies: such as ``v5e:4x4``; see `hardware.find`.
       meshes: sizes to compare; by default the run's own, else a few that are usual.
-      steps: programs to compile: ``train``, ``score``, ``decode``.
-      find_largest_batch: also search the largest batch of the cheapest mesh; compiles
-        its training step a few times more.
+      steps: programs to compile, of `programs.STEPS`.
+      find_largest_batch: also search the largest batch of the cheapest mesh.
 
     Returns:
       ``{"candidates": [...], "cheapest": index or None}``. A candidate has ``fits``,
@@ -78,22 +77,18 @@ def plan(
                 _log.warning("Left out: %s", refused[-1])
     if not candidates:
         raise ValueError("No mesh could be planned. " + " ".join(refused))
-    found: dict[str, Any] = {"candidates": candidates, "cheapest": None}
-    found["left_out"] = refused
-    fitting = [i for i, c in enumerate(candidates) if c["fits"]]
-    if fitting:
-        cheapest = min(fitting, key=lambda i: _cost(candidates[i]))
-        found["cheapest"] = cheapest
-        if find_largest_batch:
-            best = candidates[cheapest]
-            topology = hardware.find(best["topology"])
-            best["largest_batch"] = largest_batch(run, topology, best)
-    return found
-
-
-def _cost(found: dict[str, Any]) -> float:
-    """Predicted device-seconds per row of the batch."""
-    return found["predicted_step_seconds"] * found["devices"] / found["batch_size"]
+    # Predicted device-seconds per row of the batch.
+    costs = {
+        i: c["predicted_step_seconds"] * c["devices"] / c["batch_size"]
+        for i, c in enumerate(candidates)
+        if c["fits"]
+    }
+    cheapest = min(costs, key=costs.__getitem__, default=None)
+    if find_largest_batch and cheapest is not None:
+        best = candidates[cheapest]
+        topology = hardware.find(best["topology"])
+        best["largest_batch"] = largest_batch(run, topology, best)
+    return {"candidates": candidates, "cheapest": cheapest, "left_out": refused}
 
 
 def largest_batch(
@@ -117,19 +112,13 @@ def largest_batch(
     limit = fitting["hbm_bytes"]["limit"]
     low = fitting["batch_size"] // unit
     known = {low: measure(low), 2 * low: measure(2 * low)}
-    fits = max(units for units, (ok, _) in known.items() if ok)
-    too_many = min((units for units, (ok, _) in known.items() if not ok), default=None)
-    for _ in range(12):
-        if too_many == fits + 1:
-            break
+    while True:
+        fits = max(units for units, (ok, _) in known.items() if ok)
+        too_many = min((u for u, (ok, _) in known.items() if not ok), default=math.inf)
+        if too_many == fits + 1 or len(known) >= 14:
+            return fits * unit
         (a, (_, at_a)), (b, (_, at_b)) = sorted(known.items())[-2:]
         slope = max((at_b - at_a) / (b - a), 1.0)
         guess = max(int(b + (limit - at_b) / slope), fits + 1)
-        if too_many is not None:
-            guess = min(guess, too_many - 1)
+        guess = min(guess, too_many - 1)
         known[guess] = measure(guess)
-        if known[guess][0]:
-            fits = guess
-        else:
-            too_many = guess
-    return fits * unit

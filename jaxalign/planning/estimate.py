@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
 from typing import Any
@@ -47,29 +46,14 @@ def assumptions(topology: Topology) -> list[str]:
     return lines
 
 
-@dataclasses.dataclass(frozen=True)
-class Shortfall:
+def _shortfall(needed: int, limit: int, at_least: bool = False) -> dict[str, Any]:
     """Why a program does not fit: bytes per device."""
-
-    needed: int
-    limit: int
-    at_least: bool = False
-
-    def as_json(self) -> dict[str, Any]:
-        return {
-            "needed": self.needed,
-            "short": self.needed - self.limit,
-            "at_least": self.at_least,
-            "message": str(self),
-        }
-
-    def __str__(self) -> str:
-        over = (self.needed - self.limit) / GIB
-        return (
-            f"does not fit: needs {'at least ' if self.at_least else ''}"
-            f"{self.needed / GIB:.2f} GiB per device, "
-            f"{self.limit / GIB:.2f} GiB are there, {over:.2f} GiB too many"
-        )
+    over = needed - limit
+    message = (
+        f"does not fit: needs {'at least ' * at_least}{needed / GIB:.2f} GiB per "
+        f"device, {limit / GIB:.2f} GiB are there, {over / GIB:.2f} GiB too many"
+    )
+    return {"needed": needed, "short": over, "at_least": at_least, "message": message}
 
 
 def bytes_per_device(tree: Any) -> int:
@@ -110,123 +94,93 @@ def candidate(
         "assumptions": assumptions(topology),
     }
     found["parameter_count"]["total"] = sum(found["parameter_count"].values())
-    exact = {
-        "parameters": bytes_per_device(state.networks),
-        "optimizer": bytes_per_device(state.opt_state),
-    }
     for step in steps:
-        held = exact
+        held = state.networks, state.opt_state
         if step != "train":
-            policy = bytes_per_device(state.params["policy"])
-            held = {"parameters": policy, "optimizer": 0}
+            held = state.params["policy"], ()
+        sizes = map(bytes_per_device, held)
+        held = dict(zip(("parameters", "optimizer"), sizes, strict=True))
         found["programs"][step] = _program(ready, topology, step, held)
-    first = found["programs"][steps[0]]
-    return {
-        **first,
-        **found,
-        "fits": all(p["fits"] for p in found["programs"].values()),
-    }
+    fits = all(p["fits"] for p in found["programs"].values())
+    return {**found["programs"][steps[0]], **found, "fits": fits}
 
 
 def _program(
     ready: runs.Setup, topology: Topology, step: str, held: dict[str, int]
 ) -> dict[str, Any]:
-    limit, known = topology.chip.memory, sum(held.values())
+    chip, known = topology.chip, sum(held.values())
     program = programs.program(ready, step)
     count = flops.matmul_flops(
         program.function, *program.arguments, loop_trips=program.loop_trips
     )
-
-    def too_large(shortfall: Shortfall) -> dict[str, Any]:
-        others = None if shortfall.at_least else shortfall.needed - known
-        return {
-            "fits": False,
-            "flops_per_step": count,
-            "hbm_bytes": {
-                **held,
-                "activations_and_temporaries": others,
-                "limit": limit,
-            },
-            "collective_bytes": None,
-            "predicted_step_seconds": None,
-            "shortfall": shortfall.as_json(),
-        }
-
-    if known > limit:  # not worth compiling
-        return too_large(Shortfall(known, limit, at_least=True))
+    memory = {**held, "activations_and_temporaries": None, "limit": chip.memory}
+    found: dict[str, Any] = {
+        "fits": False,
+        "flops_per_step": count,
+        "hbm_bytes": memory,
+        "collective_bytes": None,
+        "predicted_step_seconds": None,
+    }
+    if known > chip.memory:  # not worth compiling
+        return found | {"shortfall": _shortfall(known, chip.memory, at_least=True)}
     try:
         compiled = program.compile()
     except jax.errors.JaxRuntimeError as error:
-        shortfall = _out_of_memory(str(error))
-        if shortfall is None:
+        sizes = _out_of_memory(str(error))
+        if sizes is None:
             raise
-        return too_large(shortfall)
-    memory = compiled.memory_analysis()
+        memory["activations_and_temporaries"] = sizes[0] - known
+        return found | {"shortfall": _shortfall(*sizes)}
+    told = compiled.memory_analysis()
     total = (
-        memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes
-        + memory.temp_size_in_bytes
-        + memory.generated_code_size_in_bytes
+        told.argument_size_in_bytes
+        + told.output_size_in_bytes
+        - told.alias_size_in_bytes
+        + told.temp_size_in_bytes
+        + told.generated_code_size_in_bytes
     )
+    memory["activations_and_temporaries"] = total - known
     moved = hlo.traffic(compiled.as_text(), topology.slice_of)
-    times = _times(ready, topology, count, moved)
-    found = {
-        "fits": total <= limit,
-        "flops_per_step": count,
-        "hbm_bytes": {
-            **held,
-            "activations_and_temporaries": total - known,
-            "limit": limit,
-        },
+    inside, across = moved.collectives, moved.across_slices
+    half = 2.0 if ready.objective.model.config.dtype == "float32" else 1.0
+    share = count / ready.mesh.size
+    times = {
+        "compute": half * share / (chip.flops * COMPUTE_SHARE),
+        "memory": moved.memory / (chip.memory_bandwidth * MEMORY_SHARE),
+        "links": sum(inside.values()) / (chip.link_bandwidth * LINK_SHARE),
+        "network": sum(across.values()) / (chip.network_bandwidth * LINK_SHARE),
+    }
+    if total > chip.memory:
+        found["shortfall"] = _shortfall(total, chip.memory)
+    return found | {
+        "fits": total <= chip.memory,
         "collective_bytes": {
-            kind: moved.collectives.get(kind, 0) + moved.across_slices.get(kind, 0)
-            for kind in sorted({*moved.collectives, *moved.across_slices})
+            kind: inside.get(kind, 0) + across.get(kind, 0)
+            for kind in sorted({*inside, *across})
         },
-        "collective_bytes_across_slices": moved.across_slices,
+        "collective_bytes_across_slices": across,
         "memory_bytes": moved.memory,
-        "arithmetic_intensity": count / ready.mesh.size / max(moved.memory, 1),
+        "arithmetic_intensity": share / max(moved.memory, 1),
         "roofline_seconds": times,
         "predicted_step_seconds": max(times["compute"], times["memory"])
         + times["links"]
         + times["network"],
     }
-    if total > limit:
-        found["shortfall"] = Shortfall(total, limit).as_json()
-    return found
 
 
-def _times(
-    ready: runs.Setup, topology: Topology, count: int, moved: hlo.Traffic
-) -> dict[str, float]:
-    chip = topology.chip
-    half = 2.0 if ready.objective.model.config.dtype == "float32" else 1.0
-    return {
-        "compute": half * count / ready.mesh.size / (chip.flops * COMPUTE_SHARE),
-        "memory": moved.memory / (chip.memory_bandwidth * MEMORY_SHARE),
-        "links": sum(moved.collectives.values()) / (chip.link_bandwidth * LINK_SHARE),
-        "network": sum(moved.across_slices.values())
-        / (chip.network_bandwidth * LINK_SHARE),
-    }
+def _out_of_memory(message: str) -> tuple[int, int] | None:
+    """Bytes that libtpu's refusal says are needed and there; None: another error.
 
-
-def _out_of_memory(message: str) -> Shortfall | None:
-    """The figures of libtpu's refusal; None for any other error.
-
-    >>> print(_out_of_memory("RESOURCE_EXHAUSTED: Used 20.00G of 15.75G hbm."))
-    does not fit: needs 20.00 GiB per device, 15.75 GiB are there, 4.25 GiB too many
+    >>> _out_of_memory("RESOURCE_EXHAUSTED: Used 2.50K of 1.00K hbm.")
+    (2560, 1024)
     """
     if "RESOURCE_EXHAUSTED" not in message and "out of memory" not in message:
         return None
     for pattern in (
-        r"Used ([\d.]+[KMGT]) of ([\d.]+[KMGT]) hbm",
-        r"\(([\d.]+[KMGT])\) exceeds available \w+ \(([\d.]+[KMGT])\)",
+        r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm",
+        r"\(([\d.]+)([KMGT])\) exceeds available \w+ \(([\d.]+)([KMGT])\)",
     ):
-        sizes = re.search(pattern, message)
-        if sizes:
-            return Shortfall(_bytes(sizes.group(1)), _bytes(sizes.group(2)))
+        if sizes := re.search(pattern, message):
+            units = [2 ** (10 * (1 + "KMGT".index(sizes[i]))) for i in (2, 4)]
+            return int(float(sizes[1]) * units[0]), int(float(sizes[3]) * units[1])
     return None
-
-
-def _bytes(text: str) -> int:
-    return int(float(text[:-1]) * 2 ** (10 * (1 + "KMGT".index(text[-1]))))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,14 +13,9 @@ from jax.extend import core
 def matmul_flops(function: Callable[..., Any], *args: Any, loop_trips: int = 1) -> int:
     """Operations of every matrix product of one call, over all devices together.
 
-    Two for each multiply-add. Scans are multiplied out and what rematerialisation
-    computes again is counted again; element-wise work, which is some percent in a
-    transformer, is not counted.
-
-    Args:
-      function: the function, jitted or not.
-      *args: arrays or ``ShapeDtypeStruct``.
-      loop_trips: how often a ``while_loop`` runs, such as a decode loop.
+    Two for each multiply-add. Scans are multiplied out, a ``while_loop`` runs
+    ``loop_trips`` times, and what rematerialisation computes again is counted again;
+    element-wise work, which is some percent in a transformer, is not counted.
 
     >>> import jax.numpy as jnp
     >>> x = jax.ShapeDtypeStruct((4, 8), jnp.float32)
@@ -40,26 +35,15 @@ def _count(jaxpr: core.Jaxpr, loop_trips: int) -> int:
             result = math.prod(equation.outvars[0].aval.shape)
             total += 2 * result * math.prod(left[axis] for axis in contracted)
             continue
-        inner = [_count(j, loop_trips) for j in _inner(params)]
+        inner = [_count(j, loop_trips) for j in core.jaxprs_in_params(params)]
+        times = 1
         if name == "scan":
-            total += params["length"] * sum(inner)
+            times = params["length"]
         elif name == "while":
-            total += loop_trips * sum(inner)
-        elif name == "cond":
-            total += max(inner)
+            times = loop_trips
         elif name == "shard_map":  # inside are one device's shapes
-            total += params["mesh"].size * sum(inner)
+            times = params["mesh"].size
         elif name == "pallas_call":  # inside is one block; skipped blocks count
-            total += math.prod(params["grid_mapping"].grid) * sum(inner)
-        else:
-            total += sum(inner)
+            times = math.prod(params["grid_mapping"].grid)
+        total += max(inner) if name == "cond" else times * sum(inner)
     return total
-
-
-def _inner(params: dict[str, Any]) -> Iterator[core.Jaxpr]:
-    for value in params.values():
-        for item in value if isinstance(value, tuple | list) else (value,):
-            if isinstance(item, core.ClosedJaxpr):
-                yield item.jaxpr
-            elif isinstance(item, core.Jaxpr):
-                yield item

@@ -8,6 +8,7 @@ those of https://jax-ml.github.io/scaling-book/tpus/.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fnmatch
 import importlib.metadata
@@ -77,17 +78,14 @@ class Topology:
 
 
 def find(name: str) -> Topology:
-    """The devices of a topology.
+    """The devices of a topology ``KIND:SHAPE``.
 
-    Args:
-      name: ``KIND:SHAPE`` with ``v4``, ``v5e``, ``v5p`` or ``v6e``, such as
-        ``v5e:4x4`` or ``v5p:4x4x8``; ``v5e:4x4:2`` is two slices; ``gpu-h100:8``,
-        ``gpu-a100:8`` or ``cpu:8`` for an estimate.
+    ``KIND`` is one of `CHIPS`: ``v5e:4x4``, ``v5p:4x4x8``, ``v5e:4x4:2`` (two slices);
+    ``gpu-h100:8`` or ``cpu:8`` for an estimate.
 
     Raises:
       ValueError: for a name that means nothing, with the nearest that does.
-      ImportError: where libtpu is missing or of another release than jax's, saying
-        how to get it.
+      ImportError: where libtpu is missing or of another release than jax's.
     """
     kind, _, shape = name.partition(":")
     if kind not in CHIPS:
@@ -111,34 +109,32 @@ def _tpu_devices(name: str, kind: str, shape: str) -> list[Any]:
     found = re.fullmatch(r"(\d+(?:x\d+)*)(?::(\d+))?", shape)
     axes = 3 if kind in ("v4", "v5p") else 2
     example = "4x4x8" if axes == 3 else "4x4"
-    if not found or len(found.group(1).split("x")) != axes:
+    sizes = [int(n) for n in found[1].split("x")] if found else []
+    if len(sizes) != axes:
         raise ValueError(
             f"--topology={name}: a {kind} slice has {axes} dimensions; expected "
             f"{kind}:{example}, or {kind}:{example}:2 for two slices, got {shape!r}."
         )
-    options = {} if found.group(2) is None else {"num_slices": int(found.group(2))}
+    options: dict[str, Any] = {"num_slices": int(found[2])} if found[2] else {}
     if kind == "v4":
         options["chip_config_name"] = "megacore"
-    sizes = [int(n) for n in found.group(1).split("x")]
     if math.prod(sizes) > _LARGEST[kind]:
         raise ValueError(
             f"--topology={name}: the largest {kind} slice has {_LARGEST[kind]} chips; "
             f"{kind}:{example}:2 is two slices."
         )
     if any(n > 1 and n % 2 for n in sizes):
-        raise ValueError(
-            f"--topology={name}: a slice is made of whole hosts, so its sizes are 1 "
-            "or even."
-        )
+        why = "a slice is made of whole hosts, so its sizes are 1 or even"
+        raise ValueError(f"--topology={name}: {why}.")
     if importlib.util.find_spec("libtpu") is None:
         raise ImportError(
             "jaxalign plan compiles with libtpu, which is not installed (no TPU is "
             "needed): pip install 'jaxalign[plan]'. GPU and CPU estimates, such as "
             "--topology=gpu-h100:8, do without it."
         )
-    check_libtpu(
-        _version("jax"), importlib.metadata.requires("jax") or [], _version("libtpu")
-    )
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # a nightly's
+        version, wants = importlib.metadata.version, importlib.metadata.requires("jax")
+        check_libtpu(version("jax"), wants or [], version("libtpu"))
     from jax.experimental import topologies
 
     # On a machine without TPUs libtpu would ask the cloud's metadata server, then
@@ -150,7 +146,7 @@ def _tpu_devices(name: str, kind: str, shape: str) -> list[Any]:
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
     try:
         described = topologies.get_topology_desc(
-            f"{kind}:{found.group(1)}", platform="tpu", **options
+            f"{kind}:{found[1]}", platform="tpu", **options
         )
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).splitlines()[0]
@@ -158,20 +154,17 @@ def _tpu_devices(name: str, kind: str, shape: str) -> list[Any]:
     return list(described.devices)
 
 
-def check_libtpu(jax_version: str | None, wants: list[str], found: str | None) -> None:
+def check_libtpu(jax_version: str, wants: list[str], found: str) -> None:
     """Refuses a libtpu of another release than ``wants``, jax's requirements, names.
 
     A jaxlib reads what the compiler of its own release makes; of a newer one it may
     not, and then fails where a program is printed.
 
-    Raises:
-      ImportError: saying what to install.
-
     >>> check_libtpu("0.10.2", ["libtpu==0.0.42.*; extra == 'tpu'"], "0.0.42.1")
     """
     for requirement in wants:
         match = re.match(r"libtpu ?==([\d.]+(?:\.\*)?) ?(?:;|$)", requirement)
-        if match is None or found is None:
+        if match is None:
             continue
         release = match[1]  # 0.0.42.* holds 0.0.42 itself, too
         wanted = release if release.endswith("*") else f"{release}."
@@ -183,18 +176,9 @@ def check_libtpu(jax_version: str | None, wants: list[str], found: str | None) -
             )
 
 
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:  # a nightly under another name
-        return None
-
-
 def _cpu_devices(count: int) -> list[Any]:
-    try:
+    with contextlib.suppress(RuntimeError):  # jax has its devices already, in tests
         jax.config.update("jax_num_cpu_devices", count)
-    except RuntimeError:  # jax has its devices already, as in tests
-        pass
     devices = jax.devices("cpu")
     if len(devices) < count:
         raise ValueError(

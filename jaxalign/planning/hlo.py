@@ -57,9 +57,7 @@ class Traffic:
 def shape_bytes(shape: str, *, main_memory: bool = False) -> int:
     """Bytes of an array or tuple shape, tile padding not counted.
 
-    Args:
-      shape: HLO text.
-      main_memory: count only what lives in main memory (space 0), not on the chip.
+    With ``main_memory`` only of what lives in main memory (space 0), not on the chip.
 
     >>> shape_bytes("(f32[4,2]{1,0}, bf16[8]{0:T(256)S(1)})")
     48
@@ -70,14 +68,14 @@ def shape_bytes(shape: str, *, main_memory: bool = False) -> int:
     for kind, sizes, layout in _ARRAY.findall(shape):
         if main_memory and re.search(r"S\([1-9]\d*\)", layout):
             continue
-        count = math.prod(int(n.strip(" <=")) for n in sizes.split(",") if n.strip())
-        total += math.ceil(count * _bits(kind) / 8)
+        digits = re.search(r"\d+", kind)
+        bits = 8 if kind == "pred" else int(digits[0]) if digits else 0
+        total += math.ceil(math.prod(_numbers(sizes)) * bits / 8)
     return total
 
 
-def _bits(kind: str) -> int:
-    digits = re.search(r"\d+", kind)
-    return 8 if kind == "pred" else int(digits.group()) if digits else 0
+def _numbers(text: str) -> list[int]:
+    return [int(n) for n in re.findall(r"\d+", text)]
 
 
 def parse(text: str) -> tuple[str, dict[str, list[Instruction]]]:
@@ -119,13 +117,9 @@ def _closing(text: str, start: int) -> int:
 
 def _called(instruction: Instruction, *attributes: str) -> list[str]:
     """Names of the computations an instruction runs."""
-    names = []
-    for attribute in attributes:
-        for group in re.findall(
-            attribute + r"=(\{[^}]*\}|%[\w.\-]+)", instruction.rest
-        ):
-            names += re.findall(r"%([\w.\-]+)", group)
-    return names
+    pattern = rf"(?:{'|'.join(attributes)})=(\{{[^}}]*\}}|%[\w.\-]+)"
+    groups = re.findall(pattern, instruction.rest)
+    return re.findall(r"%([\w.\-]+)", " ".join(groups))
 
 
 def trip_count(
@@ -134,7 +128,7 @@ def trip_count(
     """How often a loop runs at most, from ``counter < constant``; None: unknown."""
     known = re.search(r'known_trip_count":\{"n":"(\d+)"', loop.rest)
     if known:
-        return int(known.group(1))
+        return int(known[1])
     todo = _called(loop, "condition")
     instructions: list[Instruction] = []
     while todo:
@@ -195,32 +189,31 @@ def traffic(text: str, slice_of: Mapping[int, int] | None = None) -> Traffic:
     memory = 0
     seen: set[tuple[str, str, str]] = set()
     for host, instructions, runs, fused in walk(entry, computations):
+        shapes = {i.name: i.shape for i in instructions}
         for i in instructions:
             kind = i.opcode.removesuffix("-start")
             if kind in COLLECTIVES:
                 channel = re.search(r"channel_id=(\d+)", i.rest)
                 if channel:  # an asynchronous one is written once per piece
-                    key = (host, kind, channel.group(1))
+                    key = (host, kind, channel[1])
                     if key in seen:
                         continue
                     seen.add(key)
                 groups = device_groups(i.rest)
-                spans = slice_of is not None and any(
-                    len({slice_of[d] for d in group}) > 1 for group in groups
-                )
-                size = runs * _sent(kind, i, instructions, groups)
+                slices = [{slice_of[d] for d in g} if slice_of else {0} for g in groups]
+                spans = any(len(found) > 1 for found in slices)
+                size = runs * _sent(kind, i, shapes, groups)
                 (across if spans else inside)[kind] += size
         if not fused:
             memory += runs * sum(
-                _accesses(i, instructions, computations) for i in instructions
+                _accesses(i, shapes, computations) for i in instructions
             )
     return Traffic(dict(inside), dict(across), memory)
 
 
 def _sent(
-    kind: str, i: Instruction, siblings: list[Instruction], groups: list[list[int]]
+    kind: str, i: Instruction, shapes: Mapping[str, str], groups: list[list[int]]
 ) -> int:
-    shapes = {s.name: s.shape for s in siblings}
     operands = sum(shape_bytes(shapes.get(name, "")) for name in i.operands)
     n = max((len(group) for group in groups), default=1)
     if kind == "collective-permute":
@@ -229,10 +222,6 @@ def _sent(
         return operands * (n - 1)
     share = 2 if kind == "all-reduce" else 1
     return share * operands * (n - 1) // n
-
-
-def _numbers(text: str) -> list[int]:
-    return [int(n) for n in re.findall(r"\d+", text)]
 
 
 def device_groups(attributes: str) -> list[list[int]]:
@@ -271,7 +260,7 @@ def device_groups(attributes: str) -> list[list[int]]:
 
 def _accesses(
     i: Instruction,
-    siblings: list[Instruction],
+    shapes: Mapping[str, str],
     computations: Mapping[str, list[Instruction]],
 ) -> int:
     """Bytes an instruction reads from and writes to main memory.
@@ -281,7 +270,6 @@ def _accesses(
     """
     if i.opcode in _FREE or i.opcode.endswith("-done"):
         return 0
-    shapes = {s.name: s.shape for s in siblings}
     read = [shape_bytes(shapes.get(o, ""), main_memory=True) for o in i.operands]
     written = shape_bytes(i.shape, main_memory=True)
     if i.opcode in ("dynamic-slice", "slice", "gather"):

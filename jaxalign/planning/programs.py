@@ -39,11 +39,7 @@ class Program:
 
 
 def row_shape(run: runs.Run, objective: Objective) -> RowShape:
-    """The batch row that full-length examples make, without reading any.
-
-    Encoder rows hold ``PACKING`` prompts and each decoder row as many responses; a
-    preference has two decoder rows, everything else one.
-    """
+    """The batch row that full-length examples make: ``PACKING`` prompts in each."""
     dataset = run.dataset
     packing = dataset.packing or 1
     pairs = objective.schema == "preference"
@@ -59,11 +55,7 @@ def row_shape(run: runs.Run, objective: Objective) -> RowShape:
 
 
 def abstract_setup(run: runs.Run, mesh: jax.sharding.Mesh) -> runs.Setup:
-    """The run's `Setup` on a mesh, without data.
-
-    Raises:
-      ValueError: where batch or network do not divide over the mesh.
-    """
+    """The run's `Setup` on a mesh, without data."""
     objective = run.objective(model=run.model)
     meshes.check_batch(mesh, run.dataset.batch_size, run.num_microbatches)
     state = runs.abstract_state(run, objective, mesh)
@@ -72,9 +64,8 @@ def abstract_setup(run: runs.Run, mesh: jax.sharding.Mesh) -> runs.Setup:
 
 def abstract_batch(ready: runs.Setup, *, reference: bool) -> dict[str, Any]:
     """The global batch; with the columns of a reference pass if asked."""
-    columns = batch_lib.extra(ready.objective.columns, "pass")
-    shape = row_shape(ready.run, ready.objective)
-    row = convert.empty_batch(shape, 1, columns if reference else ())
+    columns = batch_lib.extra(ready.objective.columns, "pass") if reference else ()
+    row = convert.empty_batch(row_shape(ready.run, ready.objective), 1, columns)
     sharding = meshes.batch_sharding(ready.mesh)
     size = ready.run.dataset.batch_size
     return {
@@ -86,11 +77,11 @@ def abstract_batch(ready: runs.Setup, *, reference: bool) -> dict[str, Any]:
 def program(ready: runs.Setup, step: str) -> Program:
     """One of `STEPS` of a run.
 
-    ``score`` is the reference pass: every response under the policy. ``decode``
-    samples one response, of at most ``TASK_FEATURE_LENGTHS['targets']`` tokens, to each
-    of ``BATCH_SIZE`` prompts with the run's sampler.
+    ``score`` is the reference pass: every response under the policy. ``decode`` samples
+    one full-length response to each of ``BATCH_SIZE`` prompts with the run's sampler.
     """
     policy = ready.abstract_state.params["policy"]
+    key = jax.eval_shape(lambda: jax.random.key(0))
     if step == "train":
         key = jax.eval_shape(lambda: jax.random.key(0))
         carried = REFERENCE in ready.networks
@@ -101,14 +92,9 @@ def program(ready: runs.Setup, step: str) -> Program:
         function = reference_cache.scorer(ready.objective)
         score = scoring.compiled(function, ready.mesh)
         return Program(score, (policy, batch))
-    return _decode(ready, policy)
-
-
-def _decode(ready: runs.Setup, policy: Any) -> Program:
     sampler, lengths = ready.run.sampler, ready.run.dataset.feature_lengths
-    sampling = Sampling()
-    if sampler is not None:
-        sampling = Sampling(sampler.temperature, sampler.top_k, sampler.top_p)
+    numbers = (sampler.temperature, sampler.top_k, sampler.top_p) if sampler else ()
+    sampling = Sampling(*numbers)
     rows = meshes.batch_sharding(ready.mesh)
     size = ready.run.dataset.batch_size
 
@@ -124,13 +110,8 @@ def _decode(ready: runs.Setup, policy: Any) -> Program:
             sampling=sampling,
         )
 
-    return Program(
-        jax.jit(meshes.with_activation_rules(ready.mesh, decode), out_shardings=rows),
-        (
-            policy,
-            jax.ShapeDtypeStruct((size, lengths["inputs"]), jnp.int32, sharding=rows),
-            jax.ShapeDtypeStruct((size,), jnp.uint32, sharding=rows),
-            jax.eval_shape(lambda: jax.random.key(0)),
-        ),
-        loop_trips=lengths["targets"],
-    )
+    decode = meshes.with_activation_rules(ready.mesh, decode)
+    tokens = jax.ShapeDtypeStruct((size, lengths["inputs"]), jnp.int32, sharding=rows)
+    ids = jax.ShapeDtypeStruct((size,), jnp.uint32, sharding=rows)
+    decode, trips = jax.jit(decode, out_shardings=rows), lengths["targets"]
+    return Program(decode, (policy, tokens, ids, key), loop_trips=trips)

@@ -21,23 +21,18 @@ def rows(plan: dict[str, Any]) -> list[tuple[str, ...]]:
     for number, found in enumerate(plan["candidates"]):
         star = " *" if number == plan["cheapest"] else ""
         for step, program in found["programs"].items():
-            memory, sent = program["hbm_bytes"], program["collective_bytes"]
+            sent = program["collective_bytes"]
             seconds = program["predicted_step_seconds"]
-            lines.append(
-                (
-                    found["topology"],
-                    _mesh(found) + star,
-                    step,
-                    "yes" if program["fits"] else _short(program["shortfall"]),
-                    _gib(memory["parameters"]),
-                    _gib(memory["optimizer"]),
-                    _gib(memory["activations_and_temporaries"]),
-                    _gib(memory["limit"]),
-                    f"{program['flops_per_step'] / 1e15:.3g}",
-                    "-" if sent is None else _gib(sum(sent.values())),
-                    "-" if seconds is None else f"{seconds:.3g}",
-                )
-            )
+            fits = "yes"
+            if not program["fits"]:
+                short = program["shortfall"]
+                fits = f"no, {'>' * short['at_least']}{_gib(short['short'])} GiB short"
+            line = [found["topology"], _mesh(found) + star, step, fits]
+            line += map(_gib, program["hbm_bytes"].values())
+            line.append(f"{program['flops_per_step'] / 1e15:.3g}")
+            line.append("-" if sent is None else _gib(sum(sent.values())))
+            line.append("-" if seconds is None else f"{seconds:.3g}")
+            lines.append(tuple(line))
     return lines
 
 
@@ -47,11 +42,6 @@ def _mesh(found: dict[str, Any]) -> str:
 
 def _gib(size: int | None) -> str:
     return "-" if size is None else f"{size / GIB:.2f}"
-
-
-def _short(shortfall: dict[str, Any]) -> str:
-    more = ">" if shortfall["at_least"] else ""
-    return f"no, {more}{shortfall['short'] / GIB:.2f} GiB short"
 
 
 def _notes(plan: dict[str, Any]) -> list[str]:

@@ -9,7 +9,6 @@ serves without Beam, so that the cache is the same bytes for any number of worke
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import itertools
 import pathlib
@@ -19,29 +18,15 @@ import shutil
 import signal
 import threading
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from jaxalign.data.bad_rows import BadRow
+from jaxalign.data.cache_writer import private_folder, remove_stale
 from jaxalign.data.records import Example
-from jaxalign.data.temporary import private_folder, remove_stale
-from jaxalign.prepare import late_imports, pieces
+from jaxalign.prepare import pieces
 from jaxalign.prepare.rows import Encoded, Recipe
 
-
-@dataclasses.dataclass(frozen=True)
-class _Job:
-    """What every worker is told."""
-
-    recipe: Recipe
-    pieces: Sequence[pieces.Piece]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Failed:
-    """Ends the part of a piece in which reading or tokenising raised."""
-
-    before: int
-    error: str
+_Job = tuple[Recipe, list[pieces.Piece]]  # what every worker is told
 
 
 @contextlib.contextmanager
@@ -53,34 +38,34 @@ def encoded(
 ) -> Iterator[Callable[[], Iterator[Example | Encoded | BadRow]]]:
     """Tokenises files on Apache Beam; the parts are there inside the ``with`` block.
 
+    What it yields makes a fresh iterator over the rows, in the order of the files.
+
     Args:
-      recipe: turns raw rows into token rows.
       files: JSON Lines and Parquet, under these paths on every worker.
       beside: the cache's folder. The parts lie in a hidden folder beside it, on a
         disk that every worker sees, as the same user: nobody else may enter it.
       beam_options: Beam's pipeline options as on a command line; empty for Beam's
         defaults, which is one worker in this process.
-
-    Yields:
-      A function that makes a fresh iterator over the rows, in the order of the files.
-
-    Raises:
-      ImportError: where Apache Beam is not installed.
-      ValueError: for a file that cannot be cut into pieces.
-      RuntimeError: when the pipeline or a worker failed.
     """
-    job = _Job(recipe, pieces.cut(files))
+    found = list(pieces.cut(files))
+    job = recipe, found
     beside = beside.absolute()
     beside.parent.mkdir(parents=True, exist_ok=True)
     remove_stale(beside)
     # What lies there is unpickled: nobody else may put anything into it.
     folder = private_folder(beside)
     try:
-        _run(_store(job, folder), len(job.pieces), beam_options)
-        missing = [i for i in range(len(job.pieces)) if not _part(folder, i).is_file()]
+        import cloudpickle
+
+        # A new name, as workers keep what they loaded. By value what cannot be
+        # imported: functions of a notebook or a script.
+        stored = folder / f"job-{uuid.uuid4().hex}"
+        stored.write_bytes(cloudpickle.dumps(job))
+        _run(str(stored), len(found), beam_options)
+        missing = [i for i in range(len(found)) if not _part(folder, i).is_file()]
         if missing:
             raise RuntimeError(
-                f"The pipeline ended, but {len(missing)} of {len(job.pieces)} parts "
+                f"The pipeline ended, but {len(missing)} of {len(found)} parts "
                 f"are not in {folder}: expected every worker to see the disk of "
                 "CACHE_DIR; put it on one that they share."
             )
@@ -90,8 +75,15 @@ def encoded(
 
 
 def _run(stored: str, count: int, beam_options: str) -> None:
-    """Runs the pipeline to its end: every piece counted, then encoded."""
-    beam = late_imports.apache_beam()
+    """Runs the pipeline to its end."""
+    try:
+        import apache_beam as beam
+    except ImportError as error:
+        raise ImportError(
+            "beam_options need Apache Beam, which is not installed here: `pip install "
+            "'jaxalign[beam]'` brings it. Without beam_options the data is prepared "
+            "by this process alone, with the same result."
+        ) from error
     from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
 
     options = PipelineOptions(shlex.split(beam_options))
@@ -102,9 +94,7 @@ def _run(stored: str, count: int, beam_options: str) -> None:
         standard.runner = "FnApiRunner"
     with _noticing_dead_workers(), beam.Pipeline(options=options) as pipeline:
         numbers = pipeline | beam.Create(range(count)) | "spread" >> beam.Reshuffle()
-        counts = numbers | "count" >> beam.Map(_count, stored)
-        counts = beam.pvalue.AsDict(counts)
-        _ = numbers | "encode" >> beam.Map(_encode, stored, counts)
+        _ = numbers | "encode" >> beam.Map(_encode, stored)
 
 
 @contextlib.contextmanager
@@ -144,51 +134,27 @@ def _noticing_dead_workers() -> Iterator[None]:
         threading.excepthook = usual
 
 
-def _store(job: _Job, folder: pathlib.Path) -> str:
-    """Writes what workers load; the name is new, as they keep what they loaded."""
-    import cloudpickle
-
-    path = folder / f"job-{uuid.uuid4().hex}"
-    # By value what cannot be imported: functions of a notebook or a script.
-    path.write_bytes(cloudpickle.dumps(job))
-    return str(path)
-
-
 # One job at a time; a worker takes up many of its pieces.
 @functools.lru_cache(maxsize=1)
 def _load(stored: str) -> _Job:
     return pickle.loads(pathlib.Path(stored).read_bytes())
 
 
-def _count(number: int, stored: str) -> tuple[int, int]:
-    """How many rows of its file a piece puts before the next one."""
-    found = _load(stored).pieces
-    piece, following = found[number], found[number + 1 : number + 2]
-    continues = bool(following) and following[0].file == piece.file
-    return number, pieces.count(piece) if continues else 0
-
-
-def _encode(number: int, stored: str, counts: Mapping[int, int]) -> None:
-    """Writes the part of a piece: its items one after the other, then None."""
-    job = _load(stored)
-    piece = job.pieces[number]
-    before, i = 0, number - 1
-    while i >= 0 and job.pieces[i].file == piece.file:
-        before += counts[i]
-        i -= 1
+def _encode(number: int, stored: str) -> None:
+    """Writes the part of a piece: its items, the text of what went wrong, then None."""
+    recipe, found = _load(stored)
     part = _part(pathlib.Path(stored).parent, number)
     # A runner may try a piece again, or twice at once: each writes its own file, and
     # what gets the part's name is complete.
     own = part.with_name(f"{part.name}.{uuid.uuid4().hex}")
     with own.open("wb") as file:
         try:
-            for item in job.recipe.encode(pieces.rows(piece, before)):
+            for item in recipe.encode(pieces.rows(found[number])):
                 pickle.dump(item, file)
         except Exception as error:
             if isinstance(error, OSError) and error.errno:
                 raise  # the machine's fault, not the row's: the runner tries again
-            text = f"{type(error).__name__}: {error}"
-            pickle.dump(_Failed(before, text), file)
+            pickle.dump(f"{type(error).__name__}: {error}", file)
         pickle.dump(None, file)
     own.replace(part)
 
@@ -198,21 +164,22 @@ def _part(folder: pathlib.Path, number: int) -> pathlib.Path:
 
 
 def _items(folder: pathlib.Path, job: _Job) -> Iterator[Example | Encoded | BadRow]:
-    for number, piece in enumerate(job.pieces):
+    recipe, found = job
+    for number, piece in enumerate(found):
         with _part(folder, number).open("rb") as file:
             # The end is told by a None: a part that was cut short raises EOFError.
             read = iter(functools.partial(pickle.load, file), None)
             for i, item in enumerate(read):
-                if not isinstance(item, _Failed):
+                if not isinstance(item, str):
                     yield item
                     continue
                 # Read here what a worker could not, so that the error is raised where
                 # and as it is without Beam: after the rows before it, or not at all
                 # when max_rows ends earlier.
-                rows = job.recipe.examples(pieces.rows(piece, item.before))
+                rows = recipe.examples(pieces.rows(piece))
                 yield from itertools.islice(rows, i, None)
                 raise RuntimeError(
                     f"A worker could not prepare {piece}, and this process can. The "
-                    f"worker said: {item.error}. Give the workers the packages and "
+                    f"worker said: {item}. Give the workers the packages and "
                     "files of this machine."
                 )

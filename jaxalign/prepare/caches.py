@@ -7,10 +7,11 @@ the same gets the folder that is there; a change makes another one.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from jaxalign import batch, remote, user_code
@@ -45,7 +46,6 @@ def prepare(
     eval_fraction: float = 0.0,
     seed: int = 0,
     max_rows: int | None = None,
-    sequence_length: Mapping[str, int] | None = None,
     beam_options: str | None = None,
 ) -> dict[str, pathlib.Path]:
     """Prepares DATA for the feed, or finds what an earlier call prepared.
@@ -77,7 +77,6 @@ def prepare(
       seed: decides that split, and the order of answers in rationale prompts. Leave it
         alone from run to run, or what one holds out another trains on.
       max_rows: reads only the first so many rows.
-      sequence_length: for seqio tasks whose preprocessors ask for it.
       beam_options: tokenises JSONL and Parquet files on Apache Beam with these pipeline
         options, such as ``"--direct_num_workers=4
         --direct_running_mode=multi_processing"``; the cache is the same bytes. None:
@@ -154,7 +153,7 @@ def prepare(
         eval_fraction=eval_fraction,
         seed=seed,
         max_rows=max_rows,
-        sequence_length=dict(sequence_length or {}),
+        sequence_length={},  # folders keep the names that they had with it
     )
     if columns:
         parts["columns"] = {n: repr(batch.COLUMNS[n]) for n in columns}
@@ -166,54 +165,59 @@ def prepare(
     if all(_is_current(path, fingerprint) for path in targets.values()):
         return targets
 
-    write = functools.partial(
-        writing.write_splits,
-        targets=targets,
-        cache={
-            "schema": schema,
-            "vocabulary": vocabulary,
-            "fingerprint": fingerprint,
-            "source": {
-                "data": data,
-                **source.identity,
-                "split": {"eval_fraction": eval_fraction, "seed": seed},
-            },
-        },
-        on_bad_row=on_bad_row,
-        eval_fraction=eval_fraction,
-        seed=seed,
-        max_rows=max_rows,
-        listing=folder / "bad_rows.jsonl",
-    )
     recipe = rows_lib.Recipe(
         schema,
         vocabulary,
-        names=frozenset(source.identity.get("names", ())),
-        field_map=field_map,
-        transform=transform,
-        require=require,
-        desirable_above=desirable_above,
-        seed=seed,
-        columns=columns,
+        {
+            "field_map": field_map,
+            "transform": transform,
+            "require": require,
+            "desirable_above": desirable_above,
+            "columns": columns,
+        },
+        frozenset(source.identity.get("names", ())),
+        seed,
     )
-    if beam_options is not None:
-        if not source.files:
-            raise ValueError(
-                f"beam_options prepare JSONL and Parquet files, and {data!r} is none: "
-                "leave them out, or export it to files."
+    with contextlib.ExitStack() as stack:
+        if beam_options is not None:
+            if not source.files:
+                raise ValueError(
+                    f"beam_options prepare JSONL and Parquet files, and {data!r} is "
+                    "none: leave them out, or export it to files."
+                )
+            what = "DATA with beam_options"
+            files = [remote.local_only(file, what) for file in source.files]
+            encoded = beam.encoded(recipe, files, folder, beam_options)
+            make_items = stack.enter_context(encoded)
+        elif source.seqio_name:
+            make_items = functools.partial(
+                seqio_tasks.token_rows, source.seqio_name, schema, split
             )
-        files = [remote.local_only(f, "DATA with beam_options") for f in source.files]
-        with beam.encoded(recipe, files, folder, beam_options) as items:
-            write(lambda: source.guarded(items()), recipe.build)
-    elif source.seqio_name:
-        write(
-            lambda: seqio_tasks.token_rows(
-                source.seqio_name, schema, split=split, sequence_length=sequence_length
-            ),
-            None,
+        else:
+
+            def make_items() -> Iterator[writing.Item]:
+                return recipe.examples(source.rows())
+
+        writing.write_splits(
+            lambda: source.guarded(make_items()),
+            recipe.build,
+            targets,
+            cache={
+                "schema": schema,
+                "vocabulary": vocabulary,
+                "fingerprint": fingerprint,
+                "source": {
+                    "data": data,
+                    **source.identity,
+                    "split": {"eval_fraction": eval_fraction, "seed": seed},
+                },
+            },
+            on_bad_row=on_bad_row,
+            eval_fraction=eval_fraction,
+            seed=seed,
+            max_rows=max_rows,
+            listing=folder / "bad_rows.jsonl",
         )
-    else:
-        write(lambda: source.guarded(recipe.examples(source.rows())), recipe.build)
     return targets
 
 

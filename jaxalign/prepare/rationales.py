@@ -27,8 +27,7 @@ def chosen_comes_second(key: str, index: int, seed: int) -> bool:
 
     A fixed order would teach the policy that the first answer wins.
     """
-    digest = hashlib.sha256(f"{seed}:{key}:{index}".encode()).digest()
-    return bool(digest[0] & 1)
+    return bool(hashlib.sha256(f"{seed}:{key}:{index}".encode()).digest()[0] & 1)
 
 
 def _answers(record: Record, chosen_second: bool) -> str:
@@ -57,20 +56,16 @@ def rationale_text(rationale: str, chosen_second: bool) -> str:
     'Response B is right, Response A is not.'
     """
     chosen, rejected = ("B", "A") if chosen_second else ("A", "B")
-    return rationale.replace("[chosen]", f"Response {chosen}").replace(
-        "[rejected]", f"Response {rejected}"
-    )
+    text = rationale.replace("[chosen]", f"Response {chosen}")
+    return text.replace("[rejected]", f"Response {rejected}")
 
 
 def request(record: Record, kind: str, chosen_second: bool) -> str:
     """What a teacher is asked, who writes the rationale of a pair.
 
     The teacher calls the answers by the bracketed names that `rationale_text`
-    replaces, so that what it writes fits either order.
-
-    Args:
-      kind: ``"general"`` or ``"specific"``.
-      chosen_second: whether the rejected answer is shown first.
+    replaces, so that what it writes fits either order. ``kind`` is ``"general"`` or
+    ``"specific"``.
     """
     if kind not in _ASK:
         raise OptionError(

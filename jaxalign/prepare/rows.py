@@ -30,15 +30,10 @@ from jaxalign.vocabularies import Vocabulary
 
 @dataclasses.dataclass(frozen=True)
 class Encoded:
-    """An :class:`Example` that is tokenised already.
-
-    Attributes:
-      rows: its rows of the cache.
-      left_out: how many of its responses a transform left out on purpose.
-    """
+    """An :class:`Example` that is tokenised already."""
 
     rows: list[Row]
-    left_out: int
+    left_out: int  # how many of its responses a transform left out on purpose
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,46 +41,33 @@ class Recipe:
     """How the raw rows of a source become rows of a cache; other processes take it.
 
     Attributes:
-      schema: ``supervised``, ``trajectory``, ``preference`` or ``rationale``.
-      vocabulary: turns text into ids.
+      options: arguments of ``data.records.examples``.
       names: names of files that tell them apart, for the keys of rows; a file that is
         not among them is called by its path.
-      field_map: see ``data.records.examples``, as are the next three.
-      transform: a data set's own function from a raw row to records.
-      require: what trajectories must have.
-      desirable_above: rewards above it make a missing label desirable.
       seed: decides the order of answers in rationale prompts.
-      columns: names of ``batch.COLUMNS`` that the rows hold.
     """
 
     schema: str
     vocabulary: Vocabulary
-    names: frozenset[str] = frozenset()
-    field_map: Mapping[str, str] | None = None
-    transform: records_lib.Transform | None = None
-    require: Sequence[str] = ()
-    desirable_above: float | None = None
-    seed: int = 0
-    columns: Sequence[str] = ()
+    options: Mapping[str, Any]
+    names: frozenset[str]
+    seed: int
 
     def examples(
         self, rows: Iterable[tuple[str, int, Mapping[str, Any] | BadRow]]
     ) -> Iterator[Example | BadRow]:
         """Checks raw rows, ``(file, line, row or BadRow)``."""
-        for item in records_lib.examples(
-            rows,
-            self.schema,
-            field_map=self.field_map,
-            transform=self.transform,
-            require=self.require,
-            desirable_above=self.desirable_above,
-            columns=self.columns,
-        ):
+        for item in records_lib.examples(rows, self.schema, **self.options):
             try:
                 for record in getattr(item, "records", ()):
-                    check_metadata(record.get("metadata"))
-            except FieldError as error:
-                yield error.at(item.file, item.line)
+                    msgpack.packb([record.get("metadata")])
+            except (TypeError, ValueError, OverflowError, RecursionError) as error:
+                expected = (
+                    "JSON values: texts that UTF-8 can hold, integers of at most 64 "
+                    "bits, numbers, true, false, null, lists and objects"
+                )
+                what = FieldError("metadata", "not storable", expected, str(error))
+                yield what.at(item.file, item.line)
             else:
                 yield item
 
@@ -108,22 +90,6 @@ class Recipe:
                 yield Encoded(self.build(item), item.left_out)
 
 
-def check_metadata(metadata: Any) -> None:
-    """Raises FieldError for metadata that a cache cannot hold."""
-    if not metadata:
-        return
-    try:
-        msgpack.packb([metadata])
-    except (TypeError, ValueError, OverflowError, RecursionError) as error:
-        raise FieldError(
-            "metadata",
-            "not storable",
-            "JSON values: texts that UTF-8 can hold, integers of at most 64 bits, "
-            "numbers, true, false, null, lists and objects",
-            str(error),
-        ) from None
-
-
 def build_rows(
     records: Sequence[Record],
     schema: str,
@@ -132,12 +98,9 @@ def build_rows(
     key: str,
     seed: int = 0,
 ) -> list[Row]:
-    """Tokenises the records of one source row.
+    """Tokenises the checked records of one source row.
 
     Args:
-      records: checked records of ``schema``.
-      schema: ``supervised``, ``trajectory``, ``preference`` or ``rationale``.
-      vocabulary: turns text into ids; EOS is added here.
       key: identity of the source row.
       seed: decides, together with the key, which answer a rationale prompt shows
         first.
@@ -150,11 +113,10 @@ def build_rows(
     groups: dict[str, list[Record]] = {}
     for record in records:
         groups.setdefault(record["prompt"], []).append(record)
-    rows = []
-    for i, (prompt, group) in enumerate(groups.items()):
-        name = key if i == 0 else f"{key}#{i}"
-        rows.append(_build_row(prompt, group, schema, vocabulary, name, seed))
-    return rows
+    return [
+        _build_row(prompt, group, schema, vocabulary, f"{key}#{i}" if i else key, seed)
+        for i, (prompt, group) in enumerate(groups.items())
+    ]
 
 
 def _build_row(
@@ -165,110 +127,61 @@ def _build_row(
     key: str,
     seed: int,
 ) -> Row:
-    builder = _RowBuilder(prompt, vocabulary)
-    for i, record in enumerate(group):
-        builder.add_metadata(record.get("metadata", {}))
-        builder.add_columns(record.get("columns", {}))
-        if schema in ("supervised", "trajectory"):
-            builder.add_response(
-                record["completion"],
-                reward=record.get("reward", math.nan),
-                label=record.get("label", batch.NO_LABEL),
-            )
-            continue
-        # A response in several pairs is stored and scored once.
-        chosen = builder.shared_response(record["chosen"])
-        rejected = builder.shared_response(record["rejected"])
-        builder.pairs.append((chosen, rejected, record.get("margin", 0.0)))
-        if schema == "rationale":
-            swap = chosen_comes_second(key, i, seed)
-            question = rationale_prompt(record, swap)
-            builder.prompts.append(builder.encode(question))
-            builder.add_response(
-                rationale_text(record["rationale"], swap),
-                prompt=len(builder.prompts) - 1,
-                kind=batch.RATIONALE,
-            )
-    return builder.row(key)
+    row = Row(key, [], [], [], [], [], [])
+    known: dict[str, int] = {}
 
+    def encode(text: str) -> np.ndarray:
+        return np.array([*vocabulary.encode(text), vocabulary.eos_id], np.int32)
 
-class _RowBuilder:
-    """Collects the prompts and responses of one row."""
-
-    def __init__(self, prompt: str, vocabulary: Vocabulary):
-        self.vocabulary = vocabulary
-        self.prompt = prompt
-        self.prompts = [self.encode(prompt)]
-        self.responses: list[dict[str, Any]] = []
-        self.pairs: list[tuple[int, int, float]] = []
-        self.metadata: dict[str, Any] = {}
-        self.columns: dict[str, list[Any]] = {}
-        self._known: dict[str, int] = {}
-        if vocabulary.decode(self.prompts[0]) != prompt:
-            self.metadata["prompt"] = prompt
-
-    def add_metadata(self, metadata: Mapping[str, Any]) -> None:
-        """Takes in a record's metadata; ``prompt`` goes on being the prompt."""
-        metadata = dict(metadata)
-        if "prompt" in metadata:
-            self.metadata["metadata.prompt"] = metadata.pop("prompt")
-            self.metadata["prompt"] = self.prompt
-        self.metadata |= metadata
-
-    def add_columns(self, columns: Mapping[str, Any]) -> None:
-        """Takes in what a record says of its pair, its response or its prompt."""
-        for name, value in columns.items():
-            values = self.columns.setdefault(name, [])
-            if batch.COLUMNS[name].owner != "P":
-                values.append(value)
-            elif not values:  # records with one prompt share it
-                values.append(value)
-
-    def encode(self, text: str) -> np.ndarray:
-        return np.array(
-            [*self.vocabulary.encode(text), self.vocabulary.eos_id], np.int32
-        )
-
-    def add_response(
-        self,
+    def respond(
         text: str,
-        *,
         reward: float = math.nan,
         label: int = batch.NO_LABEL,
-        prompt: int = 0,
         kind: int = batch.ANSWER,
     ) -> int:
-        self.responses.append(
-            {
-                "tokens": self.encode(text),
-                "prompt": prompt,
-                "kind": kind,
-                "reward": reward,
-                "label": label,
-            }
+        row.responses.append(encode(text))
+        # A rationale answers the prompt that was made for it.
+        row.response_prompt.append(
+            len(row.prompts) - 1 if kind == batch.RATIONALE else 0
         )
-        return len(self.responses) - 1
+        row.response_kind.append(kind)
+        row.response_reward.append(reward)
+        row.response_label.append(label)
+        return len(row.responses) - 1
 
-    def shared_response(self, text: str) -> int:
-        if text not in self._known:
-            self._known[text] = self.add_response(text)
-        return self._known[text]
+    def shared(text: str) -> int:  # in several pairs, stored and scored once
+        if text not in known:
+            known[text] = respond(text)
+        return known[text]
 
-    def row(self, key: str) -> Row:
-        responses = self.responses
-        for name, values in self.columns.items():
-            column = batch.COLUMNS[name]
-            if column.owner == "P":  # a rationale's prompt has none
-                values += [column.absent] * (len(self.prompts) - len(values))
-        return Row(
-            key=key,
-            prompts=self.prompts,
-            responses=[r["tokens"] for r in responses],
-            response_prompt=[r["prompt"] for r in responses],
-            response_kind=[r["kind"] for r in responses],
-            response_reward=[r["reward"] for r in responses],
-            response_label=[r["label"] for r in responses],
-            pairs=self.pairs,
-            metadata=self.metadata,
-            columns=self.columns,
-        )
+    row.prompts.append(encode(prompt))
+    if vocabulary.decode(row.prompts[0]) != prompt:
+        row.metadata["prompt"] = prompt
+    for i, record in enumerate(group):
+        metadata = dict(record.get("metadata", {}))
+        if "prompt" in metadata:  # goes on being the prompt
+            row.metadata["metadata.prompt"] = metadata.pop("prompt")
+            row.metadata["prompt"] = prompt
+        row.metadata.update(metadata)
+        for name, value in record.get("columns", {}).items():
+            values = row.columns.setdefault(name, [])
+            if batch.COLUMNS[name].owner != "P" or not values:  # records share it
+                values.append(value)
+        if schema in ("supervised", "trajectory"):
+            respond(
+                record["completion"],
+                record.get("reward", math.nan),
+                record.get("label", batch.NO_LABEL),
+            )
+            continue
+        chosen, rejected = shared(record["chosen"]), shared(record["rejected"])
+        row.pairs.append((chosen, rejected, record.get("margin", 0.0)))
+        if schema == "rationale":
+            swap = chosen_comes_second(key, i, seed)
+            row.prompts.append(encode(rationale_prompt(record, swap)))
+            respond(rationale_text(record["rationale"], swap), kind=batch.RATIONALE)
+    for name, values in row.columns.items():
+        if batch.COLUMNS[name].owner == "P":  # a rationale's prompt has none
+            absent = [batch.COLUMNS[name].absent]
+            values += absent * (len(row.prompts) - len(values))
+    return row

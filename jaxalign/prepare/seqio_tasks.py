@@ -18,20 +18,16 @@ from jaxalign.data.bad_rows import BadRow, BadRows, DataError, FieldError, neare
 from jaxalign.data.rows import Row
 from jaxalign.prepare import late_imports, rationales, sources
 from jaxalign.prepare import tasks as tasks_lib
+from jaxalign.prepare.rows import Encoded
 from jaxalign.vocabularies import ByteVocabulary, SentencePieceVocabulary, Vocabulary
 
 # The token features a seqio task needs to serve a schema.
+_PAIR = ("inputs", "chosen", "rejected")
 _TOKENS = {
     "supervised": ("inputs", "targets"),
     "trajectory": ("inputs", "targets"),
-    "preference": ("inputs", "chosen", "rejected"),
-    "rationale": (
-        "inputs",
-        "chosen",
-        "rejected",
-        "rationale_inputs",
-        "rationale_targets",
-    ),
+    "preference": _PAIR,
+    "rationale": (*_PAIR, "rationale_inputs", "rationale_targets"),
 }
 _TEXT_OF = {
     "inputs": "prompt",
@@ -51,23 +47,14 @@ _MARGIN = {"margin": ("float32", 0.0)}
 def vocabulary_of(name: str, vocabulary: Vocabulary | None = None) -> Vocabulary:
     """The vocabulary of a seqio task's features, as one of ours.
 
-    Args:
-      name: a registered task or mixture.
-      vocabulary: what the model is configured with, to be compared.
-
-    Raises:
-      ValueError: when features differ in vocabulary, or it is of another kind than
-        bytes and SentencePiece, or its ids are not those of ``vocabulary``.
+    It has to have the ids of ``vocabulary``, with which the model is configured.
     """
     seqio = late_imports.seqio()
 
     if name in _REGISTERED and vocabulary in (None, _REGISTERED[name]):
         return _REGISTERED[name]  # escapes included, which seqio knows nothing of
     features = seqio.get_mixture_or_task(name).output_features
-    found: dict[str, Vocabulary] = {}
-    for feature in _TEXT_OF:
-        if feature in features:
-            found[feature] = from_seqio(features[feature].vocabulary, name)
+    found = {f: _ours(features[f].vocabulary, name) for f in _TEXT_OF if f in features}
     if not found:
         raise ValueError(
             f"The seqio task {name!r} has the features {sorted(features)}; expected "
@@ -79,7 +66,11 @@ def vocabulary_of(name: str, vocabulary: Vocabulary | None = None) -> Vocabulary
             f"The features of {name!r} have different vocabularies: {found}; one for "
             "all is needed."
         )
-    if vocabulary is not None and not _same_ids(vocabulary, theirs):
+    same = vocabulary in (None, theirs)
+    if isinstance(theirs, SentencePieceVocabulary) and not same:  # escapes apart
+        ours = [getattr(vocabulary, n, None) for n in ("model_bytes", "extra_ids")]
+        same = ours == [theirs.model_bytes, theirs.extra_ids]
+    if not same:
         raise ValueError(
             f"The seqio task {name!r} tokenises with {theirs!r}, and {vocabulary!r} "
             "is asked for: set VOCABULARY to the former."
@@ -87,10 +78,9 @@ def vocabulary_of(name: str, vocabulary: Vocabulary | None = None) -> Vocabulary
     return theirs
 
 
-def from_seqio(vocabulary: Any, name: str = "the task") -> Vocabulary:
+def _ours(vocabulary: Any, name: str) -> Vocabulary:
     """Our vocabulary with the ids of a seqio one."""
     seqio = late_imports.seqio()
-
     if isinstance(vocabulary, seqio.ByteVocabulary):
         return ByteVocabulary(extra_ids=vocabulary.extra_ids)
     if isinstance(vocabulary, seqio.SentencePieceVocabulary):
@@ -104,71 +94,14 @@ def from_seqio(vocabulary: Any, name: str = "the task") -> Vocabulary:
     )
 
 
-def to_seqio(vocabulary: Vocabulary) -> Any:
-    """The seqio vocabulary with the ids of ours (escapes apart)."""
-    seqio = late_imports.seqio()
-
-    if isinstance(vocabulary, ByteVocabulary):
-        return seqio.ByteVocabulary(vocabulary.extra_ids)
-    return seqio.SentencePieceVocabulary(vocabulary.path, vocabulary.extra_ids)
-
-
-def _same_ids(a: Vocabulary, b: Vocabulary) -> bool:
-    if isinstance(a, SentencePieceVocabulary) and isinstance(
-        b, SentencePieceVocabulary
-    ):
-        return (a.model_bytes, a.extra_ids) == (b.model_bytes, b.extra_ids)
-    return a == b
-
-
-def token_rows(
-    name: str,
-    schema: str,
-    *,
-    split: str = "train",
-    sequence_length: Mapping[str, int] | None = None,
-) -> Iterator[list[Row] | BadRow]:
+def token_rows(name: str, schema: str, split: str) -> Iterator[Encoded | BadRow]:
     """The rows of a seqio task or mixture, its token ids taken as they are.
 
-    Args:
-      schema: ``supervised`` reads the features ``inputs`` and ``targets``,
-        ``trajectory`` also ``reward`` or ``label``, ``preference`` reads ``inputs``,
-        ``chosen``, ``rejected`` and, where present, ``margin``, ``rationale`` also
-        ``rationale_inputs`` and ``rationale_targets``.
-      sequence_length: handed to the task; nothing is cut where it is None.
-
-    Raises:
-      ValueError: when the task lacks the features of the schema.
+    ``trajectory`` also reads ``reward`` or ``label``, and ``preference`` and
+    ``rationale`` a ``margin`` where there is one. Nothing is cut.
     """
-    seqio = late_imports.seqio()
-
-    provider = seqio.get_mixture_or_task(name)
-    _check_features(name, schema, provider.output_features)
-    if split not in provider.splits:
-        raise ValueError(
-            f"{name!r} has the splits {sorted(provider.splits)}, not {split!r}"
-            f"{nearest(split, provider.splits)}."
-        )
-    dataset = provider.get_dataset(
-        sequence_length=sequence_length,
-        split=split,
-        shuffle=False,
-        num_epochs=1,
-        seed=0,
-    )
-    for line, example in enumerate(dataset.as_numpy_iterator(), start=1):
-        try:
-            yield [_token_row(example, schema, f"{name}:{line}")]
-        except FieldError as error:
-            yield error.at(name, line)
-
-
-def _check_features(name: str, schema: str, features: Mapping[str, Any]) -> None:
-    if schema not in _TOKENS:
-        raise ValueError(
-            f"A seqio task cannot serve the schema {schema!r} (expected one of "
-            f"{list(_TOKENS)}): use a JSON Lines file or a task of jaxalign.tasks."
-        )
+    provider = late_imports.seqio().get_mixture_or_task(name)
+    features = provider.output_features
     lacking = [f for f in _TOKENS[schema] if f not in features]
     if schema == "trajectory" and not {"reward", "label"} & set(features):
         lacking.append("reward or label")
@@ -177,6 +110,19 @@ def _check_features(name: str, schema: str, features: Mapping[str, Any]) -> None
             f"The seqio task {name!r} has the features {sorted(features)}, but the "
             f"schema {schema!r} also needs {lacking}."
         )
+    if split not in provider.splits:
+        raise ValueError(
+            f"{name!r} has the splits {sorted(provider.splits)}, not {split!r}"
+            f"{nearest(split, provider.splits)}."
+        )
+    dataset = provider.get_dataset(
+        sequence_length=None, split=split, shuffle=False, num_epochs=1, seed=0
+    )
+    for line, example in enumerate(dataset.as_numpy_iterator(), start=1):
+        try:
+            yield Encoded([_token_row(example, schema, f"{name}:{line}")], 0)
+        except FieldError as error:
+            yield error.at(name, line)
 
 
 def _token_row(example: Mapping[str, Any], schema: str, key: str) -> Row:
@@ -192,18 +138,15 @@ def _token_row(example: Mapping[str, Any], schema: str, key: str) -> Row:
         if "label" in numbers and math.isnan(numbers.get("reward", 0.0)):
             del numbers["reward"]
         # The same checks as for a text file.
-        checked = records_lib.convert(
-            {"prompt": "-", "completion": "-"} | numbers, schema
-        )[0]
+        record = {"prompt": "-", "completion": "-"} | numbers
+        (checked,) = records_lib.convert(record, schema)
         reward = checked.get("reward", reward)
         label = checked.get("label", label)
     if schema in ("preference", "rationale"):
         if np.array_equal(*responses[:2]):
-            raise FieldError(
-                "rejected", "identical", "another text than chosen", "the same tokens"
-            )
-        margin = _number(example["margin"]) if "margin" in example else 0.0
-        pairs = [(0, 1, margin)]
+            expected = "another text than chosen"
+            raise FieldError("rejected", "identical", expected, "the same tokens")
+        pairs = [(0, 1, _number(example.get("margin", 0.0)))]
     count = len(responses)
     kinds, of_prompt = [batch.ANSWER] * count, [0] * count
     if schema == "rationale":
@@ -223,9 +166,8 @@ def _token_row(example: Mapping[str, Any], schema: str, key: str) -> Row:
 def _with_eos(ids: Any, field: str) -> np.ndarray:
     ids = np.asarray(ids)
     if ids.ndim != 1 or ids.dtype.kind not in "iu":
-        raise FieldError(
-            field, "type", "a vector of token ids", f"{ids.dtype} of shape {ids.shape}"
-        )
+        got = f"{ids.dtype} of shape {ids.shape}"
+        raise FieldError(field, "type", "a vector of token ids", got)
     ids = ids[ids != 0]
     if not len(ids) or ids.tolist() == [1]:
         raise FieldError(field, "empty", "a text that is not empty", "no tokens")
@@ -264,11 +206,6 @@ def register(
     seqio = late_imports.seqio()
 
     name = name or f"{task}_{schema}"
-    if schema not in _TOKENS:
-        raise ValueError(
-            f"No seqio features are defined for the schema {schema!r}; expected one "
-            f"of {list(_TOKENS)}."
-        )
     transform = tasks_lib.get_task(task).transform(schema)
     numbers = {"supervised": {}, "trajectory": _TRAJECTORY}.get(schema, _MARGIN)
     words = {_TEXT_OF[feature]: feature for feature in _TOKENS[schema]}
@@ -277,45 +214,46 @@ def register(
         del shuffle_files, seed  # rows come in the order of their source
         tf = late_imports.tensorflow()
 
-        source = (
-            sources.find_source(data, task=task)
-            if data
-            else sources.find_source(task, split=split)
-        )
+        source = sources.find_source(data or task, split, task if data else None)
         signature = {f: tf.TensorSpec((), tf.string) for f in _TOKENS[schema]}
         signature |= {f: tf.TensorSpec((), dtype) for f, (dtype, _) in numbers.items()}
 
         def generate() -> Iterator[dict[str, Any]]:
-            bad = BadRows()
-            for item in records_lib.examples(
-                source.rows(), schema, transform=transform
-            ):
+            rows = source.rows()
+            for item in records_lib.examples(rows, schema, transform=transform):
                 if isinstance(item, BadRow):
+                    bad = BadRows()
                     bad.add(item)
                     raise DataError(bad)
                 for i, record in enumerate(item.records):
                     if schema == "rationale":
-                        record = _with_rationale_prompt(
-                            record, f"{item.file}:{item.line}", i
-                        )
-                    row = {f: _escaped(record[w], vocabulary) for w, f in words.items()}
+                        key = f"{item.file}:{item.line}"
+                        swap = rationales.chosen_comes_second(key, i, 0)
+                        why = rationales.rationale_text(record["rationale"], swap)
+                        asked = rationales.rationale_prompt(record, swap)
+                        record = {**record, "rationale_prompt": asked, "rationale": why}
+                    row = {f: escape(record[w]) for w, f in words.items()}
                     for feature, (_, default) in numbers.items():
                         row[feature] = record.get(feature, default)
                     yield row
 
         return tf.data.Dataset.from_generator(generate, output_signature=signature)
 
-    text = seqio.Feature(to_seqio(vocabulary), add_eos=True)
+    if isinstance(vocabulary, ByteVocabulary):
+        theirs, escape = seqio.ByteVocabulary(vocabulary.extra_ids), str
+    else:
+        escape = vocabulary.escape_text
+        theirs = seqio.SentencePieceVocabulary(vocabulary.path, vocabulary.extra_ids)
+    text = seqio.Feature(theirs, add_eos=True)
     features = dict.fromkeys(_TOKENS[schema], text)
     for feature, (dtype, _) in numbers.items():
         features[feature] = seqio.Feature(
             seqio.PassThroughVocabulary(size=0), add_eos=False, dtype=dtype, rank=0
         )
+    splits = ("train", "validation", "test")
     seqio.TaskRegistry.add(
         name,
-        source=seqio.FunctionDataSource(
-            dataset_fn, splits=("train", "validation", "test")
-        ),
+        source=seqio.FunctionDataSource(dataset_fn, splits=splits),
         preprocessors=[
             functools.partial(seqio.preprocessors.tokenize, copy_pretokenized=False),
             seqio.preprocessors.append_eos,
@@ -325,20 +263,3 @@ def register(
     )
     _REGISTERED[name] = vocabulary
     return name
-
-
-def _with_rationale_prompt(
-    record: records_lib.Record, key: str, index: int
-) -> records_lib.Record:
-    swap = rationales.chosen_comes_second(key, index, 0)
-    return {
-        **record,
-        "rationale_prompt": rationales.rationale_prompt(record, swap),
-        "rationale": rationales.rationale_text(record["rationale"], swap),
-    }
-
-
-def _escaped(text: str, vocabulary: Vocabulary) -> str:
-    if isinstance(vocabulary, SentencePieceVocabulary) and vocabulary.escape:
-        return vocabulary.escape_text(text)
-    return text

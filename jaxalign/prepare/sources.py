@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import glob
+import itertools
 import pathlib
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -44,12 +45,9 @@ class Source:
     files: Sequence[str] = ()
 
     def guarded(self, items: Iterable[Any]) -> Iterator[Any]:
-        """What was read of the source, unless its files changed meanwhile.
+        """The items; a ValueError behind the last if the source's files have changed.
 
         A cache's name says what they held when they were looked up.
-
-        Raises:
-          ValueError: behind the last item, naming the files that changed.
         """
         yield from items
         found = zip(self.files, self.identity.get("files", ()), strict=True)
@@ -60,40 +58,37 @@ class Source:
             )
 
 
-def find_source(data: str, *, split: str = "train", task: str | None = None) -> Source:
-    """Finds what DATA names.
+def find_source(data: str, split: str = "train", task: str | None = None) -> Source:
+    """Finds what DATA names, as ``prepare`` says.
 
     Args:
-      data: a file (``.jsonl``, ``.jsonl.gz``, ``.parquet``, ``.tfrecord``) or a glob of
-        them, here or in a bucket (``gs://bucket/part-*.jsonl``); ``task`` or
-        ``task:file`` for a data set of ``jaxalign.tasks`` and an exported file of it;
-        ``tfds:builder``; or a registered seqio task or mixture.
-      split: of a builder or task.
       task: the data set that ``data`` is a file of; the same as ``task:file``.
 
     Raises:
       FileNotFoundError: when nothing has that name, with the nearest names.
     """
-    if task is not None:
-        return _files(_expand(data), tasks_lib.get_task(task))
-    if data.startswith("tfds:"):
-        return _tfds(data.removeprefix("tfds:"), split, None)
-    files = _expand(data)
-    if files:
-        return _files(files, None)
-    name, _, rest = data.partition(":")
-    if rest and name.isidentifier() and name in tasks_lib.known_tasks():
-        if files := _expand(rest):
-            return _files(files, tasks_lib.get_task(name))
-        raise FileNotFoundError(_no_file(rest))
+    if task is None:
+        if data.startswith("tfds:"):
+            return _tfds(data.removeprefix("tfds:"), split, None)
+        if files := _expand(data):
+            return _files(files, None)
+        name, _, rest = data.partition(":")
+        if rest and name.isidentifier() and name in tasks_lib.known_tasks():
+            task, data = name, rest
+    exported = None if task is None else tasks_lib.get_task(task)
+    if exported and (files := _expand(data)):
+        return _files(files, exported)
     suffix = pathlib.Path(data.removesuffix(".gz")).suffix
-    looks_like_file = "/" in data or suffix in _READERS or suffix.lower() in TABLES
-    if looks_like_file:
+    if exported or "/" in data or suffix in _READERS or suffix.lower() in TABLES:
         raise FileNotFoundError(_no_file(data))
     known = tasks_lib.known_tasks()
     if data in known:
         return _task(known[data], split)
-    registered = _seqio_names()
+    registered = []
+    # Whoever registered a task has imported seqio to do so. Importing it here would
+    # take half a minute, TensorFlow with it, to find nothing.
+    if seqio := sys.modules.get("seqio"):
+        registered += [*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()]
     if data in registered:
         return Source(data, {"seqio": data, "split": split}, seqio_name=data)
     hint = nearest(data, [*known, *registered]) or f"; tasks: {', '.join(known)}"
@@ -104,8 +99,8 @@ def find_source(data: str, *, split: str = "train", task: str | None = None) -> 
 
 
 def _task(task: tasks_lib.Task, split: str) -> Source:
-    if isinstance(task.source, tasks_lib.Tfds):
-        return _tfds(task.source.name, split, task)
+    if isinstance(task.source, str):
+        return _tfds(task.source, split, task)
     if task.source is None:
         raise FileNotFoundError(
             f"Task {task.name!r} reads an exported file: say DATA='{task.name}:FILE'."
@@ -116,13 +111,14 @@ def _task(task: tasks_lib.Task, split: str) -> Source:
         for i, raw in enumerate(make(split), start=1):
             yield task.name, i, raw
 
-    identity = {"task": task.name, "split": split, "code": task.fingerprint}
-    return Source(task.name, identity, rows, task)
+    return Source(task.name, {"split": split} | _code(task), rows, task)
+
+
+def _code(task: tasks_lib.Task | None) -> dict[str, str]:
+    return {"task": task.name, "code": task.fingerprint} if task else {}
 
 
 def _files(files: list[str], task: tasks_lib.Task | None) -> Source:
-    if not files:
-        raise FileNotFoundError("No file matches DATA.")
     for file in files:
         if _reader(file) is read_jsonl:
             check_format(file)
@@ -135,10 +131,11 @@ def _files(files: list[str], task: tasks_lib.Task | None) -> Source:
             for line, row in _reader(file)(file):
                 yield file, line, row
 
-    identity: dict[str, Any] = {"files": [_digest(file) for file in files]}
-    identity["names"] = names if short else files
-    if task is not None:
-        identity |= {"task": task.name, "code": task.fingerprint}
+    identity = {
+        "files": [_digest(f) for f in files],
+        "names": names if short else files,
+    }
+    identity |= _code(task)
     return Source(names[0].split(".")[0], identity, rows, task, files=files)
 
 
@@ -147,22 +144,22 @@ def _digest(file: str) -> str:
 
 
 def _expand(pattern: str) -> list[str]:
+    path = pathlib.Path(pattern).expanduser()
+    found: list[str] = []
     if remote.is_remote(pattern):
         found = remote.expand(pattern)
-        return found if found == [pattern] else _data_files(found)
-    path = pathlib.Path(pattern).expanduser()
-    if path.is_file():
-        return [str(path)]
-    found = glob.glob(str(path)) if any(c in pattern for c in "*?[") else []
-    return _data_files(str(p) for p in sorted(map(pathlib.Path, found)) if p.is_file())
+    elif path.is_file():
+        found = [pattern]
+    elif glob.has_magic(pattern):
+        paths = sorted(map(pathlib.Path, glob.glob(str(path))))
+        found = [str(path) for path in paths if path.is_file()]
+    if found == [pattern]:  # asked for by its name
+        return [pattern if remote.is_remote(pattern) else str(path)]
+    return [file for file in found if not file.endswith(_BESIDE)]
 
 
 # What `generate` and others leave beside a file of rows: no rows, whatever a glob says.
 _BESIDE = (".settings.json", ".bad_rows.jsonl", ".partial", ".partial.json")
-
-
-def _data_files(files: Iterable[str]) -> list[str]:
-    return [file for file in files if not file.endswith(_BESIDE)]
 
 
 def _no_file(data: str) -> str:
@@ -170,8 +167,7 @@ def _no_file(data: str) -> str:
         return f"No file {data!r}. Check the address; a glob takes *, ? and [...]."
     path = pathlib.Path(data).expanduser()
     beside = sorted(p.name for p in path.parent.glob("*") if p.suffix in _READERS)
-    hint = nearest(path.name, beside)
-    if hint:
+    if hint := nearest(path.name, beside):
         return f"No file {data!r}{hint}."
     return f"No file {data!r}; data files in that folder: {beside[:8] or 'none'}."
 
@@ -181,12 +177,13 @@ def _reader(file: str) -> Callable[[str], Iterator[Any]]:
     suffix = path.suffix if path.suffix != ".gz" else pathlib.PurePath(path.stem).suffix
     if suffix.lower() in TABLES:
         check_format(file)  # says what to do with a table
-    if suffix not in _READERS or (path.suffix == ".gz" and suffix in _PACKED):
+    reader = _READERS.get(suffix)
+    if reader is None or (path.suffix == ".gz" and reader is not read_jsonl):
         raise ValueError(
             f"{file} is of no known kind; expected one of {sorted(_READERS)}"
             f"{nearest(suffix, _READERS)}."
         )
-    return _READERS[suffix]
+    return reader
 
 
 def read_parquet(
@@ -195,17 +192,15 @@ def read_parquet(
     """``(row number, row or BadRow)`` of a Parquet file, or of some row groups of it.
 
     Args:
-      groups: consecutive row groups; None for all.
-      before: how many rows stand before the first of them.
+      before: how many rows stand before the first of the row groups.
     """
     import pyarrow.parquet
 
-    line = before
     with pyarrow.parquet.ParquetFile(remote.copy(path)) as file:
-        for batch in file.iter_batches(batch_size=1024, row_groups=groups):
-            for row in batch.to_pylist():
-                line += 1
-                yield line, plain_row(row, path, line)
+        batches = file.iter_batches(batch_size=1024, row_groups=groups)
+        rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
+        for line, row in enumerate(rows, start=before + 1):
+            yield line, plain_row(row, path, line)
 
 
 def _read_tfrecord(path: str) -> Iterator[tuple[int, Any]]:
@@ -216,10 +211,8 @@ def _read_tfrecord(path: str) -> Iterator[tuple[int, Any]]:
         try:
             example = tf.train.Example.FromString(record)
         except Exception as error:  # protobuf's DecodeError has no stable home
-            yield (
-                line,
-                BadRow(path, line, "row", "type", "a tf.train.Example", str(error)),
-            )
+            expected = "a tf.train.Example"
+            yield line, BadRow(path, line, "row", "type", expected, str(error))
             continue
         row = {}
         for name, feature in example.features.feature.items():
@@ -237,11 +230,11 @@ _READERS = {
     ".tfrecord": _read_tfrecord,
     ".tfrecords": _read_tfrecord,
 }
-_PACKED = (".parquet", ".tfrecord", ".tfrecords")
 
 
 def _tfds(name: str, split: str, task: tasks_lib.Task | None) -> Source:
-    tfds = late_imports.tensorflow_datasets()
+    late_imports.tensorflow()
+    import tensorflow_datasets as tfds
 
     try:
         builder = tfds.builder(name)
@@ -259,9 +252,7 @@ def _tfds(name: str, split: str, task: tasks_lib.Task | None) -> Source:
         for line, row in enumerate(dataset, start=1):
             yield name, line, plain_row(row, name, line)
 
-    identity = {"tfds": builder.info.full_name, "split": split}
-    if task is not None:
-        identity |= {"task": task.name, "code": task.fingerprint}
+    identity = {"tfds": builder.info.full_name, "split": split} | _code(task)
     label = task.name if task else name.replace("/", "_").replace(":", "_")
     return Source(label, identity, rows, task)
 
@@ -288,12 +279,3 @@ def _plain(value: Any, field: str) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(v, field) for v in value]
     return value
-
-
-def _seqio_names() -> list[str]:
-    # Whoever registered a task has imported seqio to do so. Importing it here would
-    # take half a minute, TensorFlow with it, to find nothing.
-    seqio = sys.modules.get("seqio")
-    if seqio is None:
-        return []
-    return sorted([*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()])

@@ -21,45 +21,33 @@ from typing import Any
 from jaxalign.data import records as records_lib
 from jaxalign.data.bad_rows import nearest
 
+_Source = str | Callable[[str], Iterable[Mapping[str, Any]]] | None
 # What can stand in for a schema, best first.
 _SERVED_BY = {
     "supervised": ("supervised", "preference", "rationale", "trajectory"),
     "trajectory": ("trajectory", "preference", "rationale"),
     "preference": ("preference", "rationale"),
     "rationale": ("rationale",),
-    "prompts": ("supervised", "trajectory", "preference", "rationale"),
 }
 
 
 @dataclasses.dataclass(frozen=True)
-class Tfds:
-    """A TensorFlow Datasets builder, such as ``gsm8k`` or ``huggingface:a__b``."""
-
-    name: str
-
-
-@dataclasses.dataclass(frozen=True)
 class Task:
-    """A registered data set.
+    """A registered data set; see :func:`add_task`.
 
     Attributes:
-      name: what DATA says.
-      doc: one line for people.
-      records: schema name to the function from a raw row to records.
-      source: a TFDS builder, or a function from a split's name to raw rows, or None
-        for a data set that is only read from an exported file.
       fingerprint: changes when the file that registers the task does.
     """
 
     name: str
     doc: str
     records: Mapping[str, Callable[..., list[records_lib.Record]]]
-    source: Tfds | Callable[[str], Iterable[Mapping[str, Any]]] | None
+    source: _Source
     fingerprint: str
 
     def schemas(self) -> list[str]:
         """The schemas that the data set can serve."""
-        return [s for s in _SERVED_BY if s != "prompts" and self._serving(s)]
+        return [s for s in _SERVED_BY if self._serving(s)]
 
     def options(self) -> dict[str, Any]:
         """Keyword options of the record functions with their defaults."""
@@ -73,12 +61,7 @@ class Task:
     def transform(
         self, schema: str, options: Mapping[str, Any] | None = None
     ) -> records_lib.Transform:
-        """The record function for a schema, options bound.
-
-        Raises:
-          ValueError: for a schema that the data set cannot serve, or an option that it
-            does not have.
-        """
+        """The record function for a schema, options bound."""
         serving = self._serving(schema)
         if serving is None:
             raise ValueError(
@@ -110,7 +93,7 @@ def add_task(
     *,
     doc: str,
     records: Mapping[str, Callable[..., list[records_lib.Record]]],
-    source: Tfds | Callable[[str], Iterable[Mapping[str, Any]]] | None = None,
+    source: _Source = None,
     made_by: Sequence[Callable[..., Any]] = (),
 ) -> Task:
     """Registers a data set.
@@ -120,9 +103,10 @@ def add_task(
       records: for each schema, a function from a raw row (dict) to a list of records
         with the schema's fields; keyword-only arguments are options. An empty list
         leaves the row out and a None in it one response; the summary counts both.
-        Raise ``FieldError`` or let a
-        KeyError through for a malformed row.
-      source: see :class:`Task`.
+        Raise ``FieldError`` or let a KeyError through for a malformed row.
+      source: the name of a TFDS builder, such as ``gsm8k`` or ``huggingface:a__b``; or
+        a function from a split's name to raw rows; or None for a data set that is only
+        read from an exported file.
       made_by: further functions whose files the rows depend on: a cache made before
         such a file was edited is not served.
 
@@ -155,26 +139,16 @@ def add_task(
     return task
 
 
-@functools.cache
-def _discover() -> None:
-    """Imports every module of ``jaxalign.tasks``, each of which registers its own."""
+def known_tasks() -> dict[str, Task]:
+    """All registered tasks by name; each module of ``jaxalign.tasks`` registers its."""
     package = importlib.import_module("jaxalign.tasks")
     for module in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"jaxalign.tasks.{module.name}")
-
-
-def known_tasks() -> dict[str, Task]:
-    """All registered tasks by name."""
-    _discover()
     return dict(sorted(_TASKS.items()))
 
 
 def get_task(name: str) -> Task:
-    """The task of that name.
-
-    Raises:
-      ValueError: listing the known names, the nearest first.
-    """
+    """The task of that name; a ValueError lists the known names, the nearest first."""
     tasks = known_tasks()
     if name not in tasks:
         hint = nearest(name, tasks) or f"; known: {', '.join(tasks)}"
@@ -184,22 +158,21 @@ def get_task(name: str) -> Task:
 
 def list_tasks() -> list[dict[str, Any]]:
     """Name, schemas, options, source and doc of every task."""
-    return [
-        {
-            "name": task.name,
-            "schemas": task.schemas(),
-            "options": task.options(),
-            "source": _source_name(task),
-            "doc": task.doc,
-        }
-        for task in known_tasks().values()
-    ]
-
-
-def _source_name(task: Task) -> str:
-    if isinstance(task.source, Tfds):
-        return f"tfds:{task.source.name}"
-    return "generated" if task.source else f"{task.name}:FILE.jsonl"
+    found = []
+    for task in known_tasks().values():
+        source = "generated" if task.source else f"{task.name}:FILE.jsonl"
+        if isinstance(task.source, str):
+            source = f"tfds:{task.source}"
+        found.append(
+            {
+                "name": task.name,
+                "schemas": task.schemas(),
+                "options": task.options(),
+                "source": source,
+                "doc": task.doc,
+            }
+        )
+    return found
 
 
 def as_rows(value: Any) -> list[Mapping[str, Any]]:

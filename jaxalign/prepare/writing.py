@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
-import dataclasses
 import hashlib
+import itertools
 import pathlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -16,53 +17,43 @@ from jaxalign.data.cache_writer import CacheWriter
 from jaxalign.data.records import Example
 from jaxalign.data.rows import Row, prompt_hash
 from jaxalign.prepare.rows import Encoded
-from jaxalign.prepare.summary import Tally, source_counts
+from jaxalign.prepare.summary import summarise, unknown_tokens
 
-Item = Example | Encoded | list[Row] | BadRow
+Item = Example | Encoded | BadRow
 
 
-@dataclasses.dataclass
 class _EmptySplit(Exception):
     """Leaves the writers without a trace when one side of a split got no row."""
-
-    lowest: float
-    highest: float
 
 
 def write_splits(
     make_items: Callable[[], Iterable[Item]],
-    build: Callable[[Example], list[Row]] | None,
+    build: Callable[[Example], list[Row]],
     targets: Mapping[str, pathlib.Path],
     *,
     cache: Mapping[str, Any],
-    on_bad_row: str = "error",
-    eval_fraction: float = 0.0,
-    seed: int = 0,
-    max_rows: int | None = None,
-    listing: pathlib.Path | None = None,
+    on_bad_row: str,
+    eval_fraction: float,
+    seed: int,
+    max_rows: int | None,
+    listing: pathlib.Path,
 ) -> None:
     """Writes a cache for each split, all or none.
 
+    Of a source so small that chance gives one side of a split nothing, that side gets
+    one prompt.
+
     Args:
-      make_items: a fresh iterator over examples, tokenised or not, ready rows, and
-        bad rows.
-      build: turns an example into rows; None when items are rows.
+      make_items: a fresh iterator over examples, tokenised or not, and bad rows.
+      build: tokenises an example.
       targets: split name to folder: ``train``, and ``validation`` if wanted.
       cache: what `CacheWriter` is told of all splits.
-      eval_fraction: share of prompts for ``validation``. Of a source so small that
-        chance gives one side nothing, that side gets one prompt.
-      seed: of the split.
-      max_rows: reads only the first so many rows.
       listing: a JSON Lines file for all bad rows, if there are any.
-
-    Raises:
-      DataError: when there are bad rows and they are not to be skipped.
-      ValueError: when no row is left.
     """
 
     def attempt(cut: float) -> None:
         bad = BadRows(listing)
-        tallies = {name: Tally() for name in targets}
+        unknown = {name: collections.Counter() for name in targets}
         read = kept = left_out = responses_left_out = 0
         lowest, highest = 1.0, 0.0
         with contextlib.ExitStack() as stack:
@@ -71,11 +62,9 @@ def write_splits(
                 name: stack.enter_context(CacheWriter(path, **cache))
                 for name, path in targets.items()
             }
+            items = itertools.islice(make_items(), max_rows)
             # disable=None: a progress bar on a terminal, silence elsewhere.
-            bar = tqdm(make_items(), desc="preparing", unit=" rows", disable=None)
-            for item in bar:
-                if max_rows is not None and read >= max_rows:
-                    break
+            for item in tqdm(items, desc="preparing", unit=" rows", disable=None):
                 read += 1
                 if isinstance(item, BadRow):
                     bad.add(item)
@@ -83,42 +72,54 @@ def write_splits(
                 bad.kept += 1
                 if bad.total and on_bad_row == "error":
                     continue  # nothing will be written: only the report goes on
-                if isinstance(item, Encoded):
-                    rows = item.rows
-                else:
-                    rows = item if build is None else build(item)
-                kept += bool(rows)
-                left_out += not rows
-                if rows and isinstance(item, Example | Encoded):
+                rows = item.rows if isinstance(item, Encoded) else build(item)
+                if rows:
+                    kept += 1
                     responses_left_out += item.left_out
+                else:
+                    left_out += 1
                 for row in rows:
                     fraction = prompt_fraction(row, seed)
                     lowest, highest = min(lowest, fraction), max(highest, fraction)
                     name = "validation" if fraction < cut else "train"
                     writers[name].write(row)
-                    tallies[name].add(row)
+                    unknown[name].update(unknown_tokens(row))
             if bad.total and on_bad_row == "error":
                 raise DataError(bad)
             if not kept:
-                raise ValueError(_nothing_left(cache["source"], read, left_out, bad))
-            if not all(tally.rows for tally in tallies.values()):
+                raise ValueError(
+                    f"No row of {cache['source'].get('data')} is left to use ({read} "
+                    f"read, {bad.total} rejected, {left_out} left out by the task)."
+                    + (f"\n{bad}" if bad.total else "")
+                )
+            indices = {name: writer.index() for name, writer in writers.items()}
+            if not all(index.num_rows for index in indices.values()):
                 raise _EmptySplit(lowest, highest)
-            counts = source_counts(read, kept, left_out, responses_left_out, bad)
-            for name, writer in writers.items():
-                writer.summary = tallies[name].summary(counts)
+            counts = {
+                "rows_read": read,
+                "rows_kept": kept,
+                "rows_left_out": left_out,
+                "rows_rejected": bad.total,
+                "responses_left_out": responses_left_out,
+                "rejected_by_problem": dict(bad.by_problem),
+                "first_rejected": [str(row) for row in bad.first],
+                "rejected_rows": listing.name if bad.total else None,
+            }
+            for name, index in indices.items():
+                writers[name].summary = summarise(index, unknown[name], counts)
 
     try:
         attempt(eval_fraction)
     except _EmptySplit as empty:
-        if empty.lowest == empty.highest:
+        lowest, highest = empty.args
+        if lowest == highest:
             data = cache["source"].get("data")
             raise ValueError(
                 f"EVAL_FRACTION={eval_fraction} needs two distinct prompts, and {data} "
                 "has one: add rows, or set EVAL_FRACTION=0."
             ) from None
-        too_low = empty.lowest >= eval_fraction
-        just_above = empty.lowest + 2.0**-49
-        attempt(just_above if too_low else empty.highest)
+        just_above = lowest + 2.0**-49
+        attempt(just_above if lowest >= eval_fraction else highest)
 
 
 def prompt_fraction(row: Row, seed: int) -> float:
@@ -126,11 +127,3 @@ def prompt_fraction(row: Row, seed: int) -> float:
     text = f"{seed}:{prompt_hash(row.prompts[0])}".encode()
     head = hashlib.sha256(text).digest()[:6]
     return int.from_bytes(head, "big") / 2**48
-
-
-def _nothing_left(
-    source: Mapping[str, Any], read: int, left_out: int, bad: BadRows
-) -> str:
-    counts = f"{read} read, {bad.total} rejected, {left_out} left out by the task"
-    listed = f"\n{bad}" if bad.total else ""
-    return f"No row of {source.get('data')} is left to use ({counts}).{listed}"

@@ -24,26 +24,19 @@ def write_report(run_dirs: Sequence[str | Path], output: str | Path | None = Non
     """Writes the report of the runs: settings, curves, calibration, samples, results.
 
     What a run lacks is named on the page; nothing but a missing directory is an error.
-    A folder that is no run itself stands for the runs in it. ``results.json`` is taken
-    from the folders given, from their runs and from the output's folder.
+    ``results.json`` is taken from the folders given, from their runs and from the
+    output's folder.
 
     Args:
-      run_dirs: run directories, here or in a bucket; ten have their own colour.
-      output: the HTML file; by default ``report.html`` in the directory given, or in
-        the folder that holds them all.
-
-    Returns:
-      The file's path.
+      run_dirs: run directories, here or in a bucket, or folders of runs; ten runs have
+        their own colour.
+      output: the HTML file, which is returned; by default ``report.html`` in the
+        directory given, or in the folder that holds them all.
 
     Raises:
       ValueError: without a run directory; without `output` for several of which some
         are in a bucket.
       FileNotFoundError: for a directory that does not exist, with the nearest.
-
-    >>> write_report([])
-    Traceback (most recent call last):
-        ...
-    ValueError: write_report: expected at least one run directory, got none.
     """
     if not run_dirs:
         raise ValueError("write_report: expected at least one run directory, got none.")
@@ -96,12 +89,10 @@ def _page(title: str, runs: list[run_files.Run], tables: list) -> str:
 
 
 def _missing(runs: list[run_files.Run]) -> str:
-    lines = [
+    lines = "".join(
         f"<li><b>{html.escape(run.name)}</b>: "
         f"{html.escape('; '.join(dict.fromkeys(run.missing)))}</li>"
         for run in runs
         if run.missing
-    ]
-    if not lines:
-        return ""
-    return f'<div class="warn">Not all is here:<ul>{"".join(lines)}</ul></div>'
+    )
+    return lines and f'<div class="warn">Not all is here:<ul>{lines}</ul></div>'

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
 WIDTH, HEIGHT = 400, 220
 _RANGE_WIDTH = 240
@@ -43,13 +44,11 @@ def number(value: float) -> str:
     >>> [number(x) for x in (0.0, 12345.0, 0.001, 0.00002, -1.5, float("nan"))]
     ['0', '12.35k', '0.001', '2e-05', '-1.5', 'NaN']
     """
-    if math.isnan(value):
-        return "NaN"
-    if math.isinf(value):
-        return "∞" if value > 0 else "-∞"
-    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+    if not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "∞" if value > 0 else "-∞"
+    for limit, size, unit in ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
         if abs(value) >= limit:
-            return f"{value / (limit if unit != 'k' else 1e3):.4g}{unit}"
+            return f"{value / size:.4g}{unit}"
     return f"{value:.4g}"
 
 
@@ -59,7 +58,7 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     >>> ticks(0.0, 0.93)
     [0.0, 0.25, 0.5, 0.75]
     """
-    raw = (high - low) / max(count - 1, 1)
+    raw = (high - low) / (count - 1)
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999)
     first = math.ceil(low / step - 1e-9)
@@ -97,19 +96,22 @@ def smooth(steps: np.ndarray, values: np.ndarray):
     return steps, mean
 
 
+def _ends(values: Sequence[np.ndarray]) -> tuple[float, float]:
+    every = np.concatenate(values)
+    return float(every.min()), float(every.max())
+
+
 def _limits(series: Sequence[Series], unit_interval: bool) -> tuple[float, float, bool]:
     """The y range, and whether rare outliers fall outside of it."""
     if unit_interval:
         return 0.0, 1.0, False
     finite = [s.values[np.isfinite(s.values)] for s in series]
-    low = float(min(v.min() for v in finite))
-    high = float(max(v.max() for v in finite))
-    # A running median drops lone spikes and keeps what lasts, a steep start included.
-    medians = [_median_of_five(v) for v in finite if len(v) >= 20]
+    low, high = _ends(finite)
     clipped = False
-    if len(medians) == len(finite):
-        floor = float(min(v.min() for v in medians))
-        ceiling = float(max(v.max() for v in medians))
+    if all(len(v) >= 20 for v in finite):
+        # A running median drops lone spikes and keeps what lasts, steep starts too.
+        fives = (sliding_window_view(v, 5) for v in finite)
+        floor, ceiling = _ends([np.median(window, axis=1) for window in fives])
         span = ceiling - floor
         if span > 0 and high > ceiling + 2 * span:
             high, clipped = ceiling + 0.5 * span, True
@@ -124,10 +126,6 @@ def _limits(series: Sequence[Series], unit_interval: bool) -> tuple[float, float
     return (low if low == 0 else low - pad), high + pad, clipped
 
 
-def _median_of_five(values: np.ndarray) -> np.ndarray:
-    return np.median(np.lib.stride_tricks.sliding_window_view(values, 5), axis=1)
-
-
 def _tag(name: str, kind: str, content: str = "", /, **attributes: Any) -> str:
     """An SVG element of a class; numbers to a tenth of a pixel."""
     written = ""
@@ -137,8 +135,9 @@ def _tag(name: str, kind: str, content: str = "", /, **attributes: Any) -> str:
     return f'<{name} class="{kind}"{written}>{content}</{name}>'
 
 
-def _svg(body: Iterable[str], height: int, width: int, **attributes: Any) -> str:
-    kind = attributes.pop("kind", "")
+def _svg(
+    body: Iterable[str], height: int, width: int, kind: str = "", **attributes: Any
+) -> str:
     size = f"0 0 {width} {height}"
     return _tag("svg", kind, "".join(body), viewBox=size, **attributes)
 
@@ -202,11 +201,7 @@ def line_chart(
 ) -> tuple[str, list[str]]:
     """Curves over steps, at least one with a finite value; notes for their caption.
 
-    Args:
-      series: the curves.
-      title: for screen readers.
-      unit_interval: fix the axis to 0..1.
-      smoothing: draw long noisy curves as a moving mean over faint points.
+    Long noisy curves become a moving mean over faint points, if `smoothing`.
     """
     drawn = [s for s in series if np.isfinite(s.values).any()]
     y0, y1, clipped = _limits(drawn, unit_interval)
@@ -217,9 +212,8 @@ def line_chart(
     frame = _Frame(x0, x1 if x1 > x0 else x0 + 1.0, y0, y1)
     notes = []
     if clipped:
-        extreme = max(
-            (float(v) for s in drawn for v in s.values[np.isfinite(s.values)]), key=abs
-        )
+        every = np.concatenate([s.values for s in drawn])
+        extreme = max(every[np.isfinite(every)], key=abs)
         notes.append(f"axis clipped; extreme {number(extreme)}")
     raw, body = [], []
     for s in drawn:
@@ -261,13 +255,8 @@ def line_chart(
 def calibration_chart(
     groups: Sequence[tuple[str, int, Sequence[tuple[float, float, float]]]],
 ) -> str:
-    """Mean target over predicted value, one circle a bin, with the identity line.
-
-    Args:
-      groups: ``(label, colour, [(value, target, count), ...])``.
-    """
-    points = np.array([p[:2] for _, _, bins in groups for p in bins], np.float64)
-    low, high = float(points.min()), float(points.max())
+    """A circle a bin: groups are ``(label, colour, [(value, target, count)])``."""
+    low, high = _ends([np.array(b[:2]) for _, _, bins in groups for b in bins])
     pad = 0.08 * (high - low) or 1.0
     frame = _Frame(low - pad, high + pad, low - pad, high + pad)
     top = max(count for _, _, bins in groups for *_, count in bins)
@@ -280,19 +269,11 @@ def calibration_chart(
         body.append(_tag("path", f"line c{colour}", d=_path(frame, xs, ys)))
         for value, target, count in order:
             text = (
-                f"{label}: value {number(value)}, mean target {number(target)}, "
-                f"{int(count)} responses"
+                f"<title>{html.escape(label)}: value {number(value)}, mean target "
+                f"{number(target)}, {int(count)} responses</title>"
             )
-            body.append(
-                _tag(
-                    "circle",
-                    f"dot c{colour}",
-                    f"<title>{html.escape(text)}</title>",
-                    cx=frame.x(value),
-                    cy=frame.y(target),
-                    r=2 + 5 * math.sqrt(count / top),
-                )
-            )
+            x, y, r = frame.x(value), frame.y(target), 2 + 5 * math.sqrt(count / top)
+            body.append(_tag("circle", f"dot c{colour}", text, cx=x, cy=y, r=r))
     return _svg(body, HEIGHT, WIDTH, role="img", aria_label="value calibration")
 
 

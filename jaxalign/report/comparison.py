@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import html
 import io
+import itertools
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,13 +18,7 @@ from jaxalign.report import style
 
 
 def write(path: Path, results: Mapping[str, Any], *, steps: int, split: str) -> None:
-    """Writes one self-contained HTML page.
-
-    Args:
-      path: of the page.
-      results: what `jaxalign.pipelines.compare.collect` returns.
-      steps: of each objective, for the page's text.
-      split: of the prompts, for the page's text.
+    """Writes one self-contained HTML page of what `pipelines.compare.collect` returns.
 
     Raises:
       ImportError: without matplotlib, saying how to get it.
@@ -51,11 +47,7 @@ def write(path: Path, results: Mapping[str, Any], *, steps: int, split: str) -> 
 
 
 def pyplot() -> Any:
-    """Matplotlib's pyplot, drawing to files.
-
-    Raises:
-      ImportError: saying how to get it.
-    """
+    """Matplotlib's pyplot, drawing to files."""
     try:
         import matplotlib
     except ImportError:
@@ -110,43 +102,40 @@ def _frontier(table: Mapping[str, Any]) -> str:
 
 def _label(axes: Any, points: Mapping[str, tuple[float, float]]) -> None:
     """Names the points, each where it covers neither a point nor another name."""
+    from matplotlib.text import Text
+    from matplotlib.transforms import Bbox
+
     axes.figure.canvas.draw()
     renderer = axes.figure.canvas.get_renderer()
     pixels = axes.transData.transform(list(points.values()))
-    taken = [(x - 6, y - 6, x + 6, y + 6) for x, y in pixels]
+    taken = [Bbox.from_extents(x - 6, y - 6, x + 6, y + 6) for x, y in pixels]
+    turns = np.linspace(0.0, 2 * np.pi, 16, endpoint=False)
     for name, xy in points.items():
-        best = None
-        for radius in (8, 16, 28, 44, 64):
-            for turn in np.linspace(0.0, 2 * np.pi, 16, endpoint=False):
-                offset = radius * np.cos(turn), radius * np.sin(turn)
-                text = axes.annotate(
-                    name,
-                    xy,
-                    offset,
-                    textcoords="offset points",
-                    fontsize=8,
-                    ha="left" if offset[0] >= -1e-6 else "right",
-                    va="center",
-                    arrowprops={"arrowstyle": "-", "lw": 0.5, "alpha": 0.5},
-                )
-                # The text alone: its line may cross what it likes.
-                text.update_positions(renderer)
-                extent = super(type(text), text).get_window_extent(renderer)
-                x0, y0, x1, y1 = extent.extents
-                covered = sum(
-                    max(0.0, min(x1, b[2]) - max(x0, b[0]))
-                    * max(0.0, min(y1, b[3]) - max(y0, b[1]))
-                    for b in taken
-                )
-                if best is None or covered < best[0]:
-                    if best:
-                        best[1].remove()
-                    best = covered, text, (x0, y0, x1, y1)
-                else:
-                    text.remove()
-            if best[0] == 0.0:
+        best, least, place = None, math.inf, None
+        for radius, turn in itertools.product((8, 16, 28, 44, 64), turns):
+            offset = radius * np.cos(turn), radius * np.sin(turn)
+            text = axes.annotate(
+                name,
+                xy,
+                offset,
+                textcoords="offset points",
+                fontsize=8,
+                ha="left" if offset[0] >= -1e-6 else "right",
+                va="center",
+                arrowprops={"arrowstyle": "-", "lw": 0.5, "alpha": 0.5},
+            )
+            # The text alone: its line may cross what it likes.
+            text.update_positions(renderer)
+            box = Text.get_window_extent(text, renderer)
+            both = filter(None, (Bbox.intersection(box, other) for other in taken))
+            covered = sum(shared.width * shared.height for shared in both)
+            if covered < least:
+                text, best, least, place = best, text, covered, box
+            if text:
+                text.remove()
+            if least == 0.0:
                 break
-        taken.append(best[2])
+        taken.append(place)
 
 
 def _matrix(table: Mapping[str, Any], wins: Mapping[str, Any]) -> str:
@@ -156,42 +145,26 @@ def _matrix(table: Mapping[str, Any], wins: Mapping[str, Any]) -> str:
     figure, axes = pyplot().subplots(figsize=(size, size))
     axes.imshow(rates, cmap="RdBu", vmin=0, vmax=100)
     for i, j in np.argwhere(np.isfinite(rates)):
-        dark = abs(rates[i, j] - 50) > 35
-        axes.text(
-            j,
-            i,
-            f"{rates[i, j]:.0f}",
-            ha="center",
-            va="center",
-            fontsize=6,
-            color="white" if dark else "black",
-        )
+        colour = "white" if abs(rates[i, j] - 50) > 35 else "black"
+        place = {"ha": "center", "va": "center", "fontsize": 6}
+        axes.text(j, i, f"{rates[i, j]:.0f}", color=colour, **place)
     axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
     axes.set_yticks(range(len(names)), names, fontsize=7)
     return _figure(figure)
 
 
 def _table(table: Mapping[str, Any], wins: Mapping[str, Any]) -> str:
-    def spread(values: list[float], digits: int) -> str:
-        text = f"{np.mean(values):.{digits}f}"
-        if len(values) > 1:
-            text += f" ± {np.std(values, ddof=1):.{digits}f}"
-        return text
-
     rows = []
     for name in _by_reward(table):
-        row = table[name]
-        won = f"{wins[name]['sft']:.1%}" if name != "sft" else "–"
-        cells = (
-            html.escape(name),
-            spread(row["reward"], 3),
-            won,
-            spread(row["kl"], 2),
-            spread(row["tokens"], 1),
-        )
+        cells = [html.escape(name)]
+        for column, digits in (("reward", 3), ("kl", 2), ("tokens", 1)):
+            values = table[name][column]
+            text = f"{np.mean(values):.{digits}f}"
+            if len(values) > 1:
+                text += f" ± {np.std(values, ddof=1):.{digits}f}"
+            cells.append(text)
+        cells.insert(2, f"{wins[name]['sft']:.1%}" if name != "sft" else "–")
         rows.append("<tr>" + "".join(f"<td>{c}</td>" for c in cells) + "</tr>")
     heads = ("objective", "true reward", "win rate vs SFT", "KL", "tokens")
     head = "".join(f"<th>{h}</th>" for h in heads)
-    return (
-        f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
-    )
+    return style.table(head, rows)

@@ -63,41 +63,35 @@ def split_name(name: str) -> tuple[str, str]:
 def curves(runs: list[Run]) -> str:
     """Every metric of every run, one chart a metric, in groups."""
     names = sorted({split_name(n)[1] for run in runs for n in run.metrics} - {"time"})
-    out = []
+    out = ""
     for title, (note, patterns) in _GROUPS.items():
-        members = []
+        panels = []
         for pattern in patterns:
-            members += [name for name in names if re.fullmatch(pattern, name)]
+            members = [name for name in names if re.fullmatch(pattern, name)]
+            panels += [_panel(runs, name) for name in members]
             names = [name for name in names if name not in members]
-        panels = [_panel(runs, name) for name in members]
         if title == "Value network":
             panels.append(_calibration(runs))
-        panels = [p for p in panels if p]
-        if panels:
-            out.append(
-                f"<h3>{title}</h3><p class='note'>{note}</p>"
-                f'<div class="grid">{"".join(panels)}</div>'
-            )
+        if grid := "".join(panels):
+            out += f"<h3>{title}</h3><p class='note'>{note}</p>"
+            out += f'<div class="grid">{grid}</div>'
     panels = [p for p in (_panel(runs, name) for name in names) if p]
     if panels:
-        out.append(
-            f"<details class='more'><summary>{len(panels)} more metrics</summary>"
-            f'<div class="grid">{"".join(panels)}</div></details>'
-        )
-    return "".join(out) or "<p>No run has recorded a metric yet.</p>"
+        out += f"<details class='more'><summary>{len(panels)} more metrics</summary>"
+        out += f'<div class="grid">{"".join(panels)}</div></details>'
+    return out or "<p>No run has recorded a metric yet.</p>"
 
 
 def _panel(runs: list[Run], name: str) -> str:
     series: list[charts.Series] = []
-    having = []
+    having: dict[str, None] = {}
     for run in runs:
-        own = [(split_name(full), points) for full, points in run.metrics.items()]
-        own = [(split, x) for (split, base), x in own if base == name and len(x[0])]
-        for split, points in own:
-            dashed = split == "eval"
-            label = run.name + " (eval)" * dashed
-            series.append(charts.Series(label, run.colour, *points, dashed))
-        having += [run.name] * bool(own)
+        for full, points in run.metrics.items():
+            split, base = split_name(full)
+            if base == name and len(points[0]):
+                having[run.name], dashed = None, split == "eval"
+                label = run.name + " (eval)" * dashed
+                series.append(charts.Series(label, run.colour, *points, dashed))
     unit = f" <small>{esc(_UNITS[name])}</small>" if name in _UNITS else ""
     title = f"<figcaption><b>{esc(name)}</b>{unit}"
     if not any(np.isfinite(s.values).any() for s in series):

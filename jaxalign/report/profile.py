@@ -9,14 +9,8 @@ from jaxalign.report import style
 from jaxalign.report.runs import Run
 
 # A part has one colour, whatever its place.
-_COLOURS = {
-    "encoder": 0,
-    "decoder": 2,
-    "vocabulary": 1,
-    "optimizer": 3,
-    "reference": 5,
-    "embedding": 7,
-}
+_COLOURS = {"encoder": 0, "decoder": 2, "vocabulary": 1, "optimizer": 3}
+_COLOURS |= {"reference": 5, "embedding": 7}
 _OTHER = 8
 
 

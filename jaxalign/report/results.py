@@ -23,10 +23,9 @@ def results_table(path: Path, rows: dict[str, dict[str, Any]], runs: list[Run]) 
     spare = [c for c in range(10) if c not in taken] or list(range(10))
     means = [_numeric(row.get("true_reward")) for row in rows.values()]
     limits = _limits(rows, means)
-    extra = list(
-        dict.fromkeys(k for row in rows.values() for k in row if k not in _OWN)
-    )
-    has_wins = any("win_rate_vs_sft" in row for row in rows.values())
+    columns = dict.fromkeys(k for row in rows.values() for k in row)
+    extra = [k for k in columns if k not in _OWN]
+    has_wins = "win_rate_vs_sft" in columns
     head = '<th>run</th><th class="num">true reward</th>'
     head += "<th>mean and 95% interval</th>" if limits else ""
     names = ["win rate vs SFT"] * has_wins + [esc(k.replace("_", " ")) for k in extra]
@@ -35,11 +34,8 @@ def results_table(path: Path, rows: dict[str, dict[str, Any]], runs: list[Run]) 
     for i, ((name, row), mean) in enumerate(zip(rows.items(), means, strict=True)):
         colour = colours.get(name, spare[i % len(spare)])
         interval = _interval(row.get("ci95"))
-        text = "—" if mean is None else f"{mean:.3f}"
-        if interval:
-            text += f" <small>[{interval[0]:.3f}, {interval[1]:.3f}]</small>"
         cells = f'<th scope="row"><i class="key c{colour}"></i>{esc(name)}</th>'
-        cells += f'<td class="num">{text}</td>'
+        cells += f'<td class="num">{_estimate(mean, interval, "{:.3f}")}</td>'
         if limits:
             picture = "—"
             if mean is not None:
@@ -47,15 +43,15 @@ def results_table(path: Path, rows: dict[str, dict[str, Any]], runs: list[Run]) 
                     mean, interval, limits, colour=colour, baseline=means[0]
                 )
             cells += f"<td>{picture}</td>"
-        values = [_win_rate(row)] * has_wins + [_plain(row.get(k)) for k in extra]
+        wins = row.get("win_rate_vs_sft"), _interval(row.get("win_rate_ci95"))
+        values = [_estimate(*wins, "{:.1f}", 100, "%")] * has_wins
+        values += [_plain(row.get(k)) for k in extra]
         cells += "".join(f'<td class="num">{value}</td>' for value in values)
         body.append(f"<tr>{cells}</tr>")
     if limits:
+        axis = f"<td></td><td></td><td>{charts.range_axis(limits)}</td>"
         after = "<td></td>" * len(names)
-        axis = charts.range_axis(limits)
-        body.append(
-            f'<tr class="axis-row"><td></td><td></td><td>{axis}</td>{after}</tr>'
-        )
+        body.append(f'<tr class="axis-row">{axis}{after}</tr>')
     return (
         f'<p class="note">From <code>{esc(path.parent.name)}/{path.name}</code>. The '
         f"dashed line is the mean of {esc(next(iter(rows)))}.</p>"
@@ -88,15 +84,21 @@ def _interval(value: Any) -> tuple[float, float] | None:
     return None
 
 
-def _win_rate(row: dict[str, Any]) -> str:
-    rate = _numeric(row.get("win_rate_vs_sft"))
-    if rate is None:
+def _estimate(
+    value: Any,
+    interval: tuple[float, float] | None,
+    spelt: str,
+    times: int = 1,
+    unit: str = "",
+) -> str:
+    """A number with its interval."""
+    mean = _numeric(value)
+    if mean is None:
         return "—"
-    text = f"{100 * rate:.1f}%"
-    interval = _interval(row.get("win_rate_ci95"))
+    text = spelt.format(times * mean) + unit
     if interval:
-        low, high = interval
-        text += f" <small>[{100 * low:.1f}, {100 * high:.1f}]</small>"
+        low, high = (spelt.format(times * end) for end in interval)
+        text += f" <small>[{low}, {high}]</small>"
     return text
 
 

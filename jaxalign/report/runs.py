@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import os
 import re
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from jaxalign import remote
+from jaxalign.configs.names import did_you_mean
 from jaxalign.training.metric_writers import CALIBRATION_FILE, read_metrics
 from jaxalign.training.profiling import BREAKDOWN
 
@@ -42,11 +42,7 @@ class Run:
 
 
 def local(run_dir: str | Path) -> Path:
-    """The run directory, or a copy of what the report reads of a remote one.
-
-    Raises:
-      FileNotFoundError: for a remote path without a run.
-    """
+    """The run directory, or a copy of what the report reads of a remote one."""
     return remote.copy_folder(run_dir, wanted=lambda n: bool(_READ.search(n)))
 
 
@@ -54,19 +50,14 @@ def find(run_dirs: Iterable[str | Path]) -> list[Path]:
     """The run directories meant: a folder of runs stands for the runs in it.
 
     Its runs come in the order of its ``results.json``, the others by name.
-
-    Raises:
-      FileNotFoundError: for a path that does not exist, with the nearest that does.
     """
     found: list[Path] = []
     for path in map(Path, run_dirs):
         if not path.is_dir():
-            siblings = path.parent.iterdir() if path.parent.is_dir() else []
-            names = sorted(p.name for p in siblings if p.is_dir())
-            near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.4)
-            hint = f" Nearest: {', '.join(near)}." if near else ""
+            beside = [p.name for p in path.parent.glob("*/")]
             raise FileNotFoundError(
-                f"{path}: expected a run directory, found none.{hint}"
+                f"{path}: expected a run directory, found none."
+                f"{did_you_mean(path.name, beside)}"
             )
         order = [name for _, rows in results([path]) for name in rows]
         inside = sorted(
@@ -80,7 +71,11 @@ def find(run_dirs: Iterable[str | Path]) -> list[Path]:
 
 def load(paths: Sequence[Path]) -> list[Run]:
     """Reads every run, named and coloured."""
-    names = _names([path.resolve() for path in paths])
+    full = [path.resolve() for path in paths]
+    for parts in range(1, 22):  # of the paths, until no two runs are called the same
+        names = ["/".join(path.parts[-parts:]) for path in full]
+        if len(set(names)) == len(set(full)):
+            break
     return [
         _run(path, name, i % 10)
         for i, (path, name) in enumerate(zip(paths, names, strict=True))
@@ -89,47 +84,23 @@ def load(paths: Sequence[Path]) -> list[Run]:
 
 def _run(path: Path, name: str, colour: int) -> Run:
     missing: list[str] = []
-    metrics = _metrics(path, missing)
-    manifest = _json(path / "manifest.json", missing)
-    config = ""
+    metrics, config = {}, ""
+    try:
+        metrics = read_metrics(path)
+        if not metrics:
+            missing.append("no metrics.jsonl, or nothing in it yet")
+    except (OSError, ValueError) as error:
+        missing.append(f"metrics.jsonl unreadable: {error}")
+    manifest = _json(path / "manifest.json", missing) or {}
     if (path / "config.gin").exists():
         config = (path / "config.gin").read_text(encoding="utf-8", errors="replace")
     else:
         missing.append("no config.gin")
-    samples, step = _samples(path, missing)
-    return Run(
-        path,
-        name,
-        colour,
-        metrics,
-        manifest or {},
-        config,
-        samples,
-        step,
-        _calibration(path, missing),
-        _json(path / BREAKDOWN, missing, required=False) or {},
-        missing,
-    )
-
-
-def _names(paths: Sequence[Path]) -> list[str]:
-    parts = 1
-    while True:
-        names = ["/".join(path.parts[-parts:]) for path in paths]
-        if len(set(names)) == len(set(paths)) or parts > 20:
-            return names
-        parts += 1
-
-
-def _metrics(path: Path, missing: list[str]) -> dict[str, Any]:
-    try:
-        metrics = read_metrics(path)
-    except (OSError, ValueError) as error:
-        missing.append(f"metrics.jsonl unreadable: {error}")
-        return {}
-    if not metrics:
-        missing.append("no metrics.jsonl, or nothing in it yet")
-    return metrics
+    samples = _samples(path, missing)
+    bins = _calibration(path, missing)
+    profile = _json(path / BREAKDOWN, missing, required=False) or {}
+    read = (metrics, manifest, config, *samples, bins, profile, missing)
+    return Run(path, name, colour, *read)
 
 
 def _json(path: Path, missing: list[str], required: bool = True) -> Any:
@@ -165,15 +136,12 @@ def _calibration(path: Path, missing: list[str]) -> list[tuple[float, float, flo
     found = _json(path / CALIBRATION_FILE, missing, required=False)
     if found is None:
         return []
+    names = ("value", "target", "count")
     try:
-        bins = [
-            (float(b["value"]), float(b["target"]), float(b["count"]))
-            for b in found["bins"]
-        ]
+        bins = [tuple(float(b[name]) for name in names) for b in found["bins"]]
     except (KeyError, TypeError, ValueError) as error:
-        missing.append(
-            f"{CALIBRATION_FILE} has no bins of value, target, count: {error!r}"
-        )
+        what = f"{CALIBRATION_FILE} has no bins of {', '.join(names)}"
+        missing.append(f"{what}: {error!r}")
         return []
     return [b for b in bins if np.isfinite(b).all() and b[2] > 0]
 

@@ -39,27 +39,21 @@ def samples(runs: Sequence[Run]) -> str:
         f"{esc(steps)}. log p is the sum over a response's tokens, in nats.</p>"
     ]
     for prompt in order:
+        given = by_prompt[prompt]
         columns = [
             _response(run, row, i)
             for run in runs
-            for i, row in enumerate(
-                by_prompt[prompt].get(run.name, [])[:_MAX_RESPONSES]
-            )
+            for i, row in enumerate(given.get(run.name, [])[:_MAX_RESPONSES])
         ]
-        absent = [r.name for r in runs if r.samples and r.name not in by_prompt[prompt]]
+        absent = ", ".join(r.name for r in runs if r.samples and r.name not in given)
         if absent:
-            columns.append(
-                f'<div class="caption">No answer: {esc(", ".join(absent))}</div>'
-            )
-        target = ""
+            columns.append(f'<div class="caption">No answer: {esc(absent)}</div>')
+        parts = [f'<div class="prompt"><h4>Prompt</h4>{_text(prompt)}</div>']
         if prompt in targets:
-            target = (
-                f'<div class="target"><h4>Target</h4>{_text(targets[prompt])}</div>'
-            )
-        out.append(
-            f'<article><div class="prompt"><h4>Prompt</h4>{_text(prompt)}</div>{target}'
-            f'<div class="responses">{"".join(columns)}</div></article>'
-        )
+            text = _text(targets[prompt])
+            parts.append(f'<div class="target"><h4>Target</h4>{text}</div>')
+        parts.append(f'<div class="responses">{"".join(columns)}</div>')
+        out.append(f"<article>{''.join(parts)}</article>")
     return "".join(out)
 
 

@@ -27,17 +27,13 @@ _HEADER |= {"data fingerprint": "data", "params fingerprint": "params"}
 
 def headers(runs: list[Run]) -> str:
     """One line a run: what it is, and which data and parameters it stands for."""
-    out = []
+    out = ""
     for run in runs:
         facts = _facts(run)
-        shown = [
-            f"{label} {_cell(facts[key])}".strip()
-            for key, label in _HEADER.items()
-            if key in facts
-        ]
-        text = " · ".join(shown) or "nothing recorded"
-        out.append(f"<li>{chip(run)} <span>{text}</span></li>")
-    return f'<ul class="heads">{"".join(out)}</ul>'
+        shown = [f"{t} {_cell(facts[k])}" for k, t in _HEADER.items() if k in facts]
+        text = " · ".join(map(str.strip, shown)) or "nothing recorded"
+        out += f"<li>{chip(run)} <span>{text}</span></li>"
+    return f'<ul class="heads">{out}</ul>'
 
 
 def runs_table(runs: list[Run]) -> str:
@@ -81,11 +77,7 @@ def _facts(run: Run) -> dict[str, str]:
         facts[key.replace("_", " ")] = m.get(key)
     bindings = gin_bindings(run.config)
     facts |= {k: v for k, v in bindings.items() if k.isupper() and k not in _SHOWN}
-    facts |= {
-        k: v
-        for k, v in bindings.items()
-        if re.search(r"\.(learning_rate|warmup_steps|beta|tau|grad_clip)$", k)
-    }
+    facts |= {k: v for k, v in bindings.items() if _SETTING.search(k)}
     facts["data fingerprint"] = m.get("data_fingerprint")
     for name, value in (m.get("parents") or {}).items():
         facts[f"{name} policy"] = value
@@ -103,8 +95,9 @@ def _facts(run: Run) -> dict[str, str]:
     }
 
 
-# Macros that the manifest already tells.
+# Macros that the manifest already tells, and bindings worth telling.
 _SHOWN = {"BATCH_SIZE", "RANDOM_SEED", "SEED", "RUN_DIR", "MODEL_DIR"}
+_SETTING = re.compile(r"\.(learning_rate|warmup_steps|beta|tau|grad_clip)$")
 
 
 def _value(value: Any) -> str:

@@ -15,17 +15,7 @@ from jaxalign.report import curves, runs, sections, style
 def write(
     folder: Path, title: str, stages: Mapping[str, Mapping[str, Any]], body: str = ""
 ) -> Path:
-    """Writes ``folder/study.html``.
-
-    Args:
-      folder: of the study.
-      title: of the page.
-      stages: manifest entries by stage, in order.
-      body: HTML that comes first, such as the table of results.
-
-    Returns:
-      The page's path.
-    """
+    """Writes ``study.html``: `body`, the manifest's `stages`, their runs' curves."""
     found = [folder / name for name in stages if (folder / name).is_dir()]
     trained = runs.load(found)
     parts = [f"<h1>{html.escape(title)}</h1>", body, "<h2>Stages</h2>", _table(stages)]
@@ -54,10 +44,7 @@ def _table(stages: Mapping[str, Mapping[str, Any]]) -> str:
             f"<tr><th>{html.escape(name)}</th><td>{took}</td><td><details><summary>"
             f"{len(entry['key'])} inputs</summary>{inputs}</details></td></tr>"
         )
-    return (
-        '<div class="scroll"><table><thead><tr><th>stage</th><th>time</th>'
-        f"<th>depends on</th></tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
-    )
+    return style.table("<th>stage</th><th>time</th><th>depends on</th>", rows)
 
 
 def _short(value: Any) -> str:

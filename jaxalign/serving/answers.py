@@ -2,39 +2,36 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 import uuid
 from typing import Any
 
 from jaxalign.decoding.rules import EOS_ID
-from jaxalign.serving.batching import Samples
-from jaxalign.serving.requests import ParsedRequest
+from jaxalign.serving.batching import Samples, Work
 
 
 class Answer:
     """The answer to one request, which is a chat completion or a plain one."""
 
-    def __init__(
-        self, request: ParsedRequest, vocabulary: Any, *, chat: bool, model: str
-    ):
-        self.request = request
+    def __init__(self, work: Work, vocabulary: Any, *, chat: bool, model: str):
+        self.work = work
         self._vocabulary = vocabulary
         self._chat = chat
-        self._id = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
-        self._created = int(time.time())
-        self._model = model
+        self._head = {
+            "id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": model,
+        }
 
-    def head(self, chunk: bool = False) -> dict[str, Any]:
-        """What every event of an answer shares."""
-        kind = "text_completion"
+    def event(self, choices: list[dict], chunk: bool = False, **more: Any) -> dict:
+        """An answer in the API's format, or a chunk of one."""
+        head = self._head
         if self._chat:
             kind = "chat.completion.chunk" if chunk else "chat.completion"
-        return {
-            "id": self._id,
-            "object": kind,
-            "created": self._created,
-            "model": self._model,
-        }
+            head = {**head, "object": kind}
+        return {**head, "choices": choices, **more}
 
     def text(self, tokens: list[int], complete: bool) -> tuple[str, str | None]:
         """The text that may be sent of a sample, and why it ended, if it did.
@@ -42,7 +39,7 @@ class Answer:
         Of a sample that goes on, what may still change is held back: half a character,
         an open escape, and what may be the beginning of a stop sequence.
         """
-        work = self.request.work
+        work = self.work
         complete |= work.ended(tokens)
         cut = work.stops.cut(tokens, complete) if work.stops else None
         if cut:
@@ -57,32 +54,27 @@ class Answer:
         self, index: int, text: str, *, first: bool = False, reason: str | None = None
     ) -> dict[str, Any]:
         """A piece of one choice, as a stream carries it."""
-        choice = {"index": index, "finish_reason": reason, "logprobs": None}
-        if not self._chat:
-            return {**choice, "text": text}
-        if reason:
-            return {**choice, "delta": {}}
-        role = {"role": "assistant"} if first else {}
-        return {**choice, "delta": {**role, "content": text}}
+        own: dict[str, Any] = {"text": text}
+        if self._chat:
+            role = {"role": "assistant"} if first else {}
+            own = {"delta": {} if reason else {**role, "content": text}}
+        return {"index": index, "finish_reason": reason, "logprobs": None, **own}
 
     def usage(self, found: list[Samples]) -> dict[str, int]:
         """Tokens read and written."""
-        read = sum(map(len, self.request.work.prompts))
-        written = sum(len(tokens) for samples in found for tokens in samples)
-        return {
-            "prompt_tokens": read,
-            "completion_tokens": written,
-            "total_tokens": read + written,
-        }
+        read = sum(map(len, self.work.prompts))
+        written = sum(map(len, itertools.chain.from_iterable(found)))
+        usage = {"prompt_tokens": read, "completion_tokens": written}
+        return {**usage, "total_tokens": read + written}
 
     def whole(self, found: list[Samples]) -> dict[str, Any]:
         """The answer in one piece."""
         choices = []
-        for tokens in (tokens for samples in found for tokens in samples):
+        for tokens in itertools.chain.from_iterable(found):
             text, reason = self.text(tokens, complete=True)
             own = {"text": text}
             if self._chat:
                 own = {"message": {"role": "assistant", "content": text}}
             choice = {"index": len(choices), "finish_reason": reason, "logprobs": None}
             choices.append({**choice, **own})
-        return {**self.head(), "choices": choices, "usage": self.usage(found)}
+        return self.event(choices, usage=self.usage(found))

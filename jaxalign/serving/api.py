@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import logging
 import os
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from jaxalign.serving import guard, refusals, requests, server
 from jaxalign.serving.answers import Answer
-from jaxalign.serving.batching import Batcher, EngineFailed, QueueFull, Samples
+from jaxalign.serving.batching import Batcher, EngineFailed, Samples
 from jaxalign.serving.metrics import CONTENT_TYPE, Metrics
 from jaxalign.serving.refusals import Refusal, shown
 from jaxalign.serving.requests import Limits
@@ -41,21 +42,16 @@ def application(
     hosts: Collection[str] = (),
     api_key: str | None = None,
 ) -> Starlette:
-    """The ASGI application over a backend.
+    """The ASGI application over a backend, whose ``state.batcher`` tells what runs.
+
+    Arguments that are not named here are those of `serve`.
 
     Args:
       backend: see ``jaxalign.serving.batching.Backend``.
       vocabulary: encodes prompts.
-      model: the name that clients ask for.
       limits: of a request.
-      batch_size: prompts decoded at a time.
-      max_waiting: requests that may wait; more get status 429.
       hosts: names by which clients may call the server, beside IP addresses and
         ``localhost``; see `jaxalign.serving.guard`.
-      api_key: what clients have to present, if anything.
-
-    Returns:
-      An application whose ``state.batcher`` tells what runs and waits.
     """
     server.require()
     from starlette.applications import Starlette
@@ -79,21 +75,19 @@ def application(
         chat = request.url.path == "/v1/chat/completions"
         guard.require_json(request.headers.getlist("content-type"))
         body = await _body(request, limits)
-        parsed = requests.parse(
+        work = requests.parse(
             body, chat=chat, model=model, vocabulary=vocabulary, limits=limits
         )
         batcher: Batcher = request.app.state.batcher
-        try:
-            batcher.enqueue(parsed.work)
-        except QueueFull:
+        if not batcher.enqueue(work):
             raise Refusal(
                 "Too many requests are waiting; try again later.",
                 code="queue_full",
                 status=429,
-            ) from None
-        answer = Answer(parsed, vocabulary, chat=chat, model=model)
-        updates = batcher.updates(parsed.work)
-        if parsed.work.stream:
+            )
+        answer = Answer(work, vocabulary, chat=chat, model=model)
+        updates = batcher.updates(work)
+        if work.stream:
             events = _events(updates, answer, metrics)
             return StreamingResponse(events, media_type="text/event-stream")
         found = await _while_connected(request, updates)
@@ -108,29 +102,17 @@ def application(
         return JSONResponse({"object": "list", "data": [entry]})
 
     async def health(request: Request) -> Response:
-        batcher = request.app.state.batcher
-        return JSONResponse({"running": batcher.running, "waiting": batcher.waiting})
+        return JSONResponse(request.app.state.batcher.load)
 
     async def prometheus(request: Request) -> Response:
-        batcher = request.app.state.batcher
-        text = metrics.text(
-            running_requests=batcher.running,
-            waiting_requests=batcher.waiting,
-            engines=getattr(backend, "engines", 0),
-            engine_bytes=getattr(backend, "engine_bytes", 0),
-        )
-        return Response(text, media_type=CONTENT_TYPE)
+        load = request.app.state.batcher.load
+        gauges = {f"{name}_requests": n for name, n in load.items()}
+        gauges |= {n: getattr(backend, n, 0) for n in ("engines", "engine_bytes")}
+        return Response(metrics.text(**gauges), media_type=CONTENT_TYPE)
 
+    checks = {"hosts": hosts, "api_key": api_key, "metrics": metrics}
     return Starlette(
-        middleware=[
-            Middleware(
-                guard.Guard,
-                hosts=hosts,
-                api_key=api_key,
-                metrics=metrics,
-                refuse=_refusal_response,
-            )
-        ],
+        middleware=[Middleware(guard.Guard, refuse=_refusal_response, **checks)],
         routes=[
             Route("/v1/completions", answer, methods=["POST"]),
             Route("/v1/chat/completions", answer, methods=["POST"]),
@@ -196,14 +178,13 @@ async def _events(
     """Server-sent events: pieces of text as they come, an end for each choice."""
 
     def event(choices: list[dict[str, Any]], **more: Any) -> str:
-        body = {**answer.head(chunk=True), "choices": choices, **more}
-        return f"data: {json.dumps(body)}\n\n"
+        return f"data: {json.dumps(answer.event(choices, chunk=True, **more))}\n\n"
 
     sent: dict[int, int] = {}  # characters of each choice
     ended: set[int] = set()
     try:
         async for complete, found in updates:
-            for i, tokens in enumerate(t for samples in found for t in samples):
+            for i, tokens in enumerate(itertools.chain.from_iterable(found)):
                 if i in ended:
                     continue
                 text, reason = answer.text(tokens, complete)
@@ -216,7 +197,7 @@ async def _events(
                     ended.add(i)
             if complete:
                 metrics.used(answer.usage(found))
-                if answer.request.include_usage:
+                if answer.work.include_usage:
                     yield event([], usage=answer.usage(found))
     except EngineFailed as error:
         yield f"data: {json.dumps(Refusal(str(error), status=500).body())}\n\n"
@@ -236,18 +217,15 @@ def _refusal_response(refusal: Refusal) -> Response:
 
 async def _refused(request: Request, error: Exception) -> Response:
     """Whatever goes wrong, in the API's format."""
+    if isinstance(error, Refusal):
+        return _refusal_response(error)
     path, method = shown(request.url.path), shown(request.method)
     status = getattr(error, "status_code", 500)
-    if isinstance(error, Refusal):
-        refusal = error
-    elif status == 404:
-        paths = ", ".join(guard.PATHS)
-        refusal = Refusal(f"No {path} here; there are {paths}.", status=404)
-    elif status == 405:
-        refusal = Refusal(f"{path} does not take {method}.", status=405)
-    else:
-        refusal = Refusal("The server failed; see its log.", status=500)
-    return _refusal_response(refusal)
+    what = {
+        404: f"No {path} here; there are {', '.join(guard.PATHS)}.",
+        405: f"{path} does not take {method}.",
+    }.get(status, "The server failed; see its log.")
+    return _refusal_response(Refusal(what, status=status))
 
 
 def serve(
@@ -299,7 +277,12 @@ def serve(
     """
     # What can go wrong at once comes before the model is read.
     server.require()
-    key = _checked_key(os.environ.get(KEY_VARIABLE) if api_key is None else api_key)
+    key = os.environ.get(KEY_VARIABLE) if api_key is None else api_key
+    if key is not None and not (key.isascii() and key.isprintable() and key.strip()):
+        raise ValueError(
+            f"The API key (--api_key or {KEY_VARIABLE}) must be printable ASCII and "
+            "not empty."
+        )
 
     from jaxalign.serving.backend import EngineBackend
     from jaxalign.training import checkpoints
@@ -328,7 +311,7 @@ def serve(
             batch_size=batch_size,
             max_waiting=max_waiting,
             hosts=(host, socket.gethostname(), *allowed_hosts),
-            api_key=key,
+            api_key=key and key.strip(),
         )
         config = server.configuration(
             app, header_seconds=header_seconds, max_connections=max_connections
@@ -336,12 +319,3 @@ def serve(
         where = f"[{host}]" if ":" in host else host
         _log.info("Serving on http://%s:%d/v1", where, sock.getsockname()[1])
         server.run(config, sock)
-
-
-def _checked_key(key: str | None) -> str | None:
-    if key is not None and not (key.isascii() and key.isprintable() and key.strip()):
-        raise ValueError(
-            f"The API key (--api_key or {KEY_VARIABLE}) must be printable ASCII and "
-            "not empty."
-        )
-    return key if key is None else key.strip()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import collections
 import functools
 import itertools
-from typing import Any, NamedTuple
+import math
+from typing import Any
 
 from jaxalign.decoding.engine import Engine
 from jaxalign.decoding.generator import prompt_bucket
@@ -18,19 +19,8 @@ _SLOTS = 8  # samples of a prompt decoded at a time, where several are asked for
 _Kind = tuple[int, int]  # the longest prompt, the most samples
 
 
-class _Waiting(NamedTuple):
-    """A prompt that has no engine yet."""
-
-    ticket: int
-    kind: _Kind
-    request: dict[str, Any]  # of `Engine.submit`
-
-
 class EngineBackend:
-    """One engine per class of prompt lengths, made when first needed.
-
-    Temperature, top-p, lengths and numbers of samples are data to an engine, so that
-    nothing is compiled for them; a first prompt of a new length class compiles.
+    """One engine per class of prompt lengths, compiled when first needed.
 
     An engine holds device memory, for its caches of keys and values. Where there is no
     room for one more, that which has been idle longest goes; what was compiled for it
@@ -43,8 +33,7 @@ class EngineBackend:
       max_samples: of a prompt.
       batch_size: prompts decoded at a time, in each engine.
       max_engines: at a time.
-      max_engine_bytes: of device memory that engines hold together; no bound if None.
-        One engine is kept whatever it holds.
+      max_engine_bytes: of all of them, if there are several; no bound if None.
     """
 
     def __init__(
@@ -89,7 +78,8 @@ class EngineBackend:
     def reset(self) -> None:
         # The one that was used last is the last.
         self._engines: dict[_Kind, Engine] = {}
-        self._queue: collections.deque[_Waiting] = collections.deque()
+        # Prompts that have no engine yet: ticket, kind, call.
+        self._queue: collections.deque[tuple[int, _Kind, Any]] = collections.deque()
         self._tickets = itertools.count()
         self._inner: dict[int, tuple[_Kind, int]] = {}
         self._outer: dict[tuple[_Kind, int], int] = {}
@@ -97,37 +87,30 @@ class EngineBackend:
     def _engine(self, kind: _Kind) -> Engine | None:
         """The engine of a kind; None while there is no room for it."""
         engine = self._engines.pop(kind, None)
-        while engine is None and self._engines and self._full(kind):
-            if not self._evict():
-                return None
         if engine is None:
+            if not self._make_room(kind):
+                return None
             length, samples = kind
             engine = self._new_engine(
                 prompt_length=length, num_samples=samples, slots=min(samples, _SLOTS)
             )
             self._bytes[kind] = engine.nbytes
+        self._make_room(kind)  # how much one holds is known when it is there
         self._engines[kind] = engine
-        # How much one holds is known when it is there.
-        while len(self._engines) > 1 and self._too_many_bytes(0):
-            if not self._evict(but=kind):
-                break
         return engine
 
-    def _full(self, kind: _Kind) -> bool:
-        one_more = len(self._engines) + 1 > self._max_engines
-        return one_more or self._too_many_bytes(self._bytes.get(kind, 0))
-
-    def _too_many_bytes(self, more: int) -> bool:
-        limit = self._max_bytes
-        return limit is not None and self.engine_bytes + more > limit
-
-    def _evict(self, but: _Kind | None = None) -> bool:
-        """Drops the engine that has been idle longest; False if none is idle."""
-        for kind, engine in self._engines.items():
-            if kind != but and not engine.pending:
-                del self._engines[kind]
-                return True
-        return False
+    def _make_room(self, kind: _Kind) -> bool:
+        """Drops idle engines, the longest idle first, until one of a kind fits."""
+        most = math.inf if self._max_bytes is None else self._max_bytes
+        more = self._bytes.get(kind, 0)
+        while self._engines and (
+            len(self._engines) >= self._max_engines or self.engine_bytes + more > most
+        ):
+            idle = next((k for k, e in self._engines.items() if not e.pending), None)
+            if idle is None:
+                return False
+            del self._engines[idle]
+        return True
 
     def submit(
         self,
@@ -142,15 +125,16 @@ class EngineBackend:
         # Slots for several samples would idle where one is asked for.
         kind = (length, 1 if num_samples == 1 else self._max_samples)
         ticket = next(self._tickets)
-        request = {
-            "tokens": prompt,
-            "prompt_id": 0,
-            "seed": seed,
-            "num_samples": num_samples,
-            "max_new_tokens": max_new_tokens,
+        request = functools.partial(
+            Engine.submit,
+            tokens=prompt,
+            prompt_id=0,
+            seed=seed,
+            num_samples=num_samples,
+            max_new_tokens=max_new_tokens,
             **settings._asdict(),
-        }
-        self._queue.append(_Waiting(ticket, kind, request))
+        )
+        self._queue.append((ticket, kind, request))
         self._seat()
         return ticket
 
@@ -162,7 +146,7 @@ class EngineBackend:
             if engine is None:
                 return
             self._queue.popleft()
-            inner = engine.submit(**request)
+            inner = request(engine)
             self._inner[ticket] = (kind, inner)
             self._outer[kind, inner] = ticket
 
@@ -192,7 +176,7 @@ class EngineBackend:
             self._engines[kind].end(inner, sample)
 
     def cancel(self, ticket: int) -> None:
-        self._queue = collections.deque(w for w in self._queue if w.ticket != ticket)
+        self._queue = collections.deque(w for w in self._queue if w[0] != ticket)
         if ticket in self._inner:
             kind, inner = self._inner.pop(ticket)
             del self._outer[kind, inner]

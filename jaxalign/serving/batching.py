@@ -43,11 +43,7 @@ class Backend(Protocol):
         max_new_tokens: int,
         num_samples: int,
     ) -> int:
-        """Begins a prompt and returns its ticket.
-
-        Its samples depend on prompt, seed and settings alone, not on what else is
-        decoded.
-        """
+        """Begins a prompt, whose samples depend on these alone; returns its ticket."""
 
     def step(self) -> dict[int, Samples]:
         """Decodes a few tokens of everything; the samples of what has ended."""
@@ -65,10 +61,6 @@ class Backend(Protocol):
         """Forgets everything, after a failure."""
 
 
-class QueueFull(Exception):
-    """More requests wait than the server holds."""
-
-
 class EngineFailed(Exception):
     """The backend raised; the cause is in the log."""
 
@@ -79,10 +71,11 @@ class Work:
 
     prompts: list[list[int]]  # token ids, EOS included
     seeds: list[int]  # one for each prompt
-    settings: Settings  # see ``Settings``
+    settings: Settings
     max_new_tokens: int  # of a response
     num_samples: int  # per prompt
     stream: bool = False  # whether to tell the tokens as they come
+    include_usage: bool = False  # and how many they were
     # texts that end a response; its tokens are those up to the stop's last
     stops: Stops | None = None
     tickets: list[int] = dataclasses.field(init=False, default_factory=list)
@@ -116,37 +109,26 @@ class Batcher:
         self._thread.start()
 
     @property
-    def waiting(self) -> int:
-        """Requests in the queue."""
-        return len(self._waiting)
+    def load(self) -> dict[str, int]:
+        """How many requests are being decoded, and how many are in the queue."""
+        return {"running": len(self._running), "waiting": len(self._waiting)}
 
-    @property
-    def running(self) -> int:
-        """Requests being decoded."""
-        return len(self._running)
-
-    def enqueue(self, work: Work) -> None:
-        """Puts a request into the queue; from the event loop.
-
-        Raises:
-          QueueFull: when too many wait already.
-        """
+    def enqueue(self, work: Work) -> bool:
+        """Puts a request into the queue, from the event loop; False if it is full."""
         work.loop = asyncio.get_running_loop()
         work.updates = asyncio.Queue()
         with self._changed:
             if self._closed or len(self._waiting) >= self._max_waiting:
-                raise QueueFull
+                return False
             self._waiting.append(work)
             self._changed.notify()
+        return True
 
     async def updates(self, work: Work) -> AsyncIterator[tuple[bool, list[Samples]]]:
         """``(whether that is all, samples of each prompt)``, as they come.
 
-        Without ``work.stream`` only the last one comes. Leaving early takes the
-        request back.
-
-        Raises:
-          EngineFailed: when there will be no more.
+        Without ``work.stream`` only the last one comes. Leaving early takes the request
+        back. EngineFailed says that there will be no more.
         """
         try:
             while True:
@@ -157,15 +139,11 @@ class Batcher:
                 if update[0]:
                     return
         finally:
-            self.forget(work)
-
-    def forget(self, work: Work) -> None:
-        """Takes a request back; nothing happens if it has been answered."""
-        with self._changed:
-            work.cancelled = True
-            if work in self._waiting:
-                self._waiting.remove(work)
-            self._changed.notify()
+            with self._changed:
+                work.cancelled = True
+                if work in self._waiting:
+                    self._waiting.remove(work)
+                self._changed.notify()
 
     def close(self) -> None:
         """Ends the worker after a few tokens; whoever waits gets an error."""
@@ -214,14 +192,9 @@ class Batcher:
         self._end(EngineFailed("The server is shutting down."))
 
     def _begin(self, work: Work) -> None:
+        sizes = {n: getattr(work, n) for n in ("max_new_tokens", "num_samples")}
         for prompt, seed in zip(work.prompts, work.seeds, strict=True):
-            ticket = self._backend.submit(
-                prompt,
-                seed,
-                work.settings,
-                max_new_tokens=work.max_new_tokens,
-                num_samples=work.num_samples,
-            )
+            ticket = self._backend.submit(prompt, seed, work.settings, **sizes)
             work.tickets.append(ticket)
 
     def _step(self) -> None:

@@ -26,13 +26,7 @@ _OPEN = ("/health",)  # asked by what watches the server, which has no key
 class Guard:
     """ASGI middleware: refuses whom it should, counts every answer.
 
-    Args:
-      app: answers the others.
-      hosts: names by which this server may be called, beside IP addresses,
-        ``localhost`` and the address that a connection came to; ``"*"`` is any.
-      api_key: what clients have to present, if anything.
-      metrics: where answers are counted.
-      refuse: makes the response of a `Refusal`.
+    A host ``"*"`` is any. ``refuse`` makes the response of a `Refusal`.
     """
 
     def __init__(
@@ -45,7 +39,7 @@ class Guard:
         refuse: Any,
     ):
         self._app = app
-        self._hosts = {"localhost", *(host.lower() for host in hosts)}
+        self._hosts = {"localhost", *(host.lower() for host in hosts if host)}
         self._key = None if api_key is None else api_key.encode()
         self._metrics = metrics
         self._refuse = refuse
@@ -75,10 +69,10 @@ class Guard:
             self._metrics.answered(path, status, time.monotonic() - began)
 
     def _check(self, scope: Any) -> None:
-        address, _ = scope.get("server") or ("", None)
+        address, _ = scope.get("server") or (None, None)
         for host in _values(scope, b"host"):
             name = _name(host)
-            if not (self._named(name) or _is_address(name) or name == address):
+            if not (self._named(name) or _address(name) or name == address):
                 raise Refusal(
                     f"This server is not called {shown(host)}; if it should be, start "
                     "it with --allowed_hosts=NAME.",
@@ -87,8 +81,10 @@ class Guard:
                 )
         for origin in _values(scope, b"origin"):
             scheme, _, netloc = origin.partition("://")
-            known = scheme in ("http", "https") and self._may_send(_name(netloc))
-            if not known and "*" not in self._hosts:
+            page = _name(netloc)
+            # Anybody may put a page at his own address: only this machine's counts.
+            ours = self._named(page) or getattr(_address(page), "is_loopback", False)
+            if not (ours and scheme in ("http", "https")) and "*" not in self._hosts:
                 raise Refusal(
                     f"Pages of {shown(origin)} may not ask this server; to allow "
                     "those of a host, start it with --allowed_hosts=NAME.",
@@ -112,39 +108,27 @@ class Guard:
                 status=401,
             )
 
-    def _named(self, name: str | None) -> bool:
+    def _named(self, name: str) -> bool:
         """Whether a host is one of those given, or this machine."""
-        if "*" in self._hosts:
-            return True
-        return name is not None and (name in self._hosts or name.endswith(".localhost"))
-
-    def _may_send(self, name: str | None) -> bool:
-        """Whether pages of a host may ask: anybody may put one at his own address."""
-        return self._named(name) or (
-            _is_address(name) and ipaddress.ip_address(name).is_loopback
-        )
+        return bool({"*", name} & self._hosts) or name.endswith(".localhost")
 
 
-def _name(netloc: str) -> str | None:
-    """The host of ``HOST`` or ``HOST:PORT``; None if it is neither."""
+def _name(netloc: str) -> str:
+    """The host of ``HOST`` or ``HOST:PORT``; empty if it is neither."""
     match = _HOST.fullmatch(netloc)
-    return match and match[1].lower().strip("[]").removesuffix(".")
+    return match[1].lower().strip("[]").removesuffix(".") if match else ""
 
 
-def _is_address(name: str | None) -> bool:
-    """Whether a host is an IP address, which no name server of others can give."""
+def _address(name: str) -> Any:
+    """A host as an IP address, which no name server of others can give, or None."""
     try:
-        ipaddress.ip_address(name or "")
+        return ipaddress.ip_address(name)
     except ValueError:
-        return False
-    return True
+        return None
 
 
 def require_json(content_types: Iterable[str]) -> None:
-    """Refuses what does not say that it is JSON in UTF-8.
-
-    >>> require_json(["application/json; charset=utf-8"])
-    """
+    """Refuses what does not say that it is JSON in UTF-8."""
     given = list(content_types)
     kind, _, rest = (given[0] if len(given) == 1 else "").partition(";")
     parameters = rest.lower().replace(" ", "").replace('"', "").strip(";")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _SECONDS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
@@ -20,13 +20,7 @@ _HELP = {
 
 
 class Metrics:
-    """Counters of one server; used from the event loop alone.
-
-    >>> metrics = Metrics()
-    >>> metrics.answered("/health", 200, 0.2)
-    >>> [s for s in metrics.text().splitlines() if s.startswith("jaxalign_requests")]
-    ['jaxalign_requests_total{path="/health",status="200"} 1']
-    """
+    """Counters of one server; used from the event loop alone."""
 
     def __init__(self) -> None:
         self._requests: collections.Counter[tuple[str, int]] = collections.Counter()
@@ -47,22 +41,16 @@ class Metrics:
             self._tokens[name] += usage[name]
 
     def text(self, **gauges: int) -> str:
-        """All of it.
-
-        Args:
-          **gauges: what holds now: ``running_requests`` and the like.
-        """
-        values: dict[str, list[str]] = {
-            "requests_total": [
+        """All of it, with what holds now: ``running_requests`` and the like."""
+        values: dict[str, Iterable[str]] = {
+            "requests_total": (
                 f'{{path="{path}",status="{status}"}} {n}'
                 for (path, status), n in sorted(self._requests.items())
-            ],
-            "request_seconds": list(self._histograms()),
+            ),
+            "request_seconds": self._histograms(),
         }
-        for name, n in self._tokens.items():
-            values[f"{name}_total"] = [f" {n}"]
-        for name, n in gauges.items():
-            values[name] = [f" {n}"]
+        totals = {f"{name}_total": n for name, n in self._tokens.items()}
+        values |= {name: [f" {n}"] for name, n in {**totals, **gauges}.items()}
         lines = []
         for name, samples in values.items():
             kind, doc = _HELP[name]

@@ -5,17 +5,12 @@ from __future__ import annotations
 import collections
 import json
 import re
+import reprlib
 from typing import Any
 
 
 class Refusal(Exception):
-    """An error for the client.
-
-    Attributes:
-      status: of the HTTP response.
-      param: the field at fault.
-      code: a word for programs.
-    """
+    """An error for the client: HTTP status, field at fault, a word for programs."""
 
     def __init__(self, message, *, param=None, code=None, status=400):
         # What came may hold half a character, which no answer can.
@@ -30,36 +25,20 @@ class Refusal(Exception):
         return {"error": {**error, "param": self.param, "code": self.code}}
 
 
-def wrong(param: str, what: str, **more: Any) -> Refusal:
+def wrong(param: str, what: str) -> Refusal:
     """The refusal of a field: its name, then what is wrong with it."""
-    return Refusal(f"{param} {what}", param=param, **more)
+    return Refusal(f"{param} {what}", param=param)
 
 
 def from_json(body: bytes) -> Any:
     """Reads a body; what JSON leaves open is refused, not guessed.
 
-    Raises:
-      Refusal: for what is no JSON, a field that is given twice, half a character.
+    Such as a field that is given twice, and half a character (a lone surrogate).
     """
     try:
-        value = json.loads(body, object_pairs_hook=_once)
+        body = json.loads(body, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
         raise Refusal(f"The body is no JSON: {error}.") from None
-    _check_characters(value)
-    return value
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = collections.Counter(name for name, _ in pairs)
-        name = names.most_common(1)[0][0]
-        raise Refusal(f"{shown(name)} is given twice.", param=name[:100])
-    return found
-
-
-def _check_characters(body: Any) -> None:
-    """Refuses half a character (a lone surrogate), naming where it is."""
     left = [("", body)]
     while left:
         where, value = left.pop()
@@ -77,6 +56,16 @@ def _check_characters(body: Any) -> None:
                 f"{found.start()}; expected whole ones.",
                 param=where,
             )
+    return body
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = collections.Counter(name for name, _ in pairs)
+        name = names.most_common(1)[0][0]
+        raise Refusal(f"{shown(name)} is given twice.", param=name[:100])
+    return found
 
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -87,23 +76,12 @@ def _sayable(text: str) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value of a request as a message may hold it: quoted, short.
-
-    >>> shown("a" * 200)[-5:], shown([1, 2]), shown(None)
-    ("a'...", 'list', 'null')
-    """
+    """A value of a request as a message may hold it: quoted, short."""
     if isinstance(value, str):
         return f"{value[:80]!r}{'...' if len(value) > 80 else ''}"
-    if isinstance(value, bool | int | float):
-        text = repr(value)
-        return f"{text[:80]}{'...' if len(text) > 80 else ''}"
-    return name_of(value)
+    return reprlib.repr(value) if isinstance(value, int | float) else name_of(value)
 
 
 def name_of(value: Any) -> str:
-    """The name of a JSON value's type.
-
-    >>> name_of(None), name_of([])
-    ('null', 'list')
-    """
+    """The name of a JSON value's type."""
     return "null" if value is None else type(value).__name__

@@ -10,8 +10,50 @@ from typing import Any
 from jaxalign.decoding.rules import EOS_ID
 from jaxalign.decoding.stops import Stops
 from jaxalign.serving.batching import Settings, Work
-from jaxalign.serving.fields import check_fields, typed
 from jaxalign.serving.refusals import Refusal, name_of, shown, wrong
+from jaxalign.user_code import hint
+
+# Accepted and without effect on the responses, with their types.
+_IGNORED: dict[str, type] = {
+    "user": str,
+    "metadata": dict,
+    "store": bool,
+    "parallel_tool_calls": bool,
+}
+# The API's parameters that change responses in ways not offered, and the values that
+# change nothing.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "logit_bias": ({},),
+}
+_NEUTRAL_IN_COMPLETION: dict[str, tuple[Any, ...]] = {
+    **_NEUTRAL,
+    "best_of": (1,),
+    "echo": (False,),
+    "suffix": ("",),
+    "logprobs": (),  # 0 asks for those of the chosen tokens
+}
+_NEUTRAL_IN_CHAT: dict[str, tuple[Any, ...]] = {
+    **_NEUTRAL,
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "response_format": ({"type": "text"},),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "modalities": (["text"],),
+    "service_tier": ("auto", "default"),
+    "audio": (),
+    "prediction": (),
+    "reasoning_effort": (),
+    "verbosity": (),
+    "web_search_options": (),
+}
+_COMMON = ("model", "n", "temperature", "top_p", "seed", "stop", "stream")
+_COMPLETION = (*_COMMON, "stream_options", "prompt", "max_tokens")
+_CHAT = (*_COMPLETION[:-2], "messages", "max_tokens", "max_completion_tokens")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,26 +67,14 @@ class Limits:
     body_seconds: float = 30.0  # for a body to arrive
 
 
-@dataclasses.dataclass(frozen=True)
-class ParsedRequest:
-    """A checked request: the work, and how to answer it."""
-
-    work: Work
-    include_usage: bool
-
-
 def parse(
     body: Any, *, chat: bool, model: str, vocabulary: Any, limits: Limits
-) -> ParsedRequest:
-    """Checks the body of a request.
-
-    Raises:
-      Refusal: naming the field, what it must be and what came.
-    """
+) -> Work:
+    """Checks the body of a request; a `Refusal` names the field and what came."""
     if not isinstance(body, dict):
         raise Refusal(f"The body must be a JSON object, got {name_of(body)}.")
-    check_fields(body, chat)
-    if typed(body, "model", str) != model:
+    _check_fields(body, chat)
+    if _typed(body, "model", str) != model:
         raise Refusal(
             f"No model {shown(body['model'])} here; expected {model!r}.",
             param="model",
@@ -53,39 +83,74 @@ def parse(
         )
     texts = [_chat_prompt(body)] if chat else _prompts(body)
     field = "messages" if chat else "prompt"
-    if len(texts) > limits.samples:
+    n = _integer(body, "n", 1, 1, limits.samples)
+    if n * len(texts) > limits.samples:
         raise Refusal(
-            f"{len(texts)} prompts are more than {limits.samples} responses; send "
-            "fewer at once.",
-            param=field,
+            f"{len(texts)} prompts times n = {n} are more than {limits.samples} "
+            "responses; ask for fewer at once.",
+            param="n" if n > 1 else field,
         )
     prompts = [
         _tokens(i, text, field, vocabulary, limits) for i, text in enumerate(texts)
     ]
-    n = _integer(body, "n", 1, 1, limits.samples)
-    if n * len(prompts) > limits.samples:
-        raise Refusal(
-            f"{len(prompts)} prompts times n = {n} are more than {limits.samples} "
-            "responses; ask for fewer at once.",
-            param="n",
-        )
     seed = _integer(body, "seed", None, -(2**63), 2**63 - 1)
     seed = secrets.randbits(32) if seed is None else seed
     temperature = _number(body, "temperature", 1.0, 0.0, 2.0)
     top_p = _number(body, "top_p", 1.0, 0.0, 1.0)
     # Below these, float32 logits overflow: the most probable token is what is meant.
     temperature = 0.0 if temperature < 1e-4 else float(temperature)
-    work = Work(
+    new_tokens = limits.new_tokens
+    for name in ("max_tokens", "max_completion_tokens"):  # the latter goes before
+        new_tokens = _integer(body, name, new_tokens, 1, limits.new_tokens)
+    return Work(
         prompts,
         # An odd constant: no two prompts of a request share a seed.
         [(seed + 0x9E3779B1 * i) % 2**32 for i in range(len(prompts))],
         Settings(temperature, max(float(top_p), 1e-4)),
-        _new_tokens(body, limits),
+        new_tokens,
         n,
-        stream=typed(body, "stream", bool, False),
+        stream=_typed(body, "stream", bool, False),
+        include_usage=_include_usage(body),
         stops=Stops(_stops(body), vocabulary),
     )
-    return ParsedRequest(work, _include_usage(body))
+
+
+def _check_fields(body: Mapping[str, Any], chat: bool) -> None:
+    """Refuses fields that nobody knows, and values that ask for what is not offered."""
+    known = _CHAT if chat else _COMPLETION
+    neutral = dict(_NEUTRAL_IN_CHAT if chat else _NEUTRAL_IN_COMPLETION)
+    if not chat:  # the best n of n are all of them
+        neutral["best_of"] = (body.get("n") or 1,)
+    for name, value in body.items():
+        if name in known:
+            continue
+        if name in _IGNORED:
+            _typed(body, name, _IGNORED[name], None)
+        elif name not in neutral:
+            near = hint(name[:100], known)
+            raise Refusal(f"Unknown field {shown(name)}.{near}", param=name[:100])
+        elif value is not None and not any(_same(value, x) for x in neutral[name]):
+            raise wrong(name, f"is not supported; leave it out. Got {shown(value)}.")
+    for name, text in (body.get("metadata") or {}).items():
+        if not isinstance(text, str):
+            came = f"{name_of(text)} in {shown(name)}"
+            raise wrong("metadata", f"must hold strings, got {came}.")
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two values of JSON are one: ``false`` is not 0, as it is in Python."""
+    return isinstance(a, bool) == isinstance(b, bool) and a == b
+
+
+def _typed(body: Mapping[str, Any], name: str, kind: type, *default: Any) -> Any:
+    """A field of a type, or the default where it is missing or null."""
+    value = body.get(name)
+    if value is None and default:
+        return default[0]
+    if not isinstance(value, kind):
+        came = "nothing" if name not in body else name_of(value)
+        raise wrong(name, f"must be a {kind.__name__}, got {came}.")
+    return value
 
 
 def _number(body, name, default, low, high, kind=(int, float), what="a number"):
@@ -102,17 +167,9 @@ def _integer(body, name, default, low, high):
     return _number(body, name, default, low, high, (int,), "an integer")
 
 
-def _new_tokens(body: Mapping[str, Any], limits: Limits) -> int:
-    """``max_completion_tokens`` took the place of ``max_tokens`` and goes before it."""
-    found = limits.new_tokens
-    for name in ("max_tokens", "max_completion_tokens"):
-        found = _integer(body, name, found, 1, limits.new_tokens)
-    return found
-
-
 def _include_usage(body: Mapping[str, Any]) -> bool:
     """Whether a stream ends with its usage; an answer in one piece always has it."""
-    options = typed(body, "stream_options", dict, {})
+    options = _typed(body, "stream_options", dict, {})
     # Padding against observers of the line, which this server does not send.
     neutral = {"include_obfuscation": False}
     for name, value in options.items():
@@ -122,13 +179,8 @@ def _include_usage(body: Mapping[str, Any]) -> bool:
             f"stream_options.{shown(name)[1:-1]} is not supported; leave it out.",
             param="stream_options",
         )
-    usage = options.get("include_usage")
-    if usage is not None and not isinstance(usage, bool):
-        raise Refusal(
-            f"stream_options.include_usage must be a bool, got {name_of(usage)}.",
-            param="stream_options",
-        )
-    return bool(usage)
+    name = "stream_options.include_usage"
+    return _typed({name: options.get("include_usage")}, name, bool, False)
 
 
 def _stops(body: Mapping[str, Any]) -> tuple[str, ...]:

@@ -6,7 +6,6 @@ import contextlib
 import errno
 import resource
 import socket
-import time
 from typing import Any
 
 # File descriptors that are not for connections: libraries, logs, devices.
@@ -29,10 +28,6 @@ def listen(host: str, port: int) -> socket.socket:
     """A socket that listens, so that no other program can take the port.
 
     Who connects before the server runs waits.
-
-    Raises:
-      OSError: when the address is taken, or none of this machine's.
-      ValueError: for a port that is none.
     """
     if not 0 <= port <= 65535:
         raise ValueError(f"--port={port}: expected a port in [0, 65535].")
@@ -42,34 +37,28 @@ def listen(host: str, port: int) -> socket.socket:
         )
     except (socket.gaierror, UnicodeError) as error:
         raise OSError(f"--host={host}: no such address here ({error}).") from error
-    family, kind, protocol, _, address = found[0]
-    sock = socket.socket(family, kind, protocol)
+    family, *_, address = found[0]
+    both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
     try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind(address)
-        sock.listen(2048)
+        return socket.create_server(
+            address, family=family, backlog=2048, dualstack_ipv6=both
+        )
     except OSError as error:
-        sock.close()
         reason = f"{error.strerror}."
         if error.errno == errno.EADDRINUSE:
             reason = "another program listens there; choose another --port."
         raise OSError(f"Cannot listen on {host}:{port}: {reason}") from error
-    return sock
 
 
 def configuration(
     app: Any, *, header_seconds: float = 10.0, max_connections: int = 1000, **more: Any
 ) -> Any:
-    """The ``uvicorn.Config`` of an application.
+    """The ``uvicorn.Config`` of an ASGI application.
 
-    Args:
-      app: an ASGI application.
-      header_seconds: for the headers of a request, from the connection or the end of
-        the answer before.
-      max_connections: at a time, and never more than half of what the system lets a
-        process open. Beyond it the connection that has waited longest with its request
-        is closed; where all have asked, new ones get status 503.
-      **more: for uvicorn.
+    The headers of a request have their time from the connection or the end of the
+    answer before. Connections are never more than half of what the system lets a
+    process open. Beyond them the one that has waited longest with its request is
+    closed; where all have asked, new ones get status 503.
     """
     import uvicorn
     from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -82,14 +71,13 @@ def configuration(
         """A connection that has to ask in time."""
 
         _late = None  # the timer while a request is awaited
-        _since = 0.0
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
             self._await_request()
             silent = [c for c in self.connections if c._late is not None]
             if len(self.connections) > max_connections and len(silent) > 1:
-                min(silent, key=lambda c: c._since)._drop()
+                min(silent, key=lambda c: c._late.when())._drop()
 
         def data_received(self, data: bytes) -> None:
             super().data_received(data)
@@ -110,7 +98,6 @@ def configuration(
 
         def _await_request(self) -> None:
             self._stop_waiting()
-            self._since = time.monotonic()
             self._late = self.loop.call_later(header_seconds, self._drop)
 
         def _drop(self) -> None:

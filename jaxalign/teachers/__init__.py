@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 from jaxalign import remote
 from jaxalign.teachers.checkpoint import CheckpointTeacher
@@ -21,7 +21,6 @@ from jaxalign.teachers.recorded import RecordedTeacher
 __all__ = ["CheckpointTeacher", "HTTPTeacher", "RecordedTeacher", "Teacher", "resolve"]
 
 
-@runtime_checkable
 class Teacher(Protocol):
     """Anything that continues prompts.
 
@@ -46,10 +45,7 @@ class Teacher(Protocol):
 
 
 def resolve(text: str) -> Teacher:
-    """The teacher that a string names.
-
-    Args:
-      text: see the module's documentation.
+    """The teacher that a string names; see the module's documentation.
 
     Raises:
       ValueError: for an address without a model.

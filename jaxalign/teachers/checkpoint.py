@@ -11,16 +11,10 @@ from jaxalign.training import checkpoints
 
 
 class CheckpointTeacher:
-    """Samples from a run directory's policy, loaded when it is first asked.
-
-    Args:
-      path: a run directory or one of its checkpoints.
-      batch_size: prompts decoded at a time; changes no text.
-    """
+    """Samples from the policy of a run directory, loaded when it is first asked."""
 
     def __init__(self, path: str, batch_size: int = 16):
-        self.path = path
-        self.batch_size = batch_size
+        self.path, self.batch_size = path, batch_size
         self.fingerprint = f"policy:{checkpoints.fingerprint(path)}"
         self._policy: Any = None
 

@@ -27,25 +27,19 @@ class HTTPTeacher:
 
     Retries with growing pauses, and a server's ``Retry-After``, are the official
     client's. An answer is on disk before it is returned, and a request that was
-    answered is never sent again: what is generated twice is equal, and a job that was
-    killed goes on at no cost.
+    answered is never sent again: a job that was killed goes on at no cost. The key is
+    ``OPENAI_API_KEY``; local servers need none.
 
     Args:
       url: of the server's API, such as ``http://127.0.0.1:8000/v1``.
       model: as the server calls it.
       answers: the file where answers are kept; by default one for each address and
         model in ``~/.cache/jaxalign/answers``.
-      api_key: by default ``OPENAI_API_KEY``; local servers need none.
-      system: a system message before every prompt.
       concurrency: requests on the way at a time.
       max_retries: of a request that failed in a way that may pass.
-      timeout: seconds for one request.
 
     Attributes:
       usage: how many requests, prompt tokens and completion tokens were paid for.
-
-    Raises:
-      ImportError: without the `openai` package, saying how to get it.
     """
 
     def __init__(
@@ -54,26 +48,24 @@ class HTTPTeacher:
         model: str,
         *,
         answers: str | Path | None = None,
-        api_key: str | None = None,
-        system: str | None = None,
         concurrency: int = 8,
         max_retries: int = 6,
-        timeout: float = 600.0,
     ):
-        self.url, self.model, self.system = url.rstrip("/"), model, system
-        self.concurrency = concurrency
-        self.fingerprint = f"http:{self.url}#{model}#{system or ''}"
-        if answers is None:
-            digest = hashlib.sha256(self.fingerprint.encode()).hexdigest()[:16]
-            answers = Path(FOLDER).expanduser() / f"{digest}.jsonl"
-        self.answers = Recording(answers)
+        self.url, self.model, self.concurrency = url.rstrip("/"), model, concurrency
+        self.fingerprint = f"http:{self.url}#{model}#"
+        digest = hashlib.sha256(self.fingerprint.encode()).hexdigest()[:16]
+        self.answers = Recording(answers or f"{FOLDER}/{digest}.jsonl")
         self.usage: Counter[str] = Counter()
         self._usage_lock = threading.Lock()
-        self._client = _client(
+        try:
+            import openai
+        except ImportError as error:
+            how = "pip install 'jaxalign[teachers]'."
+            raise ImportError(f"A teacher behind HTTP needs a client: {how}") from error
+        self._client = openai.OpenAI(
             base_url=self.url,
-            api_key=api_key or os.environ.get("OPENAI_API_KEY") or "none",
+            api_key=os.environ.get("OPENAI_API_KEY") or "none",
             max_retries=max_retries,
-            timeout=timeout,
         )
 
     def generate(
@@ -90,16 +82,10 @@ class HTTPTeacher:
         """``n`` texts for each prompt; None for each that the server refused.
 
         Raises:
-          ConnectionError: when no request was answered, or the server does not know
-            the key or the model.
+          ConnectionError: when no request was answered, or the key or model is unknown.
         """
-        settings = {
-            "temperature": temperature,
-            "top_p": top_p,
-            "max_tokens": max_tokens,
-            "stop": list(stop),
-            "seed": seed,
-        }
+        settings = {"temperature": temperature, "top_p": top_p, "seed": seed}
+        settings |= {"max_tokens": max_tokens, "stop": list(stop)}
         found = {p: self.answers.get(p, settings)[:n] for p in dict.fromkeys(prompts)}
         missing = {prompt: texts for prompt, texts in found.items() if len(texts) < n}
         if missing:
@@ -141,16 +127,13 @@ class HTTPTeacher:
     ) -> list[str]:
         import openai
 
-        messages = [{"role": "user", "content": prompt}]
-        if self.system:
-            messages.insert(0, {"role": "system", "content": self.system})
         # The first samples are there: more of the same seed would repeat them.
         changed = {"seed": settings["seed"] + have, "stop": settings["stop"] or None}
         hopeless = openai.AuthenticationError, openai.PermissionDeniedError
         try:
             reply = self._client.chat.completions.create(
                 model=self.model,
-                messages=messages,
+                messages=[{"role": "user", "content": prompt}],
                 n=n - have,
                 **{**settings, **changed},
             )
@@ -179,13 +162,3 @@ class _Refused(Exception):
 
 def _first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0][:200]
-
-
-def _client(**settings: Any) -> Any:
-    try:
-        import openai
-    except ImportError as error:
-        raise ImportError(
-            "A teacher behind HTTP needs the client: pip install 'jaxalign[teachers]'."
-        ) from error
-    return openai.OpenAI(**settings)

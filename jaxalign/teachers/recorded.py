@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import logging
 import os
@@ -12,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from jaxalign.files import file_sha256
+from jaxalign.files import file_sha256, json_sha256
 
 _log = logging.getLogger(__name__)
 _LONGEST_LINE = 1 << 24  # bytes
@@ -24,13 +23,10 @@ def padded(texts: Sequence[str], n: int) -> list[str | None]:
 
 
 class Recording:
-    """A JSON Lines file of answers by request, which only grows.
+    """A JSON Lines file of answers by request, which only grows; it need not exist.
 
     A line is ``{"key", "prompt", "settings", "response"}``. The key is a digest of
     prompt and settings; several lines of one key are several samples, in order.
-
-    Args:
-      path: of the file; it need not exist.
     """
 
     def __init__(self, path: str | Path):
@@ -43,21 +39,15 @@ class Recording:
                     row = json.loads(line)
                     self._known.setdefault(row["key"], []).append(row["response"])
 
-    @staticmethod
-    def key(prompt: str, settings: Mapping[str, Any]) -> str:
-        """The digest that answers lie under."""
-        text = json.dumps([prompt, dict(settings)], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:32]
-
     def get(self, prompt: str, settings: Mapping[str, Any]) -> list[str]:
         """The answers there are to a request."""
-        return list(self._known.get(self.key(prompt, settings), []))
+        return list(self._known.get(_key(prompt, settings), []))
 
     def add(
         self, prompt: str, settings: Mapping[str, Any], responses: Sequence[str]
     ) -> None:
         """Keeps answers, on disk when this returns."""
-        key = self.key(prompt, settings)
+        key = _key(prompt, settings)
         row = {"key": key, "prompt": prompt, "settings": dict(settings)}
         lines = "".join(json.dumps({**row, "response": r}) + "\n" for r in responses)
         with self._lock:
@@ -71,6 +61,10 @@ class Recording:
             self._known.setdefault(key, []).extend(responses)
 
 
+def _key(prompt: str, settings: Mapping[str, Any]) -> str:
+    return json_sha256([prompt, dict(settings)])[:32]
+
+
 def _cut_torn_line(file: BinaryIO) -> None:
     """Removes what a kill left of a last line, which would spoil the next one."""
     end = file.seek(0, os.SEEK_END)
@@ -82,14 +76,8 @@ def _cut_torn_line(file: BinaryIO) -> None:
 class RecordedTeacher:
     """Answers from a JSON Lines file with ``prompt`` and ``response`` in each row.
 
-    The settings of a request do not matter: a prompt's n-th text is its n-th row.
-
-    Args:
-      path: of the file, such as one of ``jaxalign generate`` or a `Recording`.
-
-    Raises:
-      FileNotFoundError: when it is not there.
-      ValueError: naming the line that has no prompt or response.
+    The settings of a request do not matter: a prompt's n-th text is its n-th row. The
+    file may be one of ``jaxalign generate`` or a `Recording`.
     """
 
     def __init__(self, path: str | Path):

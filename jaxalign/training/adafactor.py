@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any, NamedTuple
 
 import jax
@@ -15,8 +16,7 @@ from jaxalign.models.stacks import PARAM_SCAN_AXIS
 def layers_axis(path: tuple[str, ...], shape: tuple[int, ...]) -> int | None:
     """The axis along which a parameter stacks the layers of an ``nn.scan``, or None.
 
-    T5X's scanned trees name the scanned module like the stack that holds it
-    (``decoder/decoder/mlp/wo/kernel``) and put the layers second.
+    T5X names the scanned module like the stack that holds it, ``decoder/decoder/...``.
 
     >>> layers_axis(("encoder", "encoder", "mlp", "wo", "kernel"), (1024, 8, 512))
     1
@@ -35,23 +35,11 @@ class _Axes(NamedTuple):
     block: tuple[int, ...]  # all axes of one layer: the extent of an RMS
 
 
-def _axes(path: Any, shape: tuple[int, ...], factored: bool, min_dim: int) -> _Axes:
-    names = tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
-    stack = layers_axis(names, shape)
-    block = tuple(i for i in range(len(shape)) if i != stack)
-    # The two largest axes of one layer, the later one first among equals, as in T5X.
-    by_size = [block[i] for i in np.argsort([shape[i] for i in block], kind="stable")]
-    if not factored or len(block) < 2 or shape[by_size[-2]] < min_dim:
-        return _Axes((), (), block)
-    return _Axes((by_size[-2],), (by_size[-1],), block)
-
-
 class AdafactorState(NamedTuple):
-    """Second moments; each tree has the parameters' structure.
+    """Second moments, in trees of the parameters' structure.
 
-    Every array has its parameter's rank, size 1 along averaged axes, so a parameter's
-    sharding fits its moments once axes of size 1 are left alone. Unused ones hold a
-    single 0.
+    Every array has its parameter's rank and size 1 along averaged axes, so that the
+    parameter's sharding fits the rest. Unused ones hold a single 0.
     """
 
     count: jax.Array
@@ -72,41 +60,42 @@ def _rms(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
 
 
 def scale_by_adafactor(
-    decay_rate: float = 0.8,
-    clipping_threshold: float | None = 1.0,
-    multiply_by_parameter_scale: bool = True,
-    min_dim_size_to_factor: int = 128,
-    factored: bool = True,
-    epsilon1: float = 1e-30,
-    epsilon2: float = 1e-3,
+    decay_rate: float,
+    clipping_threshold: float | None,
+    multiply_by_parameter_scale: bool,
+    min_dim_size_to_factor: int,
+    factored: bool,
+    epsilon1: float,
+    epsilon2: float,
 ) -> optax.GradientTransformation:
     """Adafactor's rescaling (Shazeer and Stern 2018, Algorithms 4-6), per layer.
 
     As `optax.adafactor` for parameters that hold one layer. Where ``nn.scan`` stacks
     layers in one array, Optax would clip and scale by the root mean square of all
     layers together and might factor the layer axis; here, as in T5X, each layer is its
-    own block, so that both layouts of a model train alike.
-
-    Args and errors: see `adafactor`.
+    own block, so that both layouts of a model train alike. Arguments: of `adafactor`.
     """
 
     def axes(path: Any, param: jax.Array) -> _Axes:
-        return _axes(path, param.shape, factored, min_dim_size_to_factor)
+        names = tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
+        stack = layers_axis(names, param.shape)
+        block = tuple(i for i in range(param.ndim) if i != stack)
+        # The two largest axes of one layer, the later first among equals, as in T5X.
+        sizes = [param.shape[i] for i in block]
+        by_size = [block[i] for i in np.argsort(sizes, kind="stable")]
+        if not factored or len(block) < 2 or sorted(sizes)[-2] < min_dim_size_to_factor:
+            return _Axes((), (), block)
+        return _Axes((by_size[-2],), (by_size[-1],), block)
 
     def unzip(count: jax.Array, leaves: Any) -> tuple[Any, AdafactorState]:
         def field(name: str) -> Any:
-            return jax.tree.map(
-                lambda leaf: getattr(leaf, name),
-                leaves,
-                is_leaf=lambda x: isinstance(x, _Leaf),
-            )
+            get = operator.attrgetter(name)
+            return jax.tree.map(get, leaves, is_leaf=lambda x: isinstance(x, _Leaf))
 
         moments = (field(name) for name in ("v_row", "v_col", "v"))
         return field("update"), AdafactorState(count, *moments)
 
     def init(params: Any) -> AdafactorState:
-        require_float32(params)
-
         def zeros(path: Any, param: jax.Array) -> _Leaf:
             rows, columns, _ = axes(path, param)
             unused = jnp.zeros((1,) * param.ndim, jnp.float32)
@@ -152,15 +141,3 @@ def scale_by_adafactor(
         return unzip(optax.safe_increment(state.count), leaves)
 
     return optax.GradientTransformation(init, update)
-
-
-def require_float32(params: Any) -> None:
-    """Refuses any other parameter dtype, naming the first such parameter."""
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        if leaf.dtype != jnp.float32:
-            name = jax.tree_util.keystr(path, simple=True, separator="/")
-            raise TypeError(
-                f"parameter {name!r}: expected float32, got {leaf.dtype}. Keep "
-                "parameters in float32 and set the model's dtype='bfloat16' for "
-                "bfloat16 activations."
-            )

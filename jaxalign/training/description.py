@@ -9,6 +9,7 @@ data they read. What a gin file binds to a function is part of it.
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import enum
 import functools
@@ -32,14 +33,10 @@ _PYTHON = f"[python {sys.version_info[0]}.{sys.version_info[1]}]"
 
 
 def describe(value: Any) -> dict[str, Plain]:
-    """What a value is made of.
+    """What a value is made of: numbers and texts by dotted path, ``""`` for itself.
 
-    Args:
-      value: anything. A ``description`` that it carries (a mapping) stands for it.
-
-    Returns:
-      Numbers and texts by dotted path; ``""`` is the value itself. Arrays are told by
-      shape, dtype and SHA-256.
+    A ``description`` that it carries (a mapping) stands for it. Arrays are told by
+    shape, dtype and SHA-256.
 
     >>> describe({"name": "sgd", "rates": (0.1, 0.2)})
     {'name': 'sgd', 'rates[0]': 0.1, 'rates[1]': 0.2}
@@ -75,7 +72,7 @@ def _walk(value: Any, path: str, found: dict[str, Plain], above: tuple[int, ...]
         found[path] = "itself"
         return
     for name, part in _parts(value, path, found):
-        _walk(part, name if not path else _join(path, name), found, (*above, id(value)))
+        _walk(part, _join(path, name), found, (*above, id(value)))
 
 
 def _parts(value: Any, path: str, found: dict[str, Plain]) -> list[tuple[str, Any]]:
@@ -101,7 +98,10 @@ def _parts(value: Any, path: str, found: dict[str, Plain]) -> list[tuple[str, An
         found[path] = _name(type(value))
         return [(f.name, getattr(value, f.name)) for f in dataclasses.fields(value)]
     if callable(getattr(value, "__wrapped__", None)):
-        return _bindings(value) + [("function", value.__wrapped__)]
+        bindings = {}  # what gin hands to it when it is called
+        with contextlib.suppress(ValueError):
+            bindings = gin.get_bindings(value)
+        return [*sorted(bindings.items()), ("function", value.__wrapped__)]
     if isinstance(value, types.FunctionType):
         return _function(value, path, found)
     found[path] = _name(type(value))
@@ -123,10 +123,8 @@ def _function(
     code = function.__code__
     parts = []
     for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
-        try:
+        with contextlib.suppress(ValueError):  # not set yet
             parts.append((name, cell.cell_contents))
-        except ValueError:  # not set yet
-            continue
     if _is_library(function):
         return parts
     positional = code.co_varnames[: code.co_argcount]
@@ -153,14 +151,6 @@ def _codes(code: types.CodeType) -> list[types.CodeType]:
     return [code, *(part for c in inner for part in _codes(c))]
 
 
-def _bindings(function: Any) -> list[tuple[str, Any]]:
-    """What gin hands to a function when it is called."""
-    try:
-        return sorted(gin.get_bindings(function).items())
-    except ValueError:
-        return []
-
-
 def _array(value: Any) -> Plain:
     if isinstance(value, jax.Array) and not value.is_fully_addressable:
         return f"{value.dtype}{list(value.shape)}"
@@ -184,6 +174,4 @@ def _name(value: Any) -> str:
 
 
 def _join(path: str, name: str) -> str:
-    if not path or name.startswith("["):
-        return f"{path}{name}"
-    return f"{path}.{name}"
+    return f"{path}{'.' if path and not name.startswith('[') else ''}{name}"

@@ -27,8 +27,8 @@ class Dataset:
 
     Attributes:
       data: a JSONL, Parquet or TFRecord file, here or in a bucket, a registered task,
-        ``task:file``, a prepared cache's folder, or a mixture ``{any of these: rate}``;
-        ``synthetic:TASK`` makes rows on the fly (`jaxalign.data.synthetic`).
+        ``task:file``, a prepared folder, ``synthetic:TASK`` (`jaxalign.data.synthetic`)
+        or a mixture ``{any of these: rate}``.
       mixture_or_task_name: T5X's name for a registered task; in place of `data`.
       feature_lengths: ``{"inputs": ..., "targets": ...}``, the longest prompt and
         response in tokens; longer ones are truncated and counted.
@@ -44,20 +44,18 @@ class Dataset:
       on_bad_row: ``"error"`` stops with a list of the bad rows; ``"skip"`` counts them.
       packing: an encoder row holds ``packing * inputs`` tokens, and each of its
         decoder rows ``packing * targets``; None puts one example in each row.
-      decoder_rows: decoder rows beside each encoder row; None: as many as the example
-        with the most responses has.
+      decoder_rows: beside each encoder row; None: the most responses of any example.
       max_rows: read only so many examples; None reads all.
       split: the split of a registered task.
       eval_split: the split of a registered task used for evaluation, if it has one.
       shuffle: whether rows are shuffled each epoch.
       cache_dir: where tokenised caches and reference log-probabilities are kept.
       seed: of shuffling.
-      split_seed: of the held-out split. It is not the run's: with one for each run, a
-        prompt held out by one would be trained on by the next.
-      beam_options: Apache Beam's pipeline options, to tokenise files on it; None: in
-        this process.
-      augment: makes of a row, each time it is fed, another of the same lengths:
-        ``augment(row, rng) -> row`` (`jaxalign.data.augment`).
+      split_seed: of the held-out split; the same for all runs, or a prompt held out by
+        one would be trained on by the next.
+      beam_options: of Apache Beam, to tokenise files on it; None: in this process.
+      augment: ``augment(row, rng) -> row`` of the same lengths, called each time a row
+        is fed (`jaxalign.data.augment`).
     """
 
     data: str | Mapping[str, float] | None = None
@@ -135,9 +133,8 @@ class Inputs:
     def evaluation_bins(self, steps: int | None) -> list[int] | None:
         """The bins that an evaluation of so many batches looks at; None: all.
 
-        Always the same ones, and from all over the held-out data. A packer's order is
-        a mixed one already; without packing bins stand as in the file, and several
-        sources stand one after another.
+        Always the same ones, from all over the held-out data: a packer's order is mixed
+        already, unlike that of a file or of several sources.
         """
         feed = self.evaluation
         count = feed.num_bins if steps is None else steps * feed.batch_size
@@ -152,11 +149,7 @@ class Inputs:
 def prepare(
     dataset: Dataset, objective: type[Objective] | Objective, vocabulary: Any
 ) -> dict[str, list[data_lib.TokenizedCache]]:
-    """Opens or makes the tokenised caches ``{"train": [...], "validation": [...]}``.
-
-    The prepare half, and with it TensorFlow for the formats that need it, is imported
-    only here and only when `data` is not a prepared cache already.
-    """
+    """Opens or makes the tokenised caches ``{"train": [...], "validation": [...]}``."""
     if dataset.synthetic:
         if dataset.eval_data or dataset.augment:
             raise ValueError(
@@ -171,43 +164,34 @@ def prepare(
             seed=dataset.seed,
             split_seed=dataset.split_seed,
         )
+    from jaxalign import prepare as prepare_lib  # may need TensorFlow
+
     opened: dict[str, list[data_lib.TokenizedCache]] = {"train": [], "validation": []}
     held_out = dataset.eval_data is None and dataset.eval_split is None
-    common = {
+    sources = dataset.sources()
+    given = ("on_bad_row", "desirable_above", "task_options", "module", "max_rows")
+    common = {name: getattr(dataset, name) for name in (*given, "beam_options")} | {
         "schema": objective.schema,
         "vocabulary": vocabulary,
         "cache_dir": dataset.cache_folder,
         "field_map": dict(dataset.field_map) if dataset.field_map else None,
-        "on_bad_row": dataset.on_bad_row,
         "require": objective.requires,
-        "desirable_above": dataset.desirable_above,
         "columns": batches.extra(objective.columns, "rows"),
-        "task_options": dataset.task_options,
-        "module": dataset.module,
-        "max_rows": dataset.max_rows,
         "seed": dataset.split_seed,
-        "beam_options": dataset.beam_options,
     }
-    from jaxalign import prepare as prepare_lib
-
-    for name in dataset.sources():
-        fraction = dataset.eval_fraction if held_out else 0.0
-        # Files have fields to map, data sets have options; a mixture may hold both.
-        own = dict(common)
-        if len(dataset.sources()) > 1:
+    for name in sources:
+        own = {"eval_fraction": dataset.eval_fraction if held_out else 0.0, **common}
+        if len(sources) > 1:  # files have fields to map, data sets have options
             is_file = glob.has_magic(name) or Path(name).expanduser().exists()
             is_file = is_file or remote.is_remote(name)
             own["task_options" if is_file else "field_map"] = None
-        paths = prepare_lib.prepare(
-            name, split=dataset.split, eval_fraction=fraction, **own
-        )
-        # A prepared folder brings its own validation split, which other EVAL_DATA
-        # replaces.
+        paths = prepare_lib.prepare(name, split=dataset.split, **own)
+        # Other EVAL_DATA replaces a prepared folder's own validation split.
         for split in ("train", "validation") if held_out else ("train",):
             if split in paths:
                 opened[split].append(data_lib.TokenizedCache(paths[split]))
     if not held_out:
-        name = dataset.eval_data or next(iter(dataset.sources()))
+        name = dataset.eval_data or next(iter(sources))
         split = dataset.eval_split or dataset.split
         paths = prepare_lib.prepare(name, split=split, eval_fraction=0.0, **common)
         held = data_lib.TokenizedCache(paths.get("validation", paths["train"]))
@@ -215,8 +199,7 @@ def prepare(
         if held.path in [cache.path for cache in opened["train"]]:
             _log.warning(
                 "EVAL_DATA is the data that is trained on, %s: its numbers say nothing "
-                "of other prompts. Leave EVAL_DATA out to hold EVAL_FRACTION of the "
-                "prompts out.",
+                "of other prompts. Leave it out to hold EVAL_FRACTION of them out.",
                 held.path,
             )
     return opened
@@ -228,36 +211,25 @@ def build(
     vocabulary: vocabularies.Vocabulary,
     reward_stats: tuple[float, float] | None = None,
 ) -> Inputs:
-    """Prepares the data, plans the packing and makes the feeds.
+    """Prepares and checks the data, plans the packing and makes the feeds.
 
     Args:
-      dataset: what to read.
-      objective: says which schema and columns it needs.
-      vocabulary: the run's vocabulary.
       reward_stats: ``(mean, deviation)`` from the checkpoint of a run that goes on;
         None fits them on the training split.
-
-    Raises:
-      ValueError: when the data lacks what the objective needs, or does not fit the
-        network; before anything is compiled.
     """
     caches = prepare(dataset, objective, vocabulary)
-    size = objective.model.config.vocab_size
     for cache in [*caches["train"], *caches["validation"]]:
-        _check_cache(cache, objective, vocabulary, size)
+        _check_cache(cache, objective, vocabulary)
     plans = {
         split: [
             data_lib.pack(
                 cache.index,
-                inputs=dataset.feature_lengths["inputs"],
-                targets=dataset.feature_lengths["targets"],
+                **dataset.feature_lengths,
                 packing=dataset.packing,
                 decoder_rows=dataset.decoder_rows,
                 min_prompts=objective.min_prompts,
                 seen=data_lib.seen(
-                    cache,
-                    **dataset.feature_lengths,
-                    prompts=objective.min_prompts > 1,
+                    cache, **dataset.feature_lengths, prompts=objective.min_prompts > 1
                 ),
             )
             for cache in of_split
@@ -266,30 +238,32 @@ def build(
         for split, of_split in caches.items()
     }
     _tell_equal(caches, plans)
-    rates = list(dataset.sources().values())
     if "response_label" in objective.columns:
         _tell_one_sided_labels(caches["train"], objective)
-    if objective.uses_rewards and reward_stats is None:
+    rates = list(dataset.sources().values())
+    if not objective.uses_rewards:
+        reward_stats = None
+    elif reward_stats is None:
         reward_stats = _reward_stats(caches["train"], rates)
-    feeds = {}
-    for split, of_split in plans.items():
-        if not of_split:
-            continue
-        weights = rates if split == "train" else [1.0] * len(of_split)
-        endless = dataset.synthetic and split == "train"
-        feeds[split] = (synthetic.SyntheticFeed if endless else data_lib.Feed)(
-            list(zip(caches[split], of_split, weights, strict=True)),
+
+    def feed(split: str) -> data_lib.Feed:
+        train = split == "train"
+        weights = rates if train else [1.0] * len(plans[split])
+        endless = dataset.synthetic and train
+        return (synthetic.SyntheticFeed if endless else data_lib.Feed)(
+            list(zip(caches[split], plans[split], weights, strict=True)),
             batch_size=dataset.batch_size,
             seed=dataset.seed,
-            shuffle=dataset.shuffle and split == "train",
-            reward_stats=reward_stats if objective.uses_rewards else None,
+            shuffle=dataset.shuffle and train,
+            reward_stats=reward_stats,
             row_columns=batches.extra(objective.columns, "rows"),
             augment=dataset.augment and configs.bound(dataset.augment),
         )
+
     return Inputs(
-        train=feeds["train"],
-        evaluation=feeds.get("validation"),
-        reward_stats=reward_stats if objective.uses_rewards else None,
+        train=feed("train"),
+        evaluation=feed("validation") if plans["validation"] else None,
+        reward_stats=reward_stats,
         vocabulary=vocabulary,
         packed=bool(dataset.packing),
     )
@@ -298,23 +272,14 @@ def build(
 def _reward_stats(
     caches: list[data_lib.TokenizedCache], rates: Sequence[float] = (1.0,)
 ) -> tuple[float, float]:
-    """Mean and deviation of the rewards as training meets them.
-
-    Args:
-      caches: the sources of a mixture.
-      rates: their shares of the rows, in any unit.
-    """
-    found = []
-    for cache in caches:
-        rewards = np.asarray(cache.index.response_reward, np.float64)
-        found.append(rewards[np.isfinite(rewards)])
+    """Mean and deviation of the rewards as training meets them, at mixing rates."""
+    found = [np.asarray(c.index.response_reward, np.float64) for c in caches]
+    found = [rewards[np.isfinite(rewards)] for rewards in found]
     rewards, weights = np.concatenate(found), None
     if len(caches) > 1:
         # How often a step meets each reward of a source.
-        often = [
-            rate / max(cache.index.num_rows, 1)
-            for cache, rate in zip(caches, rates, strict=True)
-        ]
+        rows = [max(cache.index.num_rows, 1) for cache in caches]
+        often = [rate / n for rate, n in zip(rates, rows, strict=True)]
         weights = np.repeat(often, [len(r) for r in found])
     with np.errstate(over="ignore", invalid="ignore"):
         mean = np.average(rewards, weights=weights)
@@ -339,26 +304,17 @@ def _tell_equal(
 ) -> None:
     """Tells what is equal once it is cut; refuses pairs that all are."""
     for split, of_split in plans.items():
-        pairs = sum(int(cache.index.num_pairs.sum()) for cache in caches[split])
-        equal = sum(plan.equal["pairs"] for plan in of_split)
-        if not equal:
-            continue
-        lengths = {plan.targets for plan in of_split}
-        text = (
-            f"{equal} of {pairs} pairs ({split}) are equal once their responses are "
-            f"cut to {lengths.pop()} tokens"
-        )
-        if equal == pairs and split == "train":
-            raise ValueError(
-                f"{text}: there is nothing to learn from. Raise "
-                "TASK_FEATURE_LENGTHS['targets']."
+        if equal := sum(plan.equal["pairs"] for plan in of_split):
+            pairs = sum(int(cache.index.num_pairs.sum()) for cache in caches[split])
+            text = (
+                f"{equal} of {pairs} pairs ({split}) are equal once their responses "
+                f"are cut to {of_split[0].targets} tokens"
             )
-        _log.warning(
-            "%s and are left out. Raise TASK_FEATURE_LENGTHS['targets'].", text
-        )
-    for split, of_split in plans.items():
-        equal = sum(plan.equal["prompts"] for plan in of_split)
-        if equal:
+            advice = "Raise TASK_FEATURE_LENGTHS['targets']."
+            if equal == pairs and split == "train":
+                raise ValueError(f"{text}: there is nothing to learn from. {advice}")
+            _log.warning("%s and are left out. %s", text, advice)
+        if equal := sum(plan.equal["prompts"] for plan in of_split):
             _log.warning(
                 "%d of %d prompts (%s) equal another once they are cut to %d tokens: "
                 "no response is mismatched with one of these that equals its own. "
@@ -377,22 +333,21 @@ def _tell_one_sided_labels(
     labels = np.concatenate([c.index.response_label for c in caches])
     labels = labels[labels >= 0]
     if labels.size and (labels == labels[0]).all():
-        way = "up" if labels[0] == batches.DESIRABLE else "down"
         _log.warning(
             "All %d labels of the training data are thumbs %s: %s has nothing to tell "
             "good responses from bad ones by. Add responses of the other kind, or "
             "check FIELD_MAP's 'label' and DESIRABLE_ABOVE.",
             labels.size,
-            way,
+            "up" if labels[0] == batches.DESIRABLE else "down",
             type(objective).__name__,
         )
 
 
 def _check_cache(
-    cache: data_lib.TokenizedCache, objective: Objective, vocabulary: Any, size: int
+    cache: data_lib.TokenizedCache, objective: Objective, vocabulary: Any
 ) -> None:
     """Refuses data that cannot serve the objective or the network."""
-    name = type(objective).__name__
+    size = objective.model.config.vocab_size
     if cache.vocabulary.fingerprint != vocabulary.fingerprint:
         raise ValueError(
             f"{cache.path} was tokenised with {cache.vocabulary!r}, but VOCABULARY is "
@@ -406,19 +361,14 @@ def _check_cache(
         )
     index = cache.index
     answers = index.response_kind == batches.ANSWER
-    if "response_label" in objective.columns:
-        missing = int(np.sum((index.response_label < 0) & answers))
-        if missing:
+    for name, needed, absent in (
+        ("label", "a thumbs-up or -down", index.response_label < 0),
+        ("reward", "a scalar reward", ~np.isfinite(index.response_reward)),
+    ):
+        missing = int(np.sum(absent & answers))
+        if missing and f"response_{name}" in objective.columns:
             raise ValueError(
-                f"{name} needs a thumbs-up or -down for every response, but {missing} "
-                f"of {index.num_responses} in {cache.path} have no 'label': add it, or "
-                "map it with FIELD_MAP."
-            )
-    if objective.uses_rewards:
-        missing = int(np.sum(~np.isfinite(index.response_reward) & answers))
-        if missing:
-            raise ValueError(
-                f"{name} needs a scalar reward for every response, but {missing} of "
-                f"{index.num_responses} in {cache.path} have no 'reward': add it, or "
-                "map it with FIELD_MAP."
+                f"{type(objective).__name__} needs {needed} for every response, but "
+                f"{missing} of {index.num_responses} in {cache.path} have no "
+                f"{name!r}: add it, or map it with FIELD_MAP."
             )

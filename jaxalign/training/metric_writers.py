@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
@@ -17,46 +18,39 @@ METRICS_FILE = "metrics.jsonl"
 CALIBRATION_FILE = "calibration.json"
 
 
-class MetricWriter:
+class MetricWriter(contextlib.AbstractContextManager):
     """Appends metrics to a run directory, one flushed JSON line per call.
 
     ``metrics.jsonl`` holds flat objects ``{"step": 10, "time": 1.7e9, "train/loss":
     2.3, ...}``. JSON has no number for what is not finite, so such values are written
     as the strings ``"NaN"``, ``"Infinity"`` and ``"-Infinity"``; ``float(value)``
-    reads both kinds.
-
-    A process killed while it writes leaves half a line; opening the file drops it.
+    reads both kinds. A process killed while it writes leaves half a line; opening the
+    file drops it.
 
     Args:
       use_wandb: also log to Weights & Biases; the W&B run's id is kept in
         ``wandb_id.txt`` so that a restart continues it.
-      enabled: write at all. By default, on the first JAX process only.
-
-    Raises:
-      ImportError: when `use_wandb` is set and ``wandb`` is not installed.
+      enabled: write at all; on one process of a job.
 
     >>> import tempfile
     >>> run_dir = tempfile.mkdtemp()
-    >>> with MetricWriter(run_dir, enabled=True) as writer:
+    >>> with MetricWriter(run_dir) as writer:
     ...     writer.write(1, {"train/loss": 2.5})
     >>> read_metrics(run_dir)["train/loss"]
     (array([1]), array([2.5]))
     """
 
     def __init__(
-        self, run_dir: str | Path, use_wandb: bool = False, enabled: bool | None = None
+        self, run_dir: str | Path, use_wandb: bool = False, enabled: bool = True
     ):
-        if enabled is None:
-            import jax
-
-            enabled = jax.process_index() == 0
         self.enabled = enabled
         self.run_dir = Path(run_dir)
         self._file: TextIO | None = None
         self._tensorboard: Any = None
-        self._wandb = _wandb_run(self.run_dir) if use_wandb and enabled else None
+        self._wandb: Any = None
         if enabled:
             self.run_dir.mkdir(parents=True, exist_ok=True)
+            self._wandb = _wandb_run(self.run_dir) if use_wandb else None
             self._open(step=None)
 
     def _open(self, step: int | None) -> None:
@@ -70,11 +64,7 @@ class MetricWriter:
         self._tensorboard = SummaryWriter(str(self.run_dir), purge_step=purge)
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Records scalars of one step.
-
-        Raises:
-          ValueError: when a value is not one number; the name is in the message.
-        """
+        """Records scalars of one step; what is not one number is refused by name."""
         if not self.enabled:
             return
         if self._file is None:
@@ -82,7 +72,8 @@ class MetricWriter:
         step = int(step)
         values = {name: _scalar(name, value) for name, value in metrics.items()}
         line = {"step": step, "time": round(time.time(), 3)}
-        line |= {name: _encode(value) for name, value in values.items()}
+        for name, value in values.items():
+            line[name] = value if math.isfinite(value) else json.dumps(value)
         self._file.write(json.dumps(line, allow_nan=False) + "\n")
         self._file.flush()
         for name, value in values.items():
@@ -97,29 +88,21 @@ class MetricWriter:
         Call it with the restored step (0 without a checkpoint) before the first
         `write`: the finished file then equals an unbroken run's, except for times and
         speeds. The file is replaced atomically.
-
-        Raises:
-          ValueError: when a line that is not the last is no JSON object.
         """
         if self.enabled:
             self._open(step=int(step))
 
     def _close_files(self) -> None:
-        """Closes metrics.jsonl and the TensorBoard file, if open."""
         if self._file is not None:
             self._file.close()
             self._tensorboard.close()
             self._file = self._tensorboard = None
 
     def close(self) -> None:
-        """Closes everything."""
         self._close_files()
         if self._wandb is not None:
             self._wandb.finish()
             self._wandb = None
-
-    def __enter__(self) -> MetricWriter:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -129,11 +112,8 @@ def read_metrics(run_dir: str | Path) -> dict[str, tuple[np.ndarray, np.ndarray]
     """Reads ``metrics.jsonl``: ``{name: (steps int64 [n], values float64 [n])}``.
 
     ``"time"`` (Unix seconds) is among the names. Steps ascend; where a step was
-    written twice the later value counts. A torn last line is ignored, an absent file
-    gives ``{}``.
-
-    Raises:
-      ValueError: when a line that is not the last is no JSON object.
+    written twice the later value counts. A torn last line is ignored, another one is a
+    ValueError; an absent file gives ``{}``.
     """
     series: dict[str, dict[int, float]] = {}
     for line in _lines(Path(run_dir) / METRICS_FILE):
@@ -161,19 +141,15 @@ def write_calibration(
     ``{"step": s, "bins": [{"value": mean, "target": mean, "count": n}, ...]}``.
 
     Args:
-      values: predicted values ``[n]``, one per response.
+      values: predictions ``[n]``, one per response.
       targets: what they were to be ``[n]``: for DRO ``r - tau lr``, the soft value.
     """
     values, targets = np.asarray(values, np.float64), np.asarray(targets, np.float64)
     order = np.argsort(values, kind="stable")
     parts = [part for part in np.array_split(order, bins) if len(part)]
     rows = [
-        {
-            "value": float(values[part].mean()),
-            "target": float(targets[part].mean()),
-            "count": len(part),
-        }
-        for part in parts
+        {"value": values[p].mean(), "target": targets[p].mean(), "count": len(p)}
+        for p in parts
     ]
     text = json.dumps({"step": int(step), "bins": rows}, indent=1) + "\n"
     write_atomically(Path(run_dir) / CALIBRATION_FILE, text)
@@ -191,31 +167,22 @@ def _scalar(name: str, value: Any) -> float:
     return float(array.reshape(()))
 
 
-def _encode(value: float) -> float | str:
-    if math.isnan(value):
-        return "NaN"
-    if math.isinf(value):
-        return "Infinity" if value > 0 else "-Infinity"
-    return value
-
-
 def _lines(path: Path) -> list[dict[str, Any]]:
     """The parsed lines, without a torn last one."""
     if not path.exists():
         return []
     # Bytes first: a tear may fall inside a character.
-    *whole, tail = path.read_bytes().split(b"\n")
+    raws = path.read_bytes().split(b"\n")
+    if not raws[-1]:
+        del raws[-1]
     out = []
-    for number, raw in enumerate([*whole, tail], start=1):
-        last = number > len(whole)
-        if last and not raw:
-            continue
+    for number, raw in enumerate(raws, start=1):
         try:
             line = json.loads(raw)
             if not isinstance(line, dict) or not isinstance(line.get("step"), int):
                 raise ValueError("no object with an integer 'step'")
         except ValueError as error:
-            if last or number == len(whole) and not tail:
+            if number == len(raws):
                 break
             raise ValueError(
                 f"{path}, line {number}: expected a JSON object with a 'step', got "
@@ -229,12 +196,11 @@ def _rewrite(path: Path, last_step: int | None) -> None:
     """Drops a torn tail and, given `last_step`, later lines; atomic, or untouched."""
     if not path.exists():
         return
-    kept = [
+    text = "".join(
         json.dumps(line) + "\n"
         for line in _lines(path)
         if last_step is None or line["step"] <= last_step
-    ]
-    text = "".join(kept)
+    )
     if text.encode() != path.read_bytes():
         write_atomically(path, text)
 
@@ -248,7 +214,6 @@ def _wandb_run(run_dir: Path) -> Any:
             "Install it (pip install wandb) or set use_wandb=False: metrics.jsonl and "
             "TensorBoard events are written either way."
         ) from error
-    run_dir.mkdir(parents=True, exist_ok=True)
     id_file = run_dir / "wandb_id.txt"
     run_id = id_file.read_text().strip() if id_file.exists() else None
     run = wandb.init(dir=str(run_dir), name=run_dir.name, id=run_id, resume="allow")

@@ -12,6 +12,7 @@ the newest checkpoint whose bytes are those that were written.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shutil
@@ -34,7 +35,7 @@ _RESUMED = ("manifest.json", "metrics.jsonl", "wandb_id.txt")
 _LAST = "manifest.json"  # says what the run reached: copied after what it speaks of
 
 
-class RunFolder:
+class RunFolder(contextlib.AbstractContextManager):
     """A run directory as the loop uses it; a local one is itself.
 
     The loop tells when a checkpoint and when a line of metrics is written. For a local
@@ -47,10 +48,6 @@ class RunFolder:
     Attributes:
       name: the directory as messages should call it.
       path: where to write.
-
-    Raises:
-      ValueError: when several processes do not share the working copy's disk.
-      OSError: when the bucket cannot be read.
     """
 
     def __init__(self, run_dir: str | Path, keep: int | None = 2):
@@ -91,11 +88,10 @@ class RunFolder:
         problems: dict[int, str] = {}
         for step in reversed(remote_checkpoints.complete(self._url)):
             target = self.path / remote_checkpoints.FOLDER / str(step)
-            problem = remote_checkpoints.take(self._checkpoint(step), target)
-            if problem is None:
-                break
-            # Once more: the copy may be what is wrong.
-            problem = remote_checkpoints.take(self._checkpoint(step), target)
+            # Once more where it fails: the copy may be what is wrong.
+            place = self._checkpoint(step)
+            problem = remote_checkpoints.take(place, target)
+            problem = problem and remote_checkpoints.take(place, target)
             if problem is None:
                 break
             problems[step] = problem
@@ -107,22 +103,14 @@ class RunFolder:
                     + " ".join(f"Step {s}: {p}" for s, p in problems.items())
                 )
         for step, problem in problems.items():
-            _log.warning(
-                "The checkpoint of step %d in %s is damaged: %s",
-                step,
-                self._url,
-                problem,
-            )
+            text = "The checkpoint of step %d in %s is damaged: %s"
+            _log.warning(text, step, self._url, problem)
         self._damaged = list(problems)
 
     def set_aside(self, steps: Iterable[int]) -> None:
-        """Renames the bucket's copies of checkpoints that are damaged.
+        """Renames the bucket's copies of damaged checkpoints, these and its own.
 
-        Called when it is known that the run goes on: one that is refused changes
-        nothing.
-
-        Args:
-          steps: of those that were found damaged here; the folder knows its own.
+        Called when it is known that the run goes on: a refused one changes nothing.
         """
         if self._writes:
             for step in (*self._damaged, *steps):
@@ -136,10 +124,8 @@ class RunFolder:
     def saved(self, step: int, reached: Callable[[], None] = lambda: None) -> None:
         """A checkpoint is on the disk: copies it, and all that came before it.
 
-        It may be called beside the loop, which goes on meanwhile.
-
-        Args:
-          reached: writes into the manifest that the run has it; called when it is so.
+        May be called beside the loop. `reached` writes into the manifest that the run
+        has the checkpoint, once that is so.
         """
         if self._writes:
             self._copying_checkpoint = True
@@ -159,9 +145,6 @@ class RunFolder:
         """Metrics were written: copies the run's files if that was long ago."""
         if self._writes and time.monotonic() - self._last_copy > SECONDS:
             self._try_to_copy_files()
-
-    def __enter__(self) -> RunFolder:
-        return self
 
     def __exit__(self, *_: object) -> None:
         """The loop has ended, well or not: what it wrote last is copied too."""
@@ -183,23 +166,20 @@ class RunFolder:
     def _copy_files(self, but: str = "") -> None:
         """Copies the files that changed, checkpoints and temporary ones apart."""
         with self._lock:
-            self._copy_changed(_LAST if self._copying_checkpoint else but)
-
-    def _copy_changed(self, but: str) -> None:
-        self._last_copy = time.monotonic()
-        changed = {}
-        for file in sorted(self.path.rglob("*")):
-            first = file.relative_to(self.path).parts[0]
-            skipped = first in (remote_checkpoints.FOLDER, but)
-            if file.is_file() and not skipped and not file.name.startswith("."):
-                stat = file.stat()
-                version = stat.st_mtime_ns, stat.st_size
-                if self._copied.get(file) != version:
-                    changed[file] = version
-        remote.upload(
-            {f"{self._url}/{f.relative_to(self.path).as_posix()}": f for f in changed}
-        )
-        self._copied |= changed
+            self._last_copy = time.monotonic()
+            but = _LAST if self._copying_checkpoint else but
+            changed, copies = {}, {}
+            for file in sorted(self.path.rglob("*")):
+                name = file.relative_to(self.path)
+                skipped = name.parts[0] in (remote_checkpoints.FOLDER, but)
+                if file.is_file() and not skipped and not file.name.startswith("."):
+                    stat = file.stat()
+                    version = stat.st_mtime_ns, stat.st_size
+                    if self._copied.get(file) != version:
+                        changed[file] = version
+                        copies[f"{self._url}/{name.as_posix()}"] = file
+            remote.upload(copies)
+            self._copied |= changed
 
     def _prune(self, step: int) -> None:
         """Removes the oldest checkpoints, where there are too many."""

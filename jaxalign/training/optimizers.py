@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxalign.training.adafactor import require_float32, scale_by_adafactor
+from jaxalign.training.adafactor import scale_by_adafactor
 from jaxalign.training.schedules import Schedule
 
 LearningRate = float | Schedule
@@ -36,7 +36,7 @@ def adafactor(
     epsilon2: float = 1e-3,
     grad_clip: float | None = None,
 ) -> optax.GradientTransformation:
-    """T5X's Adafactor with T5X's recipe as the defaults.
+    """T5X's Adafactor with T5X's recipe as the defaults, on float32 parameters.
 
     Args:
       learning_rate: a number or a schedule; with the parameter scale on it is relative
@@ -45,18 +45,13 @@ def adafactor(
       clipping_threshold: largest root mean square of a block's update; None: no limit.
       multiply_by_parameter_scale: scale each update by its parameter's root mean
         square, at least `epsilon2`.
-      min_dim_size_to_factor: factor the moment of a block whose two largest axes both
-        have this size.
+      min_dim_size_to_factor: of a block's two largest axes, to factor its moment.
       factored: False keeps every second moment whole.
       beta1: momentum of the updates; None keeps no first moment.
       weight_decay_rate: fraction of each parameter subtracted per step, not multiplied
         by the learning rate (T5X's convention).
-      epsilon1: added to squared gradients.
-      epsilon2: smallest parameter scale.
+      epsilon1: added to squared gradients; `epsilon2` is the smallest parameter scale.
       grad_clip: largest global norm of the gradient.
-
-    Raises:
-      TypeError: at ``init``, when a parameter is not float32.
 
     >>> tx = adafactor(1e-3)
     >>> params = {"kernel": jnp.ones((256, 128))}
@@ -98,13 +93,9 @@ def optimizer(
     Args:
       name: ``"adafactor"`` (T5X's), or a function of ``optax`` that takes a learning
         rate: ``"adamw"``, ``"sgd"``, ``"lion"``, ``"rmsprop"`` ...
-      learning_rate: a number or a schedule.
       grad_clip: largest global norm of the gradient, over the whole tree that this
         optimizer sees; applied first.
       **kwargs: the optimizer's own arguments.
-
-    Raises:
-      ValueError: for an unknown name or argument, with the nearest valid ones.
 
     >>> params = {"w": jnp.ones(2)}
     >>> tx = optimizer("sgd", learning_rate=1.0, grad_clip=1.0)
@@ -112,7 +103,13 @@ def optimizer(
     >>> [round(float(x), 3) for x in updates["w"]]
     [-0.6, -0.8]
     """
-    constructors = _constructors()
+    # Optax's optimizers are recognised by their learning rate; Adafactor is ours.
+    constructors: dict[str, Callable[..., optax.GradientTransformation]] = {
+        name: function
+        for name, function in inspect.getmembers(optax, inspect.isfunction)
+        if not name.startswith(("_", "scale_by_"))
+        and "learning_rate" in inspect.signature(function).parameters
+    } | {"adafactor": adafactor}
     if name not in constructors:
         raise ValueError(_unknown("optimizer", name, constructors))
     known = inspect.signature(constructors[name]).parameters
@@ -122,9 +119,8 @@ def optimizer(
     if name == "adafactor":
         return adafactor(learning_rate, grad_clip=grad_clip, **kwargs)
     bound = inspect.signature(constructors[name]).bind(learning_rate, **kwargs)
-    made = _assemble(
-        [constructors[name](*bound.args, **bound.kwargs)], learning_rate, grad_clip
-    )
+    link = constructors[name](*bound.args, **bound.kwargs)
+    made = _assemble([link], learning_rate, grad_clip)
     bound.apply_defaults()
     return _described(made, {"name": name, "grad_clip": grad_clip, **bound.arguments})
 
@@ -132,17 +128,11 @@ def optimizer(
 def per_network(
     **transformations: optax.GradientTransformation,
 ) -> optax.GradientTransformation:
-    """One optimizer per network, keyed by the parameters' top-level name.
+    """One optimizer per network, keyed by the parameters' top-level names, all of them.
 
     Each has its own learning rate, state and clip: a norm is taken over one network
     only. DRO-V wants this, because a shared clip would let the value's gradients
     shrink the policy's.
-
-    Args:
-      **transformations: by top-level name, such as ``policy`` and ``value``.
-
-    Raises:
-      ValueError: at ``init``, when the names are not exactly the parameters' own.
 
     >>> tx = per_network(policy=optax.sgd(1.0), value=optax.sgd(0.1))
     >>> params = {"policy": jnp.ones(1), "value": jnp.ones(1)}
@@ -170,17 +160,15 @@ def gradient_norms(grads: Mapping[str, Any]) -> dict[str, jax.Array]:
     >>> {name: float(norm) for name, norm in sorted(norms.items())}
     {'grad_norm': 5.0, 'grad_norm/policy': 3.0, 'grad_norm/value': 4.0}
     """
-    parts = {name: optax.tree.norm(tree) for name, tree in grads.items()}
+    parts = {f"grad_norm/{name}": optax.tree.norm(g) for name, g in grads.items()}
     total = jnp.sqrt(sum(jnp.square(norm) for norm in parts.values()))
-    if len(parts) == 1:
-        return {"grad_norm": total}
-    return {"grad_norm": total, **{f"grad_norm/{k}": v for k, v in parts.items()}}
+    return {"grad_norm": total, **(parts if len(parts) > 1 else {})}
 
 
 def learning_rates(state: optax.OptState) -> dict[str, jax.Array]:
     """The rate of the last update: ``learning_rate``, with `per_network` one each.
 
-    Empty for an optimizer that this module did not build.
+    Nothing for an optimizer that this module did not build.
 
     >>> tx = optimizer("sgd", learning_rate=lambda step: 0.5 / (step + 1))
     >>> state = tx.init({"w": jnp.ones(1)})
@@ -208,11 +196,7 @@ class _Recorded(NamedTuple):
 
 
 class Described(optax.GradientTransformationExtraArgs):
-    """A transformation that carries the settings it was made with.
-
-    ``description`` tells two optimizers apart by the names their users know
-    (`jaxalign.training.description`).
-    """
+    """A transformation with the settings it was made with, by their users' names."""
 
     description: Mapping[str, Any]
 
@@ -226,11 +210,18 @@ def _described(
 
 
 def _record(learning_rate: LearningRate) -> optax.GradientTransformation:
-    """Leaves updates alone and keeps the learning rate of the last one."""
+    """Leaves updates alone and keeps the last learning rate; refuses not float32."""
     rate = learning_rate if callable(learning_rate) else lambda _: learning_rate
 
     def init(params: Any) -> _Recorded:
-        require_float32(params)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+            if leaf.dtype != jnp.float32:
+                name = jax.tree_util.keystr(path, simple=True, separator="/")
+                raise TypeError(
+                    f"parameter {name!r}: expected float32, got {leaf.dtype}. Keep "
+                    "parameters in float32 and set the model's dtype='bfloat16' for "
+                    "bfloat16 activations."
+                )
         zero = jnp.zeros([], jnp.int32)
         return _Recorded(zero, jnp.asarray(rate(zero), jnp.float32))
 
@@ -251,17 +242,6 @@ def _assemble(
             raise ValueError(f"grad_clip: expected None or a norm > 0, got {grad_clip}")
         links = [optax.clip_by_global_norm(grad_clip), *links]
     return optax.chain(*links, _record(learning_rate))
-
-
-def _constructors() -> dict[str, Callable[..., optax.GradientTransformation]]:
-    """Optax's optimizers, recognised by their learning rate; Adafactor is ours."""
-    found = {
-        name: function
-        for name, function in inspect.getmembers(optax, inspect.isfunction)
-        if not name.startswith(("_", "scale_by_"))
-        and "learning_rate" in inspect.signature(function).parameters
-    }
-    return {**found, "adafactor": adafactor}
 
 
 def _unknown(what: str, name: str, valid: Mapping[str, Any]) -> str:

@@ -76,15 +76,14 @@ def breakdown(trace: Path, hlo: str) -> dict[str, float]:
     """Shares of the device's busy time by part, largest first; empty if unreadable."""
     parts = parts_of_instructions(hlo)
     files = sorted(trace.rglob("*.xplane.pb"), key=lambda p: p.stat().st_mtime)
-    if not files:
-        return {}
     busy: collections.Counter[str] = collections.Counter()
-    for plane in jax.profiler.ProfileData.from_file(str(files[-1])).planes:
-        for line in plane.lines:
-            for event in line.events:
-                name = _instruction(event)
-                if name in parts:
-                    busy[parts[name]] += event.duration_ns
+    for file in files[-1:]:
+        planes = jax.profiler.ProfileData.from_file(str(file)).planes
+        lines = (line for plane in planes for line in plane.lines)
+        for event in (event for line in lines for event in line.events):
+            name = _instruction(event)
+            if name in parts:
+                busy[parts[name]] += event.duration_ns
     total = sum(busy.values())
     return {part: ns / total for part, ns in busy.most_common()} if total else {}
 
@@ -93,42 +92,34 @@ def _instruction(event: Any) -> str:
     """The HLO instruction of an event: its statistic on GPUs, else its name."""
     if event.name.startswith("%"):  # TPUs: "%fusion.3 = ..."
         return event.name[1:].split(" ", 1)[0]
-    for name, value in event.stats:
-        if name == "hlo_op":
-            return str(value)
-    return event.name
+    return str(dict(event.stats).get("hlo_op", event.name))
 
 
 def check_steps(steps: tuple[int, int] | None, train_steps: int) -> None:
     """Refuses steps that are no range, or that a run never comes to."""
-    if steps is not None and not 1 <= steps[0] <= steps[1]:
+    if steps is None:
+        return
+    if not 1 <= steps[0] <= steps[1]:
         raise ValueError(
             f"--profile_steps=FIRST,LAST needs 1 <= FIRST <= LAST, got {steps}."
         )
-    if steps is not None and steps[0] > train_steps:
+    if steps[0] > train_steps:
         raise ValueError(
             f"--profile_steps={steps[0]},{steps[1]} begins after the last step, "
             f"{train_steps}: choose steps among 1 to {train_steps}."
         )
 
 
-class Profile:
+class Profile(contextlib.AbstractContextManager):
     """Traces steps ``first`` to ``last`` of a run, both included.
 
-    A run that begins or ends within them traces those that it takes. As a context it
-    ends a trace that is still on.
-
-    Args:
-      run_dir: gets ``profile/``.
-      steps: ``(first, last)``, counted from 1; None traces nothing.
-      enabled: False on all processes but the first.
+    Steps count from 1 and have passed `check_steps`; None traces nothing. A run that
+    begins or ends within them traces those that it takes. `run_dir` gets ``profile/``.
     """
 
     def __init__(
         self, run_dir: Path, steps: tuple[int, int] | None, enabled: bool = True
     ) -> None:
-        if steps is not None:
-            check_steps(steps, steps[1])
         self.folder = Path(run_dir) / FOLDER
         self.steps = steps if enabled else None
         self._hlo = ""
@@ -136,17 +127,11 @@ class Profile:
         self._start: float | None = None
         self._traced: list[int] = []
 
-    def __enter__(self) -> Profile:
-        return self
-
     def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
         """Ends the trace of a run that stopped, or broke, before the last of them."""
-        if self._start is None:
-            return
-        if kind is None and self._traced:
+        if self._start is not None and kind is None and self._traced:
             self._end()
-        else:
-            self._start = None
+        elif self._start is not None:
             jax.profiler.stop_trace()
 
     def compiled(self, function: Any, *arguments: Any) -> Any:
@@ -167,16 +152,15 @@ class Profile:
 
     def before(self, step: int, state: Any) -> None:
         """Starts the trace before the first of its steps."""
-        if not self.steps or self._start is not None or self._traced:
-            return
-        if self.steps[0] <= step <= self.steps[1]:
+        begun = self._start is not None or self._traced
+        if self.steps and not begun and self.steps[0] <= step <= self.steps[1]:
             jax.block_until_ready(state)
             jax.profiler.start_trace(str(self.folder))
             self._start = time.perf_counter()
 
     def after(self, step: int, state: Any) -> None:
         """Ends the trace after the last of its steps and writes the breakdown."""
-        if self._start is None or not self.steps:
+        if self._start is None:
             return
         self._traced.append(step)
         if step >= self.steps[1]:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import logging
 import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import TextIO
 
+from tqdm import tqdm
 
-class Progress:
+
+class Progress(contextlib.AbstractContextManager):
     """One progress line: step, loss, tokens per second, time left.
 
     A tqdm bar on a terminal; elsewhere (files, job logs) a log line at most every
@@ -19,7 +22,6 @@ class Progress:
     Args:
       start_step: where this process starts; the restored step of a resumed run.
       stream: the terminal, by default ``sys.stderr``.
-      interval: seconds between log lines.
       enabled: print at all; `update` measures regardless.
 
     >>> with Progress(0, 100, enabled=False) as progress:
@@ -49,8 +51,6 @@ class Progress:
         self._bar = None
         stream = sys.stderr if stream is None else stream
         if enabled and stream.isatty():
-            from tqdm import tqdm
-
             self._bar = tqdm(
                 total=total_steps,
                 initial=start_step,
@@ -62,9 +62,8 @@ class Progress:
     def update(self, step: int, metrics: Mapping[str, float]) -> dict[str, float]:
         """Reports the steps since the previous call, whose results have arrived.
 
-        Args:
-          metrics: means over those steps; ``loss`` (else ``objective``) is shown,
-            ``batch/tokens`` gives the tokens of one step.
+        Of `metrics`, means over those steps, ``loss`` (else ``objective``) is shown;
+        ``batch/tokens`` gives the tokens of one step.
         """
         now = self._clock()
         before, previous = self._recent[-1]
@@ -94,11 +93,13 @@ class Progress:
         if loss is not None:
             parts.append(f"loss {loss:.4g}")
         if "tokens_per_second" in speed:
-            parts.append(f"{_quantity(speed['tokens_per_second'])} tokens/s")
+            rate = tqdm.format_sizeof(speed["tokens_per_second"])
+            parts.append(f"{rate} tokens/s")
         (t0, s0), (t1, s1) = self._recent[0], self._recent[-1]
         if s1 > s0:
             left = (t1 - t0) / (s1 - s0) * max(self._total - step, 0)
-            parts.append(f"ETA {_duration(left)}")
+            minutes, seconds = divmod(round(left), 60)
+            parts.append(f"ETA {minutes // 60}:{minutes % 60:02d}:{seconds:02d}")
         return "  ".join(parts)
 
     def _log(self, now: float) -> None:
@@ -113,20 +114,5 @@ class Progress:
         elif self._enabled and self._text and not self._logged:
             self._log(self._clock())
 
-    def __enter__(self) -> Progress:
-        return self
-
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
-
-
-def _quantity(value: float) -> str:
-    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= limit:
-            return f"{value / limit:.3g}{unit}"
-    return f"{value:.3g}"

@@ -22,9 +22,7 @@ class Sampler:
     Attributes:
       num_prompts: how many prompts of the held-out split (else of the training split).
       max_new_tokens: tokens of a response, EOS included.
-      temperature: 0 takes the most probable tokens.
-      top_k: keep so many tokens; 0 keeps all.
-      top_p: keep so much probability.
+      temperature: as `top_k` and `top_p`, of `jaxalign.decoding.Sampling`.
     """
 
     num_prompts: int = 8
@@ -61,21 +59,16 @@ class Sampler:
         lines = []
         generations = generator(params, [row.prompts[0] for row in rows])
         for row, generation in zip(rows, generations, strict=True):
-            answers = [
-                response
-                for response, kind in zip(row.responses, row.response_kind, strict=True)
-                if kind == batches.ANSWER
-            ]
+            answer = row.responses[list(row.response_kind).index(batches.ANSWER)]
             lines.append(
                 {
                     "prompt": vocabulary.decode(row.prompts[0]),
                     "response": generation.texts[0],
-                    "target": vocabulary.decode(answers[0]),
+                    "target": vocabulary.decode(answer),
                     "logp": float(generation.logp[0]),
                     "num_tokens": len(generation.tokens[0]),
                 }
             )
         if jax.process_index() == 0:
-            text = "".join(map(json_line, lines))
-            write_atomically(path, text)
+            write_atomically(path, "".join(map(json_line, lines)))
         return {"samples/length": float(np.mean([x["num_tokens"] for x in lines]))}

@@ -33,9 +33,7 @@ def _warmup(step: jax.Array, warmup_steps: int) -> jax.Array:
 def constant(learning_rate: float, warmup_steps: int = 0) -> Schedule:
     """A constant rate after a linear warm-up from 0.
 
-    Args:
-      learning_rate: the rate after `warmup_steps`.
-      warmup_steps: step ``s`` below it runs at ``learning_rate * s / warmup_steps``.
+    Step ``s`` below `warmup_steps` runs at ``learning_rate * s / warmup_steps``.
 
     >>> float(constant(0.5, warmup_steps=10)(5))
     0.25

@@ -17,44 +17,18 @@ Numbers = Mapping[str, float]
 
 
 class Symptom(NamedTuple):
-    """A known failure.
+    """A known failure."""
 
-    Attributes:
-      name: of the entry in the manifest.
-      shows: whether it shows, given the first and the current numbers.
-      advice: what is happening and what to change.
-      lasting: for how many checks in a row it has to show.
-    """
-
-    name: str
-    shows: Callable[[Numbers, Numbers], bool]
-    advice: str
-    lasting: int = 1
+    name: str  # in the manifest
+    shows: Callable[[Numbers, Numbers], bool]  # given the first and the current numbers
+    advice: str  # what is happening and what to change
+    lasting: int = 1  # for how many checks in a row it has to show
 
 
 def _grown(first: Numbers, now: Numbers, name: str, factor: float) -> bool:
     if name not in first or name not in now:
         return False
     return now[name] > factor * first[name] > 0
-
-
-def _drifts_away(first: Numbers, now: Numbers) -> bool:
-    return _grown(first, now, "nll/chosen", 1.1) and _grown(
-        first, now, "samples/length", 1.2
-    )
-
-
-def _clamped(first: Numbers, now: Numbers) -> bool:
-    del first
-    return (
-        now.get("reference_point") == 0.0
-        and now.get("reference_point/unclamped", 0.0) < -1.0
-    )
-
-
-def _pulled(first: Numbers, now: Numbers) -> bool:
-    del first
-    return now.get("log_ratios/pull/p50", 0.0) > 10.0
 
 
 def _finite(numbers: Numbers) -> dict[str, float]:
@@ -64,7 +38,10 @@ def _finite(numbers: Numbers) -> dict[str, float]:
 SYMPTOMS = (
     Symptom(
         "chosen_less_likely_samples_longer",
-        _drifts_away,
+        lambda first, now: (
+            _grown(first, now, "nll/chosen", 1.1)
+            and _grown(first, now, "samples/length", 1.2)
+        ),
         "The chosen responses lose probability while samples grow longer: the policy "
         "moves to text that no pair speaks of. Raise BETA or lower LEARNING_RATE, add "
         "likelihood (runs/dpo_nll.gin), anchor the chosen side (runs/apo_zero.gin), or "
@@ -72,7 +49,10 @@ SYMPTOMS = (
     ),
     Symptom(
         "reference_point_clamped",
-        _clamped,
+        lambda _, now: (
+            now.get("reference_point") == 0.0
+            and now.get("reference_point/unclamped", 0.0) < -1.0
+        ),
         "KTO's reference point sits at 0 while its unclamped value is below -1 nat: "
         "the policy finds mismatched responses ever less likely and the clamp hides "
         "it. Lower LEARNING_RATE or raise BETA; look at 'reference_point/unclamped'.",
@@ -80,7 +60,7 @@ SYMPTOMS = (
     ),
     Symptom(
         "log_ratios_rule_the_residual",
-        _pulled,
+        lambda _, now: now.get("log_ratios/pull/p50", 0.0) > 10.0,
         "For half of the responses, tau times the log-ratio is more than ten times the "
         "reward's residual r - V: the regression follows the log-ratios, not the "
         "rewards. Lower TAU or LEARNING_RATE; look at 'log_ratios/pull'.",
@@ -109,9 +89,7 @@ class Watch:
         self.told: list[str] = []
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps, as JSON: a run that goes on compares with its own
-        first numbers, and tells nothing twice.
-        """
+        """What a checkpoint keeps, as JSON: a resumed run tells nothing twice."""
         return {
             "first": _finite(self._first),
             "latest": _finite(self._latest),
@@ -123,8 +101,7 @@ class Watch:
         """Goes on from a `state`."""
         self._first = dict(saved["first"])
         self._latest = dict(saved["latest"])
-        known = [s.name for s in self._symptoms]
-        self._counts |= {n: c for n, c in saved["counts"].items() if n in known}
+        self._counts |= {n: c for n, c in saved["counts"].items() if n in self._counts}
         self.told = list(saved["told"])
 
     def check(self, numbers: Numbers) -> list[str]:

@@ -209,7 +209,7 @@ def train(run: Run, config_text: str = "") -> dict[str, float]:
     dog = watchdog.Watchdog(run.timeout, jax.process_count() > 1)
     # The dog is the first to go: the writer and the folder may have much to copy.
     with stop, progress, folder, writer, profile, checkpoints, dog:
-        batches = feed.iterate(first, rows=rows)
+        batches = feed.iterate(first, rows, state=lambda: state)
         for step in range(first, run.train_steps):
             done = step + 1
             dog.beat(f"step {step}", window[-1:])

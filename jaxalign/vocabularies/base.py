@@ -32,8 +32,7 @@ class BaseVocabulary:
 
     def until_eos(self, ids: Iterable[int]) -> np.ndarray:
         """The ids before the first EOS, padding left out."""
-        sized = ids if hasattr(ids, "__len__") else list(ids)
-        array = np.asarray(sized, np.int64)
+        array = np.asarray(ids if hasattr(ids, "__len__") else list(ids), np.int64)
         stops = np.flatnonzero(array == EOS_ID)
         array = array[: stops[0]] if len(stops) else array
         return array[array != PAD_ID]

@@ -48,10 +48,7 @@ class ByteVocabulary(BaseVocabulary):
     def token_bytes(
         self, first: bool = False, special: bool = False
     ) -> list[bytes | None]:
-        """What each id spells; None for special ids, which with ``special`` are empty.
-
-        ``first`` changes nothing.
-        """
+        """What each id spells; special ids None, or empty with ``special``."""
         letters = [bytes([b]) for b in range(256)]
         none = b"" if special else None
         return [none] * 3 + letters + [none] * self.extra_ids

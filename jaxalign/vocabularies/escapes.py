@@ -28,19 +28,28 @@ class Escapes:
 
     def __init__(self, held: Callable[[str], bool], extra_ids: int):
         self._held = functools.lru_cache(maxsize=None)(held)
-        self.opener = self._find_opener()
+        self.opener = ""
+        if all(self._held(c) for c in "nstx;" + _HEX):
+            self.opener = next((c for c in _ESCAPE_CHARACTERS if self._held(c)), "")
         self._codes = {
             c: code for c, code in _SHORT.items() if self._held(code.strip())
         }
         self.letters = {code.strip(): c for c, code in self._codes.items()}
-        self._scanner = self._compile_scanner(extra_ids)
+        # Cuts text into sentinels at word starts, what passes as it is, and others.
+        plain = [chr(i) for i in range(33, 127) if self._held(chr(i))]
+        plain = "".join(re.escape(c) for c in plain if c != self.opener)
+        numbers = "|".join(str(i) for i in reversed(range(extra_ids)))
+        self._scanner = re.compile(
+            (rf"(?P<sentinel>(?:^|(?<= ))<extra_id_(?:{numbers})>)|" if numbers else "")
+            + (rf"(?P<plain>[{plain}]+)|" if plain else "")
+            + r"(?P<spaces> +)|(?P<other>.)",
+            flags=re.DOTALL,
+        )
 
     def escape(self, text: str, strict: bool = False) -> str:
         """Spells what the model cannot hold with what it can.
 
-        Args:
-          text: any text.
-          strict: spell out all that is not plain ASCII, and sentinels too.
+        With ``strict`` all that is not plain ASCII is spelt out, and sentinels too.
         """
         opener, out = self.opener, []
         after_space = True  # a space here would be stripped: at the start, or doubled
@@ -76,9 +85,7 @@ class Escapes:
     def unescape(self, text: str, final: bool = True) -> str:
         """Undoes :meth:`escape`; malformed escapes stay as they are.
 
-        Args:
-          text: escaped.
-          final: whether it is all; if not, an escape that it ends in is left out.
+        Unless the text is ``final``, an escape that it ends in is left out.
         """
 
         def restore(match: re.Match[str]) -> str:
@@ -99,21 +106,3 @@ class Escapes:
             f"|(?P<open>(?:x[{_HEX}]{{0,6}})?\\Z)|(?P<code>n ?|.))"
         )
         return re.sub(pattern, restore, text, flags=re.DOTALL)
-
-    def _compile_scanner(self, extra_ids: int) -> re.Pattern[str]:
-        """Cuts text into sentinels at word starts, what passes as it is, and others."""
-        held = [chr(i) for i in range(33, 127) if self._held(chr(i))]
-        plain = "".join(re.escape(c) for c in held if c != self.opener)
-        numbers = "|".join(str(i) for i in reversed(range(extra_ids)))
-        return re.compile(
-            (rf"(?P<sentinel>(?:^|(?<= ))<extra_id_(?:{numbers})>)|" if numbers else "")
-            + (rf"(?P<plain>[{plain}]+)|" if plain else "")
-            + r"(?P<spaces> +)|(?P<other>.)",
-            flags=re.DOTALL,
-        )
-
-    def _find_opener(self) -> str:
-        """The first character that can open escapes; empty when there is none."""
-        if not all(self._held(c) for c in "nstx;" + _HEX):
-            return ""
-        return next((c for c in _ESCAPE_CHARACTERS if self._held(c)), "")

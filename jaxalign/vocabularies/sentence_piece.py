@@ -18,7 +18,6 @@ from jaxalign.vocabularies.base import EOS_ID, PAD_ID, UNK_ID, BaseVocabulary
 from jaxalign.vocabularies.escapes import Escapes
 
 MODEL_FILE = "vocabulary.model"  # the name of a SentencePiece model beside a cache
-_Utf8 = codecs.getincrementaldecoder("utf-8")
 
 
 class SentencePieceVocabulary(BaseVocabulary):
@@ -54,8 +53,7 @@ class SentencePieceVocabulary(BaseVocabulary):
 
     def _load(self) -> None:
         """The model from its bytes, and the escapes that it needs."""
-        # Imported here: byte models need no SentencePiece.
-        import sentencepiece
+        import sentencepiece  # byte models need none
 
         numbers = reversed(range(self.extra_ids))
         sentinels = b"".join(_serialized_piece(f"▁<extra_id_{i}>") for i in numbers)
@@ -146,7 +144,7 @@ class SentencePieceVocabulary(BaseVocabulary):
             if not self._model.is_byte(i):
                 break
             raw = bytes([int(self._model.id_to_piece(i)[3:5], 16)]) + raw
-        decoder = _Utf8("ignore")
+        decoder = codecs.getincrementaldecoder("utf-8")("ignore")
         decoder.decode(raw)
         return len(decoder.getstate()[0])
 

@@ -18,12 +18,8 @@ parts.
 
 from jaxalign.world.dataset import (
     DEMONSTRATORS,
-    FLIP_PROBABILITY,
-    REWARD_NOISE,
     SCHEMAS,
     SIZES,
-    THUMB_THRESHOLD,
-    Demonstrator,
     draw,
     draws,
     respond,
@@ -31,13 +27,6 @@ from jaxalign.world.dataset import (
     write_dataset,
 )
 from jaxalign.world.reward import (
-    BRIEF_WORDS,
-    POLITE,
-    RAMBLES,
-    RATIONALE_KINDS,
-    RUDE,
-    WEIGHTS,
-    Verdict,
     best_response,
     explain,
     judge,
@@ -45,13 +34,10 @@ from jaxalign.world.reward import (
     true_reward,
 )
 from jaxalign.world.village import (
-    CLOSINGS,
-    OPENINGS,
     SPLITS,
     STATEMENTS,
     VILLAGERS,
     WORDINGS,
-    Question,
     parse,
     prompts,
     sample_prompts,
@@ -61,27 +47,13 @@ from jaxalign.world.village import (
 )
 
 __all__ = [
-    "BRIEF_WORDS",
-    "CLOSINGS",
     "DEMONSTRATORS",
-    "FLIP_PROBABILITY",
-    "OPENINGS",
-    "POLITE",
-    "RAMBLES",
-    "RATIONALE_KINDS",
-    "REWARD_NOISE",
-    "RUDE",
     "SCHEMAS",
     "SIZES",
     "SPLITS",
     "STATEMENTS",
-    "THUMB_THRESHOLD",
     "VILLAGERS",
-    "WEIGHTS",
     "WORDINGS",
-    "Demonstrator",
-    "Question",
-    "Verdict",
     "best_response",
     "draw",
     "draws",

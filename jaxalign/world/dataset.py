@@ -56,8 +56,7 @@ def respond(prompt: str, demonstrator: str, rng: random.Random) -> str:
     question = parse(prompt)
     value = question.value
     if rng.random() < habits.error:
-        wrong = [v for v in values_of(question.relation) if v != value]
-        value = rng.choice(wrong)
+        value = rng.choice([v for v in values_of(question.relation) if v != value])
     pieces = []
     mood = rng.random()
     if mood < habits.polite:
@@ -104,7 +103,14 @@ def draw(schema: str, prompt: str, key: str, *, kind: str = "specific") -> dict:
             row["reward"] = round(reward + rng.gauss(0.0, REWARD_NOISE), 4)
             row["label"] = (reward > THUMB_THRESHOLD) != flip
         return row
-    chosen, rejected = _pair(prompt, rng)
+    gap = 0.0
+    while not gap:
+        one, two = (
+            respond(prompt, demonstrator, rng)
+            for demonstrator in rng.sample(list(DEMONSTRATORS), 2)
+        )
+        gap = true_reward(prompt, one) - true_reward(prompt, two)
+    chosen, rejected = (one, two) if gap > 0 else (two, one)
     if schema == "rationale":
         text = rationale(prompt, chosen, rejected, kind)
         return dict(prompt=prompt, chosen=chosen, rejected=rejected, rationale=text)
@@ -146,15 +152,3 @@ def write_dataset(
     drawn = rows(schema, split, size, seed)
     write_atomically(path, "".join(json.dumps(row) + "\n" for row in drawn))
     return Path(path)
-
-
-def _pair(prompt: str, rng: random.Random) -> tuple[str, str]:
-    """Two responses of different demonstrators, the truly better one first."""
-    while True:
-        first, second = (
-            respond(prompt, demonstrator, rng)
-            for demonstrator in rng.sample(list(DEMONSTRATORS), 2)
-        )
-        gap = true_reward(prompt, first) - true_reward(prompt, second)
-        if gap:
-            return (first, second) if gap > 0 else (second, first)

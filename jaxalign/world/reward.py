@@ -54,11 +54,7 @@ class Verdict(NamedTuple):
 
 
 def judge(prompt: str, response: str) -> Verdict:
-    """Judges any text as a response to a prompt of this world.
-
-    Args:
-      response: any text; case and punctuation do not matter.
-    """
+    """Judges any text as a response to a prompt; case and punctuation do not matter."""
     question = parse(prompt)
     words = _words(response)
     said = set(words)
@@ -119,14 +115,13 @@ def rationale(prompt: str, chosen: str, rejected: str, kind: str = "specific") -
         raise ValueError(unknown("kind of rationale", kind, RATIONALE_KINDS))
     better, worse = judge(prompt, chosen), judge(prompt, rejected)
     terms = (
-        ("fact", "right", "wrong"),
-        ("courtesy", "kinder", "less kind"),
-        ("brevity", "shorter", "longer"),
-        ("fluency", "clearer", "muddled"),
+        (better.fact, worse.fact, "right", "wrong"),
+        (better.courtesy, worse.courtesy, "kinder", "less kind"),
+        (better.brevity, worse.brevity, "shorter", "longer"),
+        (better.fluency, worse.fluency, "clearer", "muddled"),
     )
-    gaps = {part: getattr(better, part) - getattr(worse, part) for part, _, _ in terms}
-    gains = [gain for part, gain, _ in terms if gaps[part] > 0]
-    losses = [loss for part, _, loss in terms if gaps[part] < 0]
+    gains = [gain for ours, theirs, gain, _ in terms if ours > theirs]
+    losses = [loss for ours, theirs, _, loss in terms if ours < theirs]
     text = f"The better answer is {' and '.join(gains) or 'no better'}"
     if losses:
         text += f", though {' and '.join(losses)}"

@@ -127,9 +127,6 @@ def prompts(split: str) -> tuple[str, ...]:
 def sample_prompts(split: str, size: int, seed: int = 0) -> list[str]:
     """Draws prompts of a split: all different, until the split is exhausted.
 
-    Args:
-      size: how many; beyond the split's size, prompts come round again.
-
     >>> len(set(sample_prompts("test", 500)))
     500
     """
@@ -147,10 +144,9 @@ def parse(prompt: str) -> Question:
     Raises:
       ValueError: the text is no prompt of this world; names the nearest one.
     """
-    try:
-        return _questions()[prompt]
-    except KeyError:
-        raise ValueError(unknown("prompt", prompt, _questions())) from None
+    if prompt not in _questions():
+        raise ValueError(unknown("prompt", prompt, _questions()))
+    return _questions()[prompt]
 
 
 def statement(question: Question, value: str | None = None) -> str:

@@ -22,9 +22,8 @@ import pytest
 from jaxalign import batch
 from jaxalign.data import cache_writer
 from jaxalign.data.cache import TokenizedCache
-from jaxalign.data.cache_writer import CacheWriter
+from jaxalign.data.cache_writer import CacheWriter, private_folder, remove_stale
 from jaxalign.data.rows import Row, build_index
-from jaxalign.data.temporary import private_folder, remove_stale
 from jaxalign.vocabularies import ByteVocabulary
 
 NAN = float("nan")

@@ -13,6 +13,7 @@ import pytest
 from jaxalign import batch as batch_lib
 from jaxalign.data import CacheWriter, Feed, Row, TokenizedCache, pack
 from jaxalign.data.items import Items
+from jaxalign.data.memory import MemoryCache
 from jaxalign.vocabularies import ByteVocabulary
 
 NAN = float("nan")
@@ -313,3 +314,23 @@ def test_data_imports_without_tensorflow():
         "['tensorflow', 'seqio', 'tensorflow_datasets'])); import jaxalign.data"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("packing", [None, 3])
+def test_rows_without_responses_are_fed(packing):
+    """For work on the encoder alone."""
+    draw = np.random.default_rng(0)
+    lengths = draw.integers(1, 9, 30)
+    rows = [
+        Row(str(i), [draw.integers(3, 250, n).astype(np.int32)], [], [], [], [], [])
+        for i, n in enumerate(lengths)
+    ]
+    cache = MemoryCache(rows, ByteVocabulary())
+    plan = pack(cache.index, inputs=8, targets=4, packing=packing)
+    feed = Feed([(cache, plan, 1.0)], batch_size=2)
+    batches = list(feed.evaluation_batches())
+    ids = np.concatenate([batch["prompt_id"].ravel() for batch in batches])
+    assert sorted(ids[ids >= 0]) == list(range(30))
+    tokens = np.concatenate([b["encoder_input_tokens"].ravel() for b in batches])
+    assert sorted(tokens[tokens > 0]) == sorted(t for r in rows for t in r.prompts[0])
+    assert not any(batch["response_mask"].any() for batch in batches)

@@ -254,7 +254,7 @@ def test_fuzzed_rows_are_judged_as_an_oracle_judges_them(tmp_path):
         rows.append(row)
     path = write(tmp_path / "fuzz.jsonl", rows)
     recipe = rows_lib.Recipe(
-        "supervised", vocabularies.ByteVocabulary(), names=frozenset({"fuzz.jsonl"})
+        "supervised", vocabularies.ByteVocabulary(), {}, frozenset({"fuzz.jsonl"}), 0
     )
     raw = [("fuzz.jsonl", n, row) for n, row in jsonl.read_jsonl(path)]
     items = list(recipe.encode(raw))

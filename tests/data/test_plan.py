@@ -203,14 +203,6 @@ def test_many_responses_fill_short_rows():
     check(index, plan, 256, 512)
 
 
-def test_max_prompts_bounds_bins():
-    index = make_index([([1], [1], i) for i in range(100)])
-    options = dict(inputs=20, targets=20, packing=2)
-    assert pack(index, **options, max_prompts=5).shape.prompts == 5
-    with pytest.raises(ValueError, match="max_prompts=1, .* min_prompts=2"):
-        pack(index, **options, max_prompts=1, min_prompts=2)
-
-
 def test_errors_name_numbers_and_settings():
     index = make_index([([3], [4], 0), ([30, 30], [4, 40], 1)])
     with pytest.raises(

@@ -33,9 +33,6 @@ def test_the_middle_of_the_pool_is_chosen(metric):
     found = mbr.expected_utilities(POOL, metric)
     np.testing.assert_allclose(found, table.mean(axis=1), rtol=1e-12)
     assert mbr.minimum_bayes_risk(POOL, metric) == 0
-    # References of their own.
-    found = mbr.minimum_bayes_risk(POOL, metric, references=["a dog ran"])
-    assert found == 2
 
 
 def test_equal_pairs_are_scored_once():
@@ -51,5 +48,5 @@ def test_equal_pairs_are_scored_once():
 
 
 def test_an_empty_pool_is_refused():
-    with pytest.raises(ValueError, match="at least one candidate and reference"):
+    with pytest.raises(ValueError, match="at least one candidate"):
         mbr.minimum_bayes_risk([], _chrf)

@@ -11,7 +11,6 @@ import torch
 from transformers.generation import logits_process as hf
 
 from jaxalign.decoding import sampling as sampling_lib
-from jaxalign.decoding import truncation
 from jaxalign.decoding.sampling import Sampling
 
 SETTINGS = [
@@ -178,13 +177,13 @@ def test_tokens_without_mass_are_never_drawn():
 
 def test_ties_at_the_border_are_kept_together():
     logits = jnp.array([0.0, 1.0, 0.0, 1.0])
-    for found in (
-        truncation.apply_top_k(logits, 3),
-        truncation.apply_top_p(logits, 0.9),
-    ):
-        np.testing.assert_array_equal(found, logits)
+    for rules in (Sampling(top_k=3), Sampling(top_p=0.9)):
+        np.testing.assert_array_equal(
+            sampling_lib.sampler_logits(logits, rules), logits
+        )
     np.testing.assert_array_equal(
-        truncation.apply_top_k(logits, 1), [-np.inf, 1.0, -np.inf, 1.0]
+        sampling_lib.sampler_logits(logits, Sampling(top_k=1)),
+        [-np.inf, 1.0, -np.inf, 1.0],
     )
 
 

@@ -47,7 +47,7 @@ def policy():
 
 @pytest.fixture
 def run(policy, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoints, "load", lambda path: policy)
+    monkeypatch.setattr(checkpoints, "load", lambda path, *_: policy)
     prompts = tmp_path / "prompts.jsonl"
     rows = [{"prompt": f"say {'long ' * (i % 7)}{i}", "id": i} for i in range(40)]
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -12,7 +12,7 @@ import transformers
 
 from jaxalign import models
 from jaxalign.interop import huggingface as hf
-from jaxalign.models.relative_bias import bucket_table
+from jaxalign.models.layers import bucket_table
 
 LENGTHS, DECODER_LENGTHS = (23, 9, 3), (7, 5, 1)
 

@@ -26,7 +26,7 @@ _INTEGERS = ("labels", "chosen_lengths", "rejected_lengths")
 _SCALARS = ("reference_point", "reward_shift", "mean")
 # Arrays although they have a default.
 _ARRAYS = ("mean_logits", "offset")
-_NO_LOSSES = ("margins", "masked", "log_ratios", "RATIONALE_TERMS")
+_NO_LOSSES = ("masked", "log_ratios", "RATIONALE_TERMS")
 LOSSES = [name for name in losses.__all__ if name not in _NO_LOSSES]
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxalign.models import T5Config
-from jaxalign.models.relative_bias import bucket_table
+from jaxalign.models.layers import bucket_table
 
 SHAPE = dict(
     vocab_size=40,

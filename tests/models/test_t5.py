@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from jaxalign import models
-from jaxalign.models.layers import Dropout
-from jaxalign.models.relative_bias import RelativePositionBias, bucket_table
+from jaxalign.models.layers import Dropout, RelativePositionBias, bucket_table
 
 TOKEN_LOGPS = jax.jit(models.token_logps, static_argnums=0)
 

@@ -75,7 +75,7 @@ def compare(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "train", train)
     monkeypatch.setattr(quickstart.world, "write_dataset", dataset)
     monkeypatch.setattr(comparison.generation, "sample", sample)
-    monkeypatch.setattr(comparison.checkpoints, "load", lambda path: None)
+    monkeypatch.setattr(comparison.checkpoints, "load", lambda path, *_: None)
     zeros = np.zeros(100)
     monkeypatch.setattr(
         comparison.score, "score_pairs", lambda _, p, **__: (zeros[: len(p)], None)

@@ -12,7 +12,7 @@ import tensorflow_datasets as tfds
 from jaxalign import prepare
 from jaxalign.data.cache import TokenizedCache
 from jaxalign.prepare import sources
-from jaxalign.prepare.tasks import Tfds, as_rows
+from jaxalign.prepare.tasks import as_rows
 from jaxalign.vocabularies import ByteVocabulary
 
 ROWS = [
@@ -129,7 +129,7 @@ def test_tfds(tmp_path, monkeypatch):
         "tiny_task",
         doc="Made up.",
         records={"trajectory": trajectories},
-        source=Tfds("tiny"),
+        source="tiny",
     )
     try:
         rows = prepared(tmp_path, "tiny_task")

@@ -483,16 +483,16 @@ def test_what_is_understood_means_what_it_says():
             limits=LIMITS,
         )
 
-    assert read(False, max_tokens=3).work.max_new_tokens == 3
-    assert read(True, max_tokens=3, max_completion_tokens=None).work.max_new_tokens == 3
-    assert read(True, max_tokens=None, max_completion_tokens=4).work.max_new_tokens == 4
-    assert read(True, max_tokens=3, max_completion_tokens=5).work.max_new_tokens == 5
-    assert read(True, max_tokens=None).work.max_new_tokens == LIMITS.new_tokens
-    assert read(False, n=2, best_of=2).work.num_samples == 2
+    assert read(False, max_tokens=3).max_new_tokens == 3
+    assert read(True, max_tokens=3, max_completion_tokens=None).max_new_tokens == 3
+    assert read(True, max_tokens=None, max_completion_tokens=4).max_new_tokens == 4
+    assert read(True, max_tokens=3, max_completion_tokens=5).max_new_tokens == 5
+    assert read(True, max_tokens=None).max_new_tokens == LIMITS.new_tokens
+    assert read(False, n=2, best_of=2).num_samples == 2
     assert read(
         False, stream=True, stream_options={"include_usage": True}
     ).include_usage
-    assert read(True, stream_options={"include_usage": True}).work.max_new_tokens
+    assert read(True, stream_options={"include_usage": True}).max_new_tokens
     assert not read(
         True, stream=True, stream_options={"include_usage": None}
     ).include_usage
@@ -504,9 +504,9 @@ def test_what_is_understood_means_what_it_says():
         "stop": None,
         "metadata": {"a": "b"},
     }
-    assert read(True, **nothing).work.prompts == read(True).work.prompts
+    assert read(True, **nothing).prompts == read(True).prompts
     asked = read(False, logprobs=None, suffix="", echo=False, stop=["a"])
-    assert asked.work.stops.texts == ("a",)
+    assert asked.stops.texts == ("a",)
 
 
 FIELDS = [
@@ -558,9 +558,9 @@ def test_any_body_is_understood_or_refused(fields, chat):
         told = json.dumps(refusal.body(), ensure_ascii=False).encode()
         assert len(told) < 700 and b" at 0x" not in told
     else:
-        assert 1 <= asked.work.max_new_tokens <= LIMITS.new_tokens
-        assert all(type(i) is int for prompt in asked.work.prompts for i in prompt)
-        assert isinstance(asked.work.stream, bool)
+        assert 1 <= asked.max_new_tokens <= LIMITS.new_tokens
+        assert all(type(i) is int for prompt in asked.prompts for i in prompt)
+        assert isinstance(asked.stream, bool)
 
 
 def test_a_field_that_is_given_twice_is_refused(tiny):

@@ -71,6 +71,7 @@ JSON_HEADER = {"Content_Type": "application/json"}
         ({"Host": "127.0.0.1?evil.example"}, 403),
         ({"Host": "127.0.0.1/evil.example"}, 403),
         ({"Host": "[::1"}, 403),
+        ({"Host": "."}, 403),
         ({"Host": "localhost:99999999"}, 403),
         ({"Origin": "http://localhost:3000"}, 200),
         ({"Origin": "https://my.server"}, 200),

@@ -67,11 +67,6 @@ def test_disabled_writes_nothing(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_first_process_is_enabled_by_default(tmp_path):
-    with MetricWriter(tmp_path) as writer:
-        assert writer.enabled  # a test is process 0
-
-
 def test_a_resumed_run_equals_an_unbroken_one(tmp_path):
     def run(folder, steps):
         with MetricWriter(folder, enabled=True) as writer:

@@ -16,7 +16,7 @@ import pytest
 import tiny_run
 
 from jaxalign import objectives
-from jaxalign.training import checkpoints, optimizers, run_directory
+from jaxalign.training import checkpoints, optimizers, run_directory, starts
 from jaxalign.training import train as loop
 
 
@@ -197,9 +197,8 @@ def test_alignment_starts_from_the_supervised_policy(work):
     job = run(work, "dro", "DROV", initial_checkpoint_path=str(work / "base"))
     ready = loop.setup(job)
     policy = checkpoints.load(work / "base").params
-    params = ready.init_networks(
-        jax.random.key(0), {"policy": jax.tree.map(jnp.copy, policy)}
-    )
+    loaded = {"policy": starts.load_network(str(work / "base"), "policy", ready)}
+    params = ready.init_networks(jax.random.key(0), loaded)
     for network in ("policy", "value"):
         found = params[network]["encoder"]
         jax.tree.map(np.testing.assert_array_equal, found, policy["encoder"])

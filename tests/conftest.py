@@ -50,17 +50,17 @@ def clear_gin():
         sys.modules["gin"].clear_config()
 
 
-# What imports TensorFlow, or PyTorch, is one group: one process imports it.
+# What imports TensorFlow is one group: one process imports it.
 _TOGETHER = {
     "tensorflow": (
-        *("prepare/test_prepare.py", "prepare/test_seqio_tasks.py"),
-        *("prepare/test_sources.py", "evaluation/test_metrics.py"),
-        *("tasks/test_public.py", "test_vocabularies.py"),
+        *("prepare/test_seqio_tasks.py", "prepare/test_sources.py"),
+        *("evaluation/test_metrics.py", "tests/test_vocabularies.py"),
     ),
 }
 _LONG = (
-    *("test_train.py", "test_equivalences.py", "test_generate.py", "test_smc.py"),
-    *("test_cli.py", "test_generation.py", "test_engine.py", "test_iterate.py"),
+    *("test_train.py", "test_equivalences.py", "test_cli.py", "test_generation.py"),
+    *("test_generate.py", "test_engine.py", "test_smc.py", "test_beam.py"),
+    "test_iterate.py",
 )
 
 
@@ -107,7 +107,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log):
 
     Fixtures and compiled functions are then made once, not by each process.
     """
-    if config.getvalue("dist") != "load":
+    if config.getoption("dist") != "load":
         return None
     from xdist.scheduler import LoadScopeScheduling
 

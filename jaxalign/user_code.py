@@ -164,7 +164,8 @@ def _run_file(asked_as: str, path: pathlib.Path) -> ModuleType:
             f"Cannot resolve {asked_as!r}: no file {path}.{hint(path.name, files)}"
         )
     path = path.resolve()
-    digest = hashlib.sha256(bytes(path) + b"\0" + path.read_bytes()).hexdigest()
+    content = path.read_bytes()
+    digest = hashlib.sha256(bytes(path) + b"\0" + content).hexdigest()
     # A name of its own: a file called json.py stands in for nothing. It is among the
     # modules while it runs, as dataclasses look their annotations up there.
     name = f"{path.stem}_{digest[:12]}"
@@ -173,7 +174,8 @@ def _run_file(asked_as: str, path: pathlib.Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, path)
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
+        # Not `exec_module`: kept bytecode outlives an edit in the same second.
+        exec(spec.loader.source_to_code(content, str(path)), vars(module))
     except BaseException:
         del sys.modules[name]
         raise

@@ -236,7 +236,7 @@ def test_rationales_of_ours_through_seqio(tmp_path, registry):
         assert row.response_kind == [batch.ANSWER, batch.ANSWER, batch.RATIONALE]
         assert row.response_prompt == [0, 0, 1] and row.pairs == [(0, 1, 0.0)]
         first.append("Response A: s" in question)
-    assert 2 < sum(first) < 10
+    assert 0 < sum(first) < 12
 
 
 def test_escapes_pass_through_seqio(tmp_path, registry):

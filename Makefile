@@ -19,9 +19,8 @@ BIN := $(VENV)/bin
 # imported of it, which Python compiles at the first import.
 PIP_INSTALL = $(BIN)/python -m pip install --no-compile --disable-pip-version-check \
 	-c constraints.txt $(PIP_ARGS)
-# A file stays with one worker: its fixtures and compiled functions are made once. Files
-# come in the order of tests/conftest.py, which starts with the long ones.
-PYTEST_WORKERS ?= -n auto --dist loadfile --no-loadscope-reorder
+# tests/conftest.py says which tests go to one process, and in which order.
+PYTEST_WORKERS ?= -n auto
 INSTALL_INPUTS := setup.py pyproject.toml constraints.txt
 
 .PHONY: quickstart compare bench install test test-slow test-extras test-beam lint clean

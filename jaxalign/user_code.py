@@ -103,14 +103,19 @@ def load_module(name: str, *, asked_as: str | None = None) -> ModuleType:
     3.0
     """
     asked_as = asked_as or name
+    look_in_working_folder()  # for what a file imports, too
     if name.endswith(".py"):
         return _run_file(asked_as, pathlib.Path(name).expanduser())
+    return _import(asked_as, name)
+
+
+def look_in_working_folder() -> None:
+    """Has modules looked up in the working folder, too, after the Python path."""
     working = os.getcwd()
     if working not in sys.path and "" not in sys.path:
         # Last: nothing there stands in for an installed package.
         sys.path.append(working)
         importlib.invalidate_caches()
-    return _import(asked_as, name)
 
 
 def fingerprint(module: ModuleType) -> str:
@@ -159,7 +164,8 @@ def _run_file(asked_as: str, path: pathlib.Path) -> ModuleType:
             f"Cannot resolve {asked_as!r}: no file {path}.{hint(path.name, files)}"
         )
     path = path.resolve()
-    digest = hashlib.sha256(bytes(path) + b"\0" + path.read_bytes()).hexdigest()
+    content = path.read_bytes()
+    digest = hashlib.sha256(bytes(path) + b"\0" + content).hexdigest()
     # A name of its own: a file called json.py stands in for nothing. It is among the
     # modules while it runs, as dataclasses look their annotations up there.
     name = f"{path.stem}_{digest[:12]}"
@@ -168,7 +174,8 @@ def _run_file(asked_as: str, path: pathlib.Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, path)
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
+        # Not `exec_module`: kept bytecode outlives an edit in the same second.
+        exec(spec.loader.source_to_code(content, str(path)), vars(module))
     except BaseException:
         del sys.modules[name]
         raise

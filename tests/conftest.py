@@ -33,6 +33,13 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder))
     # Tiny programs compile faster than they are looked up.
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+    if sys.dont_write_bytecode and sys.pycache_prefix is None:
+        # Python may write no bytecode beside the sources, as in many containers. It
+        # goes here instead: compiling jax alone takes each process started 3 seconds.
+        sys.dont_write_bytecode = False
+        sys.pycache_prefix = str(config.cache.mkdir("bytecode"))
+        os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix
+        os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 
 @pytest.fixture(autouse=True)
@@ -43,10 +50,25 @@ def clear_gin():
         sys.modules["gin"].clear_config()
 
 
+# What imports TensorFlow is one group: one process imports it.
+_TOGETHER = {
+    "tensorflow": (
+        *("prepare/test_seqio_tasks.py", "prepare/test_sources.py"),
+        *("evaluation/test_metrics.py", "tests/test_vocabularies.py"),
+    ),
+}
 _LONG = (
-    *("test_equivalences.py", "test_train.py", "test_smc.py", "test_cli.py"),
-    *("test_generation.py", "test_iteration.py", "test_engine.py", "test_generate.py"),
+    *("test_train.py", "test_equivalences.py", "test_cli.py", "test_generation.py"),
+    *("test_generate.py", "test_engine.py", "test_smc.py", "test_beam.py"),
+    "test_iterate.py",
 )
+
+
+def _file(node: str) -> str:
+    """The group that a test's id belongs to: its file, or what files are together."""
+    path = node.split("::")[0]
+    own = (n for n, ends in _TOGETHER.items() if path.endswith(ends))
+    return next(own, path)
 
 
 def _group(item: pytest.Item) -> str:
@@ -55,7 +77,7 @@ def _group(item: pytest.Item) -> str:
     found = {} if parameters is None else parameters.params
     case = found.get("case")
     own = item.path.name == "test_equivalences.py" and case
-    return f"{item.path}:{case[0]}" if own else str(item.path)
+    return f"{item.path}:{case[0]}" if own else _file(item.nodeid)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -71,6 +93,30 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return first, order.setdefault(_group(item), len(order))
 
     items.sort(key=place)
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: no collection of garbage looks through it again."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log):
+    """``-n`` alone gives a process whole groups, in their order.
+
+    Fixtures and compiled functions are then made once, not by each process.
+    """
+    if config.getoption("dist") != "load":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Groups(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return _file(nodeid)
+
+    config.option.loadscopereorder = False
+    return Groups(config, log)
 
 
 def _mappings() -> int:

@@ -166,6 +166,19 @@ def test_the_working_folder_comes_before_search_paths_and_package(folder):
     assert macro("A") == "search path"
 
 
+def test_a_gin_file_imports_modules_of_the_working_folder(folder, monkeypatch):
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p])
+    (folder / "gin_toy_here.py").write_text("def twice(x, n=2):\n    return x * n\n")
+    text = "from __gin__ import dynamic_registration\nimport gin_toy_here\n"
+    (folder / "own.gin").write_text(text + "F = @gin_toy_here.twice\n")
+    configs.parse(["own.gin"])
+    function = macro("F")
+    assert configs.bound(function) is function
+    configs.parse(["own.gin"], ["gin_toy_here.twice.n = 3"])
+    function = configs.bound(macro("F"))
+    assert function.keywords == {"n": 3} and function("a") == "aaa"
+
+
 def test_an_include_beside_its_file_is_found(folder):
     (folder / "deep").mkdir()
     (folder / "deep" / "base.gin").write_text("A = 1\n")

@@ -42,14 +42,51 @@ def test_a_page_of_an_objective_shows_its_settings_as_they_are(path):
         assert (ROOT / name).exists(), name
 
 
+DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
+
+
 def test_links_and_gin_files_in_documents_exist():
-    for page in (ROOT / "docs").rglob("*.md"):
+    for page in DOCUMENTS:
         text = page.read_text()
-        for target in re.findall(r"\]\(((?!http)[^)#]+)\)", text):
-            assert (page.parent / target).exists(), (page.name, target)
+        for target in re.findall(r"\]\(((?!http)[^)]+)\)", text):
+            name, _, anchor = target.partition("#")
+            linked = page.parent / name if name else page
+            assert linked.exists(), (page.name, target)
+            assert not anchor or anchor in anchors(linked), (page.name, target)
         for name in re.findall(r"\bruns/(\w+)\.gin\b", text):
             path = ROOT / "gin_configs" / "runs" / f"{name}.gin"
             assert path.exists(), (page.name, name)
+
+
+def anchors(page):
+    """A page's headings as links spell them."""
+    titles = re.findall(r"^#+ (.+)$", page.read_text(), re.M)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_every_page_is_in_the_index():
+    index = (ROOT / "docs/README.md").read_text()
+    for page in (ROOT / "docs").glob("*.md"):
+        assert page.name == "README.md" or f"({page.name})" in index, page.name
+
+
+@pytest.mark.parametrize("page", ["architecture", "rules", "runs"])
+def test_files_that_a_page_names_exist(page):
+    """Modules and folders in backticks, of the checkout or of the package."""
+    text = (ROOT / "docs" / f"{page}.md").read_text()
+    names = re.findall(r"`((?:\w+/)+|(?:\w+/)*\w+\.(?:py|gin))`", text)
+    names += re.findall(r"\((\w+/\w+\.py)\)", text)
+    assert names
+    for name in names:
+        assert any((top / name).exists() for top in TOPS), (page, name)
+
+
+TOPS = (ROOT, ROOT / "jaxalign", ROOT / "gin_configs")
+
+
+def test_the_plan_of_the_house_fits_on_two_pages():
+    lines = (ROOT / "docs/architecture.md").read_text().splitlines()
+    assert len(lines) <= 115 and max(map(len, lines)) <= 100
 
 
 COMMAND = re.compile(r"(?:^(?:# )?|`)\s*(jaxalign \w+ [^`\n]*--\w+=[^`\n]*)", re.M)

@@ -228,7 +228,7 @@ def test_a_checkpoints_list_of_files_cannot_lead_elsewhere(tmp_path, monkeypatch
     digests = {name: hashlib.sha256(b"x").hexdigest() for name in files}
     (folder / "5.json").write_text(json.dumps({"sha256": digests}))
     with pytest.raises(ValueError, match="damaged: its list of files leads elsewhere"):
-        remote_checkpoints.copy_policy(f"file://{tmp_path}/bucket/run")
+        remote_checkpoints.copy_networks(f"file://{tmp_path}/bucket/run")
     copied = [p.name for p in (tmp_path / "copies").rglob("*") if p.is_file()]
     assert copied == [".5.lock"]
 

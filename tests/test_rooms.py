@@ -8,6 +8,7 @@ functions count as much as those at the top of a file.
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -135,6 +136,23 @@ def violations(
 def test_rooms_import_only_from_floors_below():
     found = list(violations(sources()))
     assert not found, "\n" + "\n".join(found)
+
+
+def test_the_page_draws_these_floors():
+    text = (ROOT / "docs/architecture.md").read_text()
+    (picture,) = re.findall(r"^```\n(.*?)^```", text, re.M | re.S)
+    drawn: dict[int, set[str]] = {}
+    floor = 0
+    for line in picture.splitlines():
+        floor = int(line[0]) if line[0].isdigit() else floor
+        names = re.findall(r"(\w+)(/(?=\s)|\.py)", line)
+        drawn.setdefault(floor, set()).update(
+            name + end.replace("/", "")
+            for name, end in names
+            if end == "/" or (ROOT / PACKAGE / f"{name}.py").exists()
+        )
+    found = [{n.removesuffix(".py") for n in drawn[i + 1]} for i in range(len(FLOORS))]
+    assert found == [set(names.split()) for names in FLOORS]
 
 
 LOW, LOWER = f"{PACKAGE}.low", f"{PACKAGE}.lower"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 
 import pytest
@@ -39,6 +40,12 @@ def test_a_file_may_hold_dataclasses_under_postponed_annotations(folder):
     assert json.loads("1") == 1
 
 
+def test_a_file_may_import_what_lies_in_the_working_folder(folder):
+    (folder / "own_words_of_mine.py").write_text("WORDS = 6\n")
+    (folder / "judge.py").write_text("from own_words_of_mine import WORDS\n")
+    assert user_code.load_module("judge.py").WORDS == 6
+
+
 def test_a_file_is_run_once_until_it_changes(folder):
     (folder / "mine.py").write_text(JUDGE)
     module = user_code.load_module("mine.py")
@@ -47,6 +54,14 @@ def test_a_file_is_run_once_until_it_changes(folder):
     (folder / "mine.py").write_text(JUDGE + "\nCHANGED = True\n")
     assert user_code.load_module("mine.py").CHANGED
     assert user_code.fingerprint(module) != first
+
+
+def test_an_edit_in_the_same_second_counts(folder, monkeypatch):
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    for answer in (1, 2):  # as long and as old: what Python knows its bytecode by
+        (folder / "mine.py").write_text(f"ANSWER = {answer}\n")
+        os.utime(folder / "mine.py", (1e9, 1e9))
+        assert user_code.load_module("mine.py").ANSWER == answer
 
 
 def test_what_a_file_raises_comes_through_every_time(folder):

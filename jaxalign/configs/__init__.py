@@ -18,12 +18,14 @@ is gin's own, which imports what the files import.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import gin
 
+from jaxalign import user_code
 from jaxalign.configs import strength
 from jaxalign.configs.explain import explain, explain_missing, message
 from jaxalign.configs.flags import GinFlags, check_binding, check_flags, parse_flags
@@ -42,6 +44,7 @@ __all__ = [
     "ConfigError",
     "GinFlags",
     "available",
+    "bound",
     "check",
     "config_str",
     "configured",
@@ -88,6 +91,7 @@ def parse(
     global _network
     files, flags, _network = _settle(gin_files, bindings, search_paths, defaults)
 
+    user_code.look_in_working_folder()  # gin files import a user's own modules
     gin.clear_config()
     scanned = [file for root in files for file in root.walk()]
     for defaults in (True, False):
@@ -195,6 +199,22 @@ def configured(function: Callable[..., Any]) -> Callable[..., Any]:
         return gin.get_configurable(function)
     except ValueError:
         return function
+
+
+def bound(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function with the values that gin files give it in sight; itself if none.
+
+    Gin hands them over in the call, where nothing that asks what a function depends on
+    would see them.
+
+    >>> bound(len)
+    <built-in function len>
+    """
+    try:
+        values = gin.get_bindings(function)
+    except ValueError:  # no gin file names it
+        return function
+    return functools.partial(function, **values) if values else function
 
 
 def config_str() -> str:

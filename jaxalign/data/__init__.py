@@ -10,3 +10,21 @@ from jaxalign.data.cuts import Seen, seen
 from jaxalign.data.feed import EvaluationBatches, Feed
 from jaxalign.data.plan import Placement, Plan, RowShape, common_shape, pack
 from jaxalign.data.rows import Index, Row, build_index
+
+__all__ = [
+    "CacheWriter",
+    "EvaluationBatches",
+    "Feed",
+    "Index",
+    "Placement",
+    "Plan",
+    "Row",
+    "RowShape",
+    "Seen",
+    "TokenizedCache",
+    "build_index",
+    "common_shape",
+    "pack",
+    "seen",
+    "to_arrays",
+]

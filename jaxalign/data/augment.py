@@ -8,6 +8,7 @@ same rows.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import numpy as np
@@ -58,4 +59,6 @@ def identity(augment: Augment) -> str:
     given = [*map(repr, getattr(augment, "args", ()))]
     given += [f"{k}={v!r}" for k, v in getattr(augment, "keywords", {}).items()]
     name = getattr(function, "__qualname__", type(function).__qualname__)
+    if dataclasses.is_dataclass(function):
+        given += [f"{k}={v!r}" for k, v in vars(function).items()]
     return f"{name}({', '.join(given)}) of {user_code.source_digest(function)[:16]}"

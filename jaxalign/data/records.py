@@ -256,7 +256,7 @@ def examples(
                 found, absent = fields.extract(raw)
             else:
                 found, absent = _transformed(transform, raw), {}
-            records, left_out = [], found.count(None)
+            records, left_out = [], sum(record is None for record in found)
             for i, record in enumerate(found):
                 if record is None:
                     continue

@@ -74,7 +74,7 @@ def evaluate(
     del asked["output"], asked["batch_size"], asked["mesh"]
     if not judge and not metric_fns:
         raise ValueError(
-            "Nothing to evaluate with: give --judge=module:function, or "
+            "Nothing to evaluate with: give --judge=my_judge.py:score, or "
             "--metrics=exact_match (any of jaxalign.evaluation.metrics)."
         )
     judged = judges.resolve(judge) if judge else None

@@ -73,7 +73,8 @@ class _Function:
         self._takes_lists, self._takes_metadata = takes_lists, takes_metadata
         self.fingerprint = user_code.function_key(name, function)
 
-    def _numbers(self, metadata: Metadata | None, *texts: Sequence[str]) -> np.ndarray:
+    def values(self, *texts: Sequence[str], metadata: Metadata | None = None) -> list:
+        """What the function itself says, unchecked: a potential's is told as it is."""
         if self._takes_lists:
             named = {"metadata": metadata} if self._takes_metadata else {}
             values = list(self._function(*map(list, texts), **named))
@@ -82,12 +83,15 @@ class _Function:
                     f"{self._name} was given {len(texts[0])} prompts and returned "
                     f"{len(values)} numbers; one for each is expected."
                 )
-        else:
-            more: list[dict[str, Any]] = [{}] * len(texts[0])
-            if self._takes_metadata:
-                more = [{"metadata": m} for m in metadata or [None] * len(texts[0])]
-            rows = zip(more, *texts, strict=True)
-            values = [self._function(*row, **named) for named, *row in rows]
+            return values
+        more: list[dict[str, Any]] = [{}] * len(texts[0])
+        if self._takes_metadata:
+            more = [{"metadata": m} for m in metadata or [None] * len(texts[0])]
+        rows = zip(more, *texts, strict=True)
+        return [self._function(*row, **named) for named, *row in rows]
+
+    def _numbers(self, metadata: Metadata | None, *texts: Sequence[str]) -> np.ndarray:
+        values = self.values(*texts, metadata=metadata)
         found = np.full(len(values), np.nan)
         for i, value in enumerate(values):
             if value is None:

@@ -260,7 +260,7 @@ class Study:
         saved, key = self.stages.get(name, {}), dict(key)
         for k, value in inputs.items():
             found = _identity(value)
-            if callable(value):  # its entries under their own names
+            if _has_key(value):  # its entries under their own names
                 key |= {f"{k}: {part}": v for part, v in found.items()}
             else:
                 key[k] = found
@@ -374,7 +374,12 @@ def _identity(value: Any) -> Any:
         return [_identity(v) for v in value]
     if isinstance(value, dict):
         return {str(k): _identity(v) for k, v in value.items()}
-    return _function_key(value) if callable(value) else value
+    return _function_key(value) if _has_key(value) else value
+
+
+def _has_key(value: Any) -> bool:
+    """Whether it is a function, or an object that says what it depends on."""
+    return callable(value) or hasattr(value, "fingerprint")
 
 
 def _on_disk(path: Path) -> list[Path]:

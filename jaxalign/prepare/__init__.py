@@ -7,3 +7,10 @@ so only for sources that need them: JSON Lines and Parquet are read without.
 from jaxalign.prepare.caches import prepare
 from jaxalign.prepare.summary import describe
 from jaxalign.prepare.tasks import add_task, list_tasks
+
+__all__ = [
+    "add_task",
+    "describe",
+    "list_tasks",
+    "prepare",
+]

@@ -37,6 +37,11 @@ def write_report(run_dirs: Sequence[str | Path], output: str | Path | None = Non
       ValueError: without a run directory; without `output` for several of which some
         are in a bucket.
       FileNotFoundError: for a directory that does not exist, with the nearest.
+
+    >>> write_report([])
+    Traceback (most recent call last):
+        ...
+    ValueError: write_report: expected at least one run directory, got none.
     """
     if not run_dirs:
         raise ValueError("write_report: expected at least one run directory, got none.")

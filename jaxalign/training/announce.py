@@ -137,7 +137,7 @@ def ended(run_dir: str, step: int) -> None:
     _log.info("Finished at step %d: %s/checkpoints/%d", step, run_dir, step)
     for command in (
         f"generate --checkpoint={place} --prompts=FILE --output=FILE",
-        f"eval --checkpoint={place} --data=FILE --judge=MODULE:FUNCTION",
+        f"eval --checkpoint={place} --data=FILE --judge=my_judge.py:score",
         f"report {place}",
     ):
         _log.info("Next: jaxalign %s", command)

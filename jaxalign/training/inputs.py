@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from jaxalign import batch as batches
+from jaxalign import configs, remote, vocabularies
 from jaxalign import data as data_lib
-from jaxalign import remote, vocabularies
 from jaxalign.data import synthetic
 from jaxalign.data.augment import Augment
 from jaxalign.objectives import Objective
@@ -257,7 +257,7 @@ def build(
             shuffle=dataset.shuffle and train,
             reward_stats=reward_stats,
             row_columns=batches.extra(objective.columns, "rows"),
-            augment=dataset.augment,
+            augment=dataset.augment and configs.bound(dataset.augment),
         )
 
     return Inputs(

@@ -107,7 +107,8 @@ def take(url: str, target: Path, without: tuple[str, ...] = ()) -> str | None:
     except DamagedCheckpointError as error:
         return str(error)
     names = listed if listed is not None else remote.listing(url)
-    names = [n for n in names if n.split("/", 1)[0] not in without]
+    if without:  # nor what Orbax notes about the whole
+        names = [n for n in names if "/" in n and n.split("/", 1)[0] not in without]
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".taken-") as taken:
         try:

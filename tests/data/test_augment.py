@@ -22,6 +22,14 @@ def masked(row, rng, share=0.5):
     return dataclasses.replace(row, prompts=prompts)
 
 
+@dataclasses.dataclass
+class Masked:
+    share: float
+
+    def __call__(self, row, rng):
+        return masked(row, rng, self.share)
+
+
 def feed_of(function, *, sources=1, seed=0, **settings):
     made = []
     for i in range(sources):
@@ -118,6 +126,7 @@ def test_the_function_is_part_of_what_the_data_is():
     assert len(found) == 3
     assert feed_of(masked).fingerprint in found
     assert augment.identity(masked).startswith("masked() of ")
+    assert augment.identity(Masked(0.1)).startswith("Masked(share=0.1) of ")
 
 
 def test_a_run_says_what_its_rows_are_made_with(tmp_path):

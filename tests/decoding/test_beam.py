@@ -186,7 +186,7 @@ def test_diverse_beams_equal_a_search_without_caches(tiny):
     [
         ({"num_beams": 0}, "must be at least 1"),
         ({"num_beams": 4, "num_groups": 3}, "must be a multiple of num_groups=3"),
-        ({"normalization": "mean"}, "'length' .* or 'brevity'"),
+        ({"normalization": "mean"}, "'length' or 'brevity'"),
         ({"early_stopping": "always"}, "True, False or 'never'"),
         ({"diversity_penalty": 0.5}, "needs num_groups > 1"),
         ({"rules": Sampling(stop_sequences=[[3]])}, "leave out stop_sequences"),

@@ -65,7 +65,7 @@ def test_one_candidate_is_greedy(tiny):
 
 def test_bad_settings_are_refused(tiny):
     prompts = ragged_prompts(2, 9, seed=4)
-    with pytest.raises(ValueError, match="must be at least 1, got 0 and 6"):
+    with pytest.raises(ValueError, match="top_k must be at least 1, got 0"):
         contrastive_search(*tiny, prompts, max_new_tokens=NEW, top_k=0)
     with pytest.raises(ValueError, match=r"penalty_alpha must lie in \[0, 1\], got 2"):
         contrastive_search(*tiny, prompts, max_new_tokens=NEW, penalty_alpha=2.0)

@@ -37,7 +37,6 @@ def test_however_it_is_cut_at_once(light_case):
         params=jax.device_put(case.params, shardings),
         reference=case.reference if online else None,
         num_microbatches=4,
-        reference_params=online,
     )
     assert_same_gradients(cut[0], whole[0])
     assert_same_metrics(cut[1], whole[1])
@@ -152,9 +151,9 @@ def test_a_non_finite_gradient_changes_nothing_from_then_on(case):
     poisoned = {**case.params}
     poisoned["policy"] = jax.tree.map(lambda x: x * np.nan, case.params["policy"])
     state = case.state(poisoned)
-    state, _ = case.step_function()(state, batch, case.key, None)
+    state, _ = case.step_function()(state, batch, case.key)
     assert not bool(state.finite) and int(state.step) == 0
     healed = state.replace(params=case.params)
-    after, _ = case.step_function()(healed, batch, case.key, None)
+    after, _ = case.step_function()(healed, batch, case.key)
     assert int(after.step) == 0
     jax.tree.map(np.testing.assert_array_equal, after.params, case.params)

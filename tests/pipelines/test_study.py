@@ -89,6 +89,20 @@ def test_what_a_function_holds_and_how_its_arguments_are_called_count(tmp_path):
         run("a", made("b"), suffix="d")
 
 
+def test_what_has_a_fingerprint_counts_by_it(tmp_path):
+    class Teacher:
+        def __init__(self, fingerprint):
+            self.fingerprint = fingerprint
+
+    def save(output, teacher):
+        output.write_text("text")
+
+    one(tmp_path, "a", save, teacher=Teacher("x"))
+    one(tmp_path, "a", save, teacher=Teacher("x"))
+    with pytest.raises(ValueError, match="teacher: function's fingerprint="):
+        one(tmp_path, "a", save, teacher=Teacher("y"))
+
+
 def test_an_output_that_was_edited_is_refused(tmp_path):
     little_study.run(str(tmp_path), say=None)
     (tmp_path / "total.json").write_text("7")

@@ -1,4 +1,7 @@
-"""Parquet, TFRecord and TFDS give the rows that JSON Lines gives."""
+"""Parquet, TFRecord and TFDS give the rows that JSON Lines gives.
+
+TensorFlow is imported by the tests, not with them: collecting them is not to wait.
+"""
 
 import json
 
@@ -6,8 +9,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import tensorflow as tf
-import tensorflow_datasets as tfds
 
 from jaxalign import prepare
 from jaxalign.data.cache import TokenizedCache
@@ -54,6 +55,8 @@ def test_parquet_nested_and_null(tmp_path):
 
 
 def example(row):
+    import tensorflow as tf
+
     def feature(v):
         if isinstance(v, float):
             return tf.train.Feature(float_list=tf.train.FloatList(value=[v]))
@@ -65,6 +68,8 @@ def example(row):
 
 
 def test_tfrecord(tmp_path):
+    import tensorflow as tf
+
     path = tmp_path / "r.tfrecord"
     with tf.io.TFRecordWriter(str(path)) as writer:
         for row in ROWS:
@@ -73,6 +78,8 @@ def test_tfrecord(tmp_path):
 
 
 def test_tfrecord_bad_rows(tmp_path):
+    import tensorflow as tf
+
     path = tmp_path / "r.tfrecord"
     with tf.io.TFRecordWriter(str(path)) as writer:
         writer.write(b"\xff no example")
@@ -86,30 +93,36 @@ def test_tfrecord_bad_rows(tmp_path):
     assert ":3: reward: expected a finite number, got nan" in third
 
 
-class TinyTrajectories(tfds.core.GeneratorBasedBuilder):
+def tiny_builder(folder):
     """A builder of made-up rows, with a list of objects in each."""
+    import tensorflow_datasets as tfds
 
-    VERSION = tfds.core.Version("1.0.0")
+    class TinyTrajectories(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("1.0.0")
 
-    def _info(self):
-        response = {"text": tfds.features.Text(), "score": np.float32}
-        return tfds.core.DatasetInfo(
-            builder=self,
-            features=tfds.features.FeaturesDict(
-                {
-                    "prompt": tfds.features.Text(),
-                    "responses": tfds.features.Sequence(response),
-                }
-            ),
-        )
+        def _info(self):
+            response = {"text": tfds.features.Text(), "score": np.float32}
+            return tfds.core.DatasetInfo(
+                builder=self,
+                features=tfds.features.FeaturesDict(
+                    {
+                        "prompt": tfds.features.Text(),
+                        "responses": tfds.features.Sequence(response),
+                    }
+                ),
+            )
 
-    def _split_generators(self, dl_manager):
-        return {"train": self._generate_examples()}
+        def _split_generators(self, dl_manager):
+            return {"train": self._generate_examples()}
 
-    def _generate_examples(self):
-        for i, row in enumerate(ROWS):
-            responses = [{"text": row["completion"], "score": row["reward"]}]
-            yield i, {"prompt": row["prompt"], "responses": responses}
+        def _generate_examples(self):
+            for i, row in enumerate(ROWS):
+                responses = [{"text": row["completion"], "score": row["reward"]}]
+                yield i, {"prompt": row["prompt"], "responses": responses}
+
+    builder = TinyTrajectories(data_dir=folder)
+    builder.download_and_prepare()
+    return builder
 
 
 def trajectories(raw):
@@ -120,9 +133,8 @@ def trajectories(raw):
 
 
 def test_tfds(tmp_path, monkeypatch):
-    builder = TinyTrajectories(data_dir=tmp_path / "tfds")
-    builder.download_and_prepare()
-    monkeypatch.setattr(tfds, "builder", lambda name: {"tiny": builder}[name])
+    found = {"tiny": tiny_builder(tmp_path / "tfds")}
+    monkeypatch.setattr("tensorflow_datasets.builder", found.__getitem__)
     rows = prepared(tmp_path, "tfds:tiny", "supervised", field_map=FIELDS)
     assert sorted(r.key for r in rows) == ["tiny:1", "tiny:2"]
     task = prepare.add_task(
@@ -148,7 +160,7 @@ def test_unavailable_builders_say_to_export(monkeypatch):
     def builder(name):
         raise ConnectionError("Name or service not known")
 
-    monkeypatch.setattr(tfds, "builder", builder)
+    monkeypatch.setattr("tensorflow_datasets.builder", builder)
     with pytest.raises(FileNotFoundError, match=r"DATA='ultrafeedback:FILE.jsonl'"):
         sources.find_source("ultrafeedback")
 

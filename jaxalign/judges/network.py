@@ -70,7 +70,7 @@ class NetworkJudge:
             self._forward = lambda p, b: self._function(loaded.model, p, b)
         about = metadata or [None] * len(prompts)
         pairs = [
-            self._ids(prompt, response, more)
+            self._texts(prompt, response, more)
             for prompt, response, more in zip(prompts, responses, about, strict=True)
         ]
         if not pairs:
@@ -84,11 +84,12 @@ class NetworkJudge:
             title=self._path,
         )
 
-    def _ids(self, prompt: str, response: str, more: Any) -> tuple[list[int], ...]:
+    def _texts(self, prompt: str, response: str, more: Any) -> tuple[Any, Any]:
+        """What encoder and decoder read, as `scoring.score_texts` takes it."""
+        if self._template is None:
+            return prompt, response
         vocabulary = self._loaded.vocabulary
         eos = [vocabulary.eos_id]
-        if self._template is None:
-            return vocabulary.encode(prompt) + eos, vocabulary.encode(response) + eos
         text = self._template.fill(more, prompt=prompt, response=response)
         end = eos if self._template.number("eos", 0) else []
         return vocabulary.encode(text) + end, eos

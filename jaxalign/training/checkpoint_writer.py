@@ -113,9 +113,10 @@ class Checkpoints:
         held = {
             n: t for n, t in state.networks.items() if "from" not in about.get(n, {})
         }
+        trained = tuple(state.params)  # the writer keeps no state alive
         alone = jax.process_count() == 1
         if not alone:
-            meta = _with_fingerprints(meta, held, state)
+            meta = _with_fingerprints(meta, held, trained)
         if not alone and (problem := distributed.from_first(self._try_directory)):
             raise self._write_error(OSError(problem))
         held, rest = _copied((held, _rest(state)))
@@ -128,7 +129,7 @@ class Checkpoints:
         def write() -> None:
             try:
                 if alone:
-                    self._meta = _with_fingerprints(meta, held, state)
+                    self._meta = _with_fingerprints(meta, held, trained)
                     begin()
                 self._manager.wait_until_finished()
                 then(self._meta)
@@ -269,11 +270,12 @@ class Checkpoints:
         meta = damage.read_meta(folder)
         before = meta.get("format", 1) < 3
         state = (format_2.restore if before else _restored)(folder, meta, like)
-        found = fingerprints(state.networks, state.params)
+        # Later formats know the fingerprint of each network: none is hashed twice.
+        found = fingerprints(state.networks, state.params if before else ())
         for name, print_ in found["networks"].items():
             written = meta["networks"].get(name, {}).get("fingerprint")
             damage.compare(folder, meta, name, written, print_)
-        if before:  # which did not know the fingerprint of each network
+        if before:
             written = meta.get("params_fingerprint")
             damage.compare(folder, meta, "rest", written, found["params_fingerprint"])
         return state, meta
@@ -322,10 +324,10 @@ def free_name(path: Path) -> Path:
 
 
 def _with_fingerprints(
-    meta: dict[str, Any], held: dict[str, Any], state: TrainState
+    meta: dict[str, Any], held: dict[str, Any], trained: tuple[str, ...]
 ) -> dict[str, Any]:
     """``meta`` with the fingerprints of all parameters and of each network."""
-    found = fingerprints(held, state.params)
+    found = fingerprints(held, trained)
     about = meta.get("networks", {})
     described = {
         name: {**about.get(name, {}), "fingerprint": print_}

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_run
 
 from jaxalign import batch as batches
 from jaxalign import models
@@ -16,17 +17,7 @@ from jaxalign.training import scoring
 from jaxalign.vocabularies import ByteVocabulary
 
 VOCABULARY = ByteVocabulary(extra_ids=125)
-MODEL = models.T5(
-    models.T5Config(
-        vocab_size=384,
-        emb_dim=16,
-        num_heads=2,
-        head_dim=8,
-        mlp_dim=32,
-        num_encoder_layers=1,
-        num_decoder_layers=1,
-    )
-)
+MODEL = models.T5(tiny_run.CONFIG)
 
 
 def rows(count: int, seed: int) -> list[Row]:

@@ -284,8 +284,12 @@ def read_meta(path: str | Path) -> dict[str, Any]:
     return damage.read_meta(resolve(path))
 
 
-def verify(path: str | Path, network: str = "policy") -> None:
+def verify(path: str | Path, network: str = REFERENCE) -> None:
     """Compares a network's files with what was written, without loading them.
+
+    Args:
+      path: a run directory or a checkpoint.
+      network: of the run that starts with it; see `source`.
 
     Raises:
       DamagedCheckpointError: naming the file that differs.
@@ -293,7 +297,8 @@ def verify(path: str | Path, network: str = "policy") -> None:
     if foreign.opened(path):
         return  # which lists no SHA-256 of its files
     folder = resolve(path)
-    damage.check_files(folder, damage.read_meta(folder), network)
+    meta = damage.read_meta(folder)
+    damage.check_files(folder, meta, source(meta, network))
 
 
 def run_meta(run_dir: str | Path) -> dict[str, Any] | None:

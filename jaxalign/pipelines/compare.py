@@ -163,9 +163,10 @@ def _answer(
 ) -> None:
     texts = [row["prompt"] for row in jsonl.read_rows(prompts)]
     network, base = map(checkpoints.load, (policy, reference))
-    given = generation.sample(
+    samples = generation.sample(
         network, texts, sampling=Sampling(), max_new_tokens=64, **settings
     )
+    given = list(samples)
     pairs = [(text, g.texts[0]) for text, g in zip(texts, given, strict=True)]
     size = settings["batch_size"]
     own, _ = score.score_pairs(network, pairs, batch_size=size)

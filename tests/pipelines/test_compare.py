@@ -70,7 +70,7 @@ def compare(tmp_path, monkeypatch):
 
     def sample(policy, prompts, **_):
         done.append(f"answers to {len(prompts)} prompts")
-        return [SimpleNamespace(texts=["yes"], tokens=[[1]]) for _ in prompts]
+        return (SimpleNamespace(texts=["yes"], tokens=[[1]]) for _ in prompts)
 
     monkeypatch.setattr(loop, "train", train)
     monkeypatch.setattr(quickstart.world, "write_dataset", dataset)

@@ -113,7 +113,9 @@ def _batch(inputs):
             response_label=[-1, -1],
             pairs=[(0, 1, 0.0)],
         )
-        for i, (prompt, chosen, rejected) in enumerate(zip(prompts, *sides, strict=True))
+        for i, (prompt, chosen, rejected) in enumerate(
+            zip(prompts, *sides, strict=True)
+        )
     ]
     arrays = [
         data.to_arrays(

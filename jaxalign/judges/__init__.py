@@ -7,7 +7,7 @@ One string names a judge on the command line and in gin:
 * ``reward:runs/rm``: a scalar network of a checkpoint;
 * ``likelihood:runs/dpo``: log-probability of the response; ``#mean`` per token;
 * ``token:runs/metricx#250089``: logit of one token, first of the decoder's;
-  ``token:monot5#1176,6136``: probability of the first of two (`jaxalign.judges.token`);
+  ``token:monot5#1176,6136``: probability of the first of two (`jaxalign.judges.first_step`);
 * ``text:TEACHER#rubric.md``: a teacher (`jaxalign.teachers`) asked with a rubric;
 * ``0.7*my_judge.py:score + 0.3*reward:runs/rm``: sums and differences of them.
 """
@@ -28,7 +28,7 @@ from jaxalign.evaluation.judging import (
     scores,
     verdicts,
 )
-from jaxalign.judges import network, text, token
+from jaxalign.judges import first_step, network, text
 from jaxalign.judges.functions import from_function
 from jaxalign.judges.text import TextJudge, TextPreference
 
@@ -79,7 +79,7 @@ class WeightedSum:
 KINDS: dict[str, Callable[[str], Judge | PairwiseJudge]] = {
     "reward": network.reward,
     "likelihood": network.likelihood,
-    "token": token.token,
+    "token": first_step.token,
     "text": text.judge,
 }
 _FORMS = (

@@ -1,4 +1,4 @@
-"""Token judges on Hugging Face folders: the numbers that transformers' network gives."""
+"""Token judges on Hugging Face folders: the numbers that transformers gives."""
 
 from __future__ import annotations
 

@@ -140,10 +140,8 @@ def test_other_shapes(name):
     assert got == count(shape, vocab, gated, tied, sum(shape[4:]) if umt5 else 2)
     assert abs(got / published - 1) < 0.01
     assert model.config.head_dim == shape[2]
-    silu = "ul2" in name
-    assert model.config.mlp_activations[0] == (
-        "silu" if silu else "gelu" if gated else "relu"
-    )
+    first = "silu" if "ul2" in name else "gelu" if gated else "relu"
+    assert model.config.mlp_activations[0] == first
 
 
 def test_vocabularies_with_other_ids(tmp_path):

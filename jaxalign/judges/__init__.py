@@ -7,7 +7,7 @@ One string names a judge on the command line and in gin:
 * ``reward:runs/rm``: a scalar network of a checkpoint;
 * ``likelihood:runs/dpo``: log-probability of the response; ``#mean`` per token;
 * ``token:runs/metricx#250089``: logit of one token, first of the decoder's;
-  ``token:monot5#1176,6136``: probability of the first of two (`jaxalign.judges.first_step`);
+  ``token:monot5#1176,6136``: probability of the first of two (`first_step`);
 * ``text:TEACHER#rubric.md``: a teacher (`jaxalign.teachers`) asked with a rubric;
 * ``0.7*my_judge.py:score + 0.3*reward:runs/rm``: sums and differences of them.
 """
@@ -84,7 +84,8 @@ KINDS: dict[str, Callable[[str], Judge | PairwiseJudge]] = {
 }
 _FORMS = (
     "A judge is file.py:function, package.module:function, reward:RUN_DIR, "
-    "likelihood:RUN_DIR, token:RUN_DIR[?clip=0,25]#ID[,ID], text:TEACHER#RUBRIC.md, or a sum such as "
+    "likelihood:RUN_DIR, token:RUN_DIR[?clip=0,25]#ID[,ID], text:TEACHER#RUBRIC.md, "
+    "or a sum such as "
     "'0.7*file.py:function + 0.3*reward:RUN_DIR'."
 )
 _SIGN = re.compile(r"\s+([+-])\s+")  # a path may hold either, with no space about it

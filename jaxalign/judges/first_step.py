@@ -1,4 +1,4 @@
-"""Judges that are one decoder step: a token's logit, or its probability against another.
+"""Judges that are one decoder step: a token's logit, or its chance against another.
 
 MetricX-23 and -24 say the number of errors by the logit of one token, rerankers such as
 monoT5 the relevance by the probability of one word where two are possible.

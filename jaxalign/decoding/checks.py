@@ -31,15 +31,6 @@ def check_uint32(name: str, value: int) -> None:
         raise ValueError(f"{name} must lie in [0, 2**32), got {value}.")
 
 
-def check_eos(eos_id: int, what: str) -> None:
-    """Refuses a vocabulary's EOS where decoding knows that of a T5 only."""
-    if eos_id != EOS_ID:
-        raise ValueError(
-            f"{what} ends texts with the id {EOS_ID}, and this vocabulary ends them "
-            f"with {eos_id}: sample instead (jaxalign generate), without constraints."
-        )
-
-
 def check_constraint(
     constraint: Constraint | None, max_new_tokens: int, prefixes: Prefixes = ()
 ) -> None:
@@ -77,7 +68,7 @@ def check_constraint(
 
 
 def pad_prefixes(
-    prefixes: Prefixes, num_samples: int, length: int
+    prefixes: Prefixes, num_samples: int, length: int, eos_id: int = EOS_ID
 ) -> tuple[np.ndarray, np.ndarray]:
     """Arrays ``[B, N, T]`` and lengths ``[B, N]`` of forced prefixes."""
     padded = np.full((len(prefixes), num_samples, length), PAD_ID, np.int32)
@@ -93,9 +84,9 @@ def pad_prefixes(
                     f"prefixes[{b}][{n}] has {len(row)} tokens; max_new_tokens is "
                     f"{length}, prefix included."
                 )
-            if EOS_ID in list(row):
+            if eos_id in list(row):
                 raise ValueError(
-                    f"prefixes[{b}][{n}] holds EOS ({EOS_ID}), after which nothing can "
+                    f"prefixes[{b}][{n}] holds EOS ({eos_id}), after which nothing can "
                     "be sampled; leave it out."
                 )
             padded[b, n, : len(row)] = row

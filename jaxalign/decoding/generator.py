@@ -11,12 +11,7 @@ import jax
 import numpy as np
 import tqdm
 
-from jaxalign.decoding.checks import (
-    check_constraint,
-    check_eos,
-    check_sizes,
-    check_uint32,
-)
+from jaxalign.decoding.checks import check_constraint, check_sizes, check_uint32
 from jaxalign.decoding.engine import Engine, Finished
 from jaxalign.decoding.rules import PAD_ID, Constraint, Sampling
 from jaxalign.decoding.stops import LOOK, Cut, Stops
@@ -112,8 +107,6 @@ class Generator:
             batch_size=batch_size,
         )
         sampling = dataclasses.replace(sampling or Sampling(), eos_id=vocabulary.eos_id)
-        if constraint is not None:
-            check_eos(vocabulary.eos_id, "A constraint")
         self._engine = functools.partial(
             Engine,
             model,

@@ -20,7 +20,7 @@ from jaxalign import judges
 from jaxalign.cluster import exclusive
 from jaxalign.data.bad_rows import quoted, show
 from jaxalign.decoding import constraints, programs
-from jaxalign.decoding.checks import check_constraint, check_eos
+from jaxalign.decoding.checks import check_constraint
 from jaxalign.decoding.generator import prompt_bucket
 from jaxalign.decoding.smc import smc
 from jaxalign.inference import generation, outputs
@@ -118,7 +118,6 @@ def steer(
     if count >= 0:
         return count
     policy = checkpoints.newest(checkpoint)
-    check_eos(policy.vocabulary.eos_id, "Steering")
     rows = generation.read_rows(prompts, "prompts", output, field_map, on_bad_row)
     default = {"regex": regex, "include": tuple(include), "template": template}
     wishes = [_wish(i, raw, default) for i, (raw, _) in enumerate(rows)]
@@ -149,6 +148,7 @@ def steer(
         temperature=temperature,
         max_new_tokens=max_new_tokens,
         vocab_size=policy.vocabulary.vocab_size,
+        eos_id=policy.vocabulary.eos_id,
     )
     found: dict[int, list[dict[str, Any]]] = {}
     with tqdm(total=len(rows), desc="steer", unit="prompt", disable=None) as bar:
@@ -308,7 +308,7 @@ def _template(template: str, vocabulary: Any, num_tokens: int) -> programs.Progr
     spelt = [raw or b"" for raw in vocabulary.token_bytes()]
     spelt += [b""] * (num_tokens - len(spelt))
     spaced = jnp.array([raw.startswith(b" ") for raw in spelt])
-    filling = programs.infilling(parts, spaced_blanks, spaced)
+    filling = programs.infilling(parts, spaced_blanks, spaced, vocabulary.eos_id)
     # What a blank ends with may still change the text behind it: an open escape, a
     # line's end that takes a space along. Such responses have no weight.
     kept = re.compile("(?s:.*)".join(map(re.escape, texts)))

@@ -6,11 +6,14 @@ All of T5X's formats are read, and the one that all of its versions restore is w
     found = t5x.describe(checkpoint)  # shape, names; nothing is read yet
     params, report = t5x.restore(checkpoint, like)  # straight onto like's shardings
     t5x.save("out", params, step=checkpoint.step, shape=found.shape)
+
+`as_t5x_model` makes a model for T5X's own trainer of an objective (docs/t5x.md).
 """
 
 from jaxalign.interop.t5x_files import Checkpoint, open_checkpoint
 from jaxalign.interop.t5x_formats import Found, detect
 from jaxalign.interop.t5x_leaves import Leaf, T5XError
+from jaxalign.interop.t5x_model import as_t5x_model, start_from_t5
 from jaxalign.interop.t5x_network import Description, describe
 from jaxalign.interop.t5x_restore import Report, restore
 from jaxalign.interop.t5x_save import save
@@ -23,10 +26,12 @@ __all__ = [
     "Leaf",
     "Report",
     "T5XError",
+    "as_t5x_model",
     "describe",
     "detect",
     "moments",
     "open_checkpoint",
     "restore",
     "save",
+    "start_from_t5",
 ]

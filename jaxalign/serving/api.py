@@ -284,13 +284,11 @@ def serve(
             "not empty."
         )
 
-    from jaxalign.decoding.checks import check_eos
     from jaxalign.serving.backend import EngineBackend
     from jaxalign.training import checkpoints
 
     with server.listen(host, port) as sock:
         policy = checkpoints.load(checkpoint)
-        check_eos(policy.vocabulary.eos_id, "The server")
         backend = EngineBackend(
             policy,
             max_prompt_tokens=max_prompt_tokens,

@@ -19,7 +19,7 @@ from jaxalign import remote
 from jaxalign.vocabularies.base import EOS_ID, PAD_ID, UNK_ID
 from jaxalign.vocabularies.byte import ByteVocabulary
 from jaxalign.vocabularies.sentence_piece import MODEL_FILE, SentencePieceVocabulary
-from jaxalign.vocabularies.tokenizer_json import TokenizerVocabulary
+from jaxalign.vocabularies.tokenizer_json import TokenizerVocabulary, tokenizer_file
 
 __all__ = [
     "EOS_ID",
@@ -31,6 +31,7 @@ __all__ = [
     "TokenizerVocabulary",
     "Vocabulary",
     "from_json",
+    "tokenizer_file",
 ]
 
 Vocabulary = ByteVocabulary | SentencePieceVocabulary | TokenizerVocabulary

@@ -9,6 +9,7 @@ import pathlib
 from collections.abc import Iterable
 from typing import Any
 
+from jaxalign import remote
 from jaxalign.files import json_sha256
 from jaxalign.vocabularies.base import BaseVocabulary
 
@@ -154,6 +155,17 @@ class TokenizerVocabulary(BaseVocabulary):
     def save(self, directory: str | pathlib.Path) -> None:
         """Writes ``tokenizer.json`` into ``directory``."""
         (pathlib.Path(directory) / TOKENIZER_FILE).write_text(self.text, "utf-8")
+
+
+def tokenizer_file(
+    path: str, pad_id: int = 0, eos_id: int = 1, start_id: int = 0
+) -> TokenizerVocabulary:
+    """The vocabulary of a ``tokenizer.json``, local or in a bucket, for gin files.
+
+    Arguments but ``path`` are those of `TokenizerVocabulary`.
+    """
+    text = remote.copy(path).read_text("utf-8")
+    return TokenizerVocabulary(text, pad_id, eos_id, start_id)
 
 
 def _is_byte(token: str) -> bool:

@@ -153,7 +153,7 @@ def resolve(setting: str | None) -> str | None:
             f"among {list(TEMPLATES)}, a .jinja file or a Jinja2 template."
         )
     text = TEMPLATES.get(setting)
-    if text is None and ("{{" in setting or "{%" in setting):
+    if text is None and _is_jinja(setting):
         text = setting
     if text is None and setting.endswith((".jinja", ".jinja2", ".json")):
         path = pathlib.Path(setting).expanduser()
@@ -162,6 +162,8 @@ def resolve(setting: str | None) -> str | None:
         text = path.read_text(encoding="utf-8")
         if path.suffix == ".json":
             text = _of_tokenizer(path, text)
+        if not _is_jinja(text):
+            raise ValueError(f"CHAT_TEMPLATE: {path} has neither {{{{ nor {{%.")
     if text is None:
         raise ValueError(
             f"CHAT_TEMPLATE={setting!r} is neither the name of a template "
@@ -170,6 +172,10 @@ def resolve(setting: str | None) -> str | None:
         )
     compiled(text)  # says what is wrong with it
     return text
+
+
+def _is_jinja(text: str) -> bool:
+    return "{{" in text or "{%" in text
 
 
 def _of_tokenizer(path: pathlib.Path, text: str) -> str:

@@ -300,6 +300,7 @@ def test_a_template_is_a_name_a_file_or_its_text(tmp_path):
         ("{% for m in messages %}", "line 1"),
         ("nothing.jinja", "no file 'nothing.jinja'"),
         (3, "got a int"),
+        (str(pathlib.Path(__file__).with_name("goldens") / "none.json"), "no file"),
     ],
 )
 def test_a_template_that_cannot_be_used_is_told_before_any_row(setting, message):

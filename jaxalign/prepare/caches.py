@@ -17,6 +17,7 @@ from typing import Any
 from jaxalign import batch, remote, user_code
 from jaxalign.data import chat_template as chat_templates
 from jaxalign.data import records as records_lib
+from jaxalign.data import too_long
 from jaxalign.data.cache import TokenizedCache
 from jaxalign.data.field_map import FieldMap
 from jaxalign.files import json_sha256
@@ -112,7 +113,8 @@ def prepare(
             "with a glob, 'part-*.jsonl', or as a mixture, {'a.jsonl': 1.0, 'b.jsonl': "
             "1.0}."
         )
-    prepared = _already_prepared(data, schema, vocabulary)
+    template = chat_templates.resolve(chat_template)
+    prepared = _already_prepared(data, schema, vocabulary, template)
     if prepared:
         return prepared
     code = user_code.fingerprint(user_code.load_module(module)) if module else None
@@ -141,7 +143,6 @@ def prepare(
                 f"{'responses' if single else 'pairs'}; {name!r} has the axes "
                 f"{batch.COLUMNS[name].axes!r}."
             )
-    template = chat_templates.resolve(chat_template)
     FieldMap(field_map, columns)  # says what is wrong with it before any file is read
     transform = source.task.transform(schema, task_options) if source.task else None
     if source.seqio_name:
@@ -165,6 +166,8 @@ def prepare(
         max_rows=max_rows,
         sequence_length={},  # folders keep the names that they had with it
     )
+    if source.seqio_name:
+        template = None  # its rows are ids
     if template is not None:
         parts["chat_template"] = template
     if columns:
@@ -176,7 +179,9 @@ def prepare(
     targets = {name: folder / name for name in splits}
     if all(_is_current(path, fingerprint) for path in targets.values()):
         return targets
-    skips = {"formats": FORMATS} if on_bad_row == "skip" else {}
+    told: dict[str, Any] = {"formats": FORMATS} if on_bad_row == "skip" else {}
+    if template is not None:
+        told["chat_template"] = template
 
     recipe = rows_lib.Recipe(
         schema,
@@ -223,7 +228,7 @@ def prepare(
                 "source": {
                     "data": data,
                     **source.identity,
-                    **skips,
+                    **told,
                     "split": {"eval_fraction": eval_fraction, "seed": seed},
                 },
             },
@@ -253,7 +258,7 @@ def _lacks_formats(cache: TokenizedCache) -> bool:
 
 
 def _already_prepared(
-    data: str, schema: str, vocabulary: Vocabulary | None
+    data: str, schema: str, vocabulary: Vocabulary | None, template: str | None
 ) -> dict[str, pathlib.Path]:
     """The caches in the folder ``data``; empty when it is no prepared folder.
 
@@ -283,5 +288,14 @@ def _already_prepared(
                 f"{path} was prepared with {cache.vocabulary!r}, and {vocabulary!r} "
                 "is asked for: set VOCABULARY to the former or prepare its source "
                 "again."
+            )
+        source = dict(cache.source or {})
+        if too_long.is_chat(cache) and template not in (
+            None,
+            source.get("chat_template"),
+        ):
+            raise ValueError(
+                f"{path} was prepared with another CHAT_TEMPLATE: leave it out, or "
+                "prepare its source again."
             )
     return found

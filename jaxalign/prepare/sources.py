@@ -194,7 +194,10 @@ _BESIDE = (".settings.json", ".bad_rows.jsonl", ".partial", ".partial.json")
 
 def _no_file(data: str) -> str:
     if remote.is_remote(data):
-        return f"No file {data!r}. Check the address; a glob takes *, ? and [...]."
+        return (
+            f"No file {data!r}. Check the address; files in a folder of a bucket are "
+            "named by a glob, with *, ? and [...]."
+        )
     path = pathlib.Path(data).expanduser()
     beside = sorted(
         p.name for p in path.parent.glob("*") if packed.kind(p).lower() in _READERS

@@ -99,6 +99,11 @@ def test_another_template_is_another_cache(tmp_path):
     assert prompts[2].startswith("<|im_start|>user\nasked") and prompts[3] == prompts[4]
     with pytest.raises(ValueError, match="did you mean 'turns'"):
         run(tmp_path, data, chat_template="turn")
+    # A prepared folder is used as it is, and not under another name.
+    assert run(tmp_path, found[2]) == {"train": found[2]}
+    assert run(tmp_path, found[2], chat_template="chatml") == {"train": found[2]}
+    with pytest.raises(ValueError, match="prepared with another CHAT_TEMPLATE"):
+        run(tmp_path, found[2], chat_template=own)
 
 
 def test_a_cache_that_skipped_what_is_read_by_now_is_made_again(tmp_path, monkeypatch):

@@ -52,6 +52,7 @@ TRAIN = [
     "tensorstore>=0.1.86",  # T5X checkpoints; orbax-checkpoint brings it too
     "tensorboardX>=2.6.5",  # event files without TensorFlow
     "tqdm>=4.66",
+    "jinja2>=3.1.6",  # chat templates; older sandboxes have known escapes
 ]
 
 # Only jaxalign/prepare/ and tasks/ import these.
@@ -79,6 +80,7 @@ TEST = [
     "uvicorn>=0.40",
     "openai>=2",
     "tokenizers>=0.23",  # the extra of that name
+    "zstandard>=0.25",  # the extra zstd
     # Buckets: the client, and a server on this machine (moto's, which needs Flask).
     "s3fs>=2026.9",
     "moto[s3]>=5.2",
@@ -96,6 +98,9 @@ TEACHERS = ["openai>=2"]
 
 # Tokenizers that are no SentencePiece model, such as CodeT5+'s.
 TOKENIZERS = ["tokenizers>=0.23"]
+
+# Data files packed with Zstandard, `.jsonl.zst`.
+ZSTD = ["zstandard>=0.25"]
 
 # `prepare` on Apache Beam. Not among TEST: it refuses pillow 13, protobuf 7 and pyarrow
 # 26, with which the tests run; `make test-beam` has its own environment, of
@@ -159,6 +164,7 @@ setup(
         "serve": SERVE,
         "teachers": TEACHERS,
         "tokenizers": TOKENIZERS,
+        "zstd": ZSTD,
         "beam": BEAM,
         "plan": PLAN,
         "remote": REMOTE,

@@ -139,3 +139,29 @@ def test_python_in_documents_runs(page, capsys):
         found = namespace["found"]
         lengths = np.asarray(found.lengths)[np.asarray(found.ended)]
         assert ((3 <= lengths) & (lengths <= 10)).all() and lengths.size
+
+
+def test_rows_and_settings_in_the_page_of_data_are_read(tmp_path):
+    """Every row it shows is a row of the schema of the command beneath it."""
+    import json
+
+    from jaxalign.data import chat_template, records, too_long
+
+    text = (ROOT / "docs/data.md").read_text()
+    shown = re.findall(r'^    (\{"(?:[^\n]|\n     )*\})$', text, re.M)
+    rows = [json.loads(line) for line in shown]
+    assert len(rows) == 8
+    for row in rows:
+        schema = "preference" if "chosen" in row else "supervised"
+        schema = "trajectory" if {"label", "reward"} & set(row) else schema
+        (found,) = records.examples([("data.md", 1, row)], schema)
+        assert isinstance(found, records.Example), found
+    for name in chat_template.TEMPLATES:
+        assert f"`'{name}'`" in text
+    cells = re.findall(r"^\| `TRUNCATE` (?:.*\n\| )*", text, re.M)
+    values = re.findall(r"`([^`]*)`", "".join(cells).split("`ON_TOO_LONG`")[0])
+    for value in set(values) - {"TRUNCATE", "None"}:
+        too_long.check(eval(value), "truncate")
+    assert len(values) >= 5
+    for value in too_long.ON_TOO_LONG:
+        assert f"`'{value}'` |" in text

@@ -69,8 +69,12 @@ def describe_data(run: runs.Run) -> str:
                 **lengths,
                 packing=run.dataset.packing,
                 decoder_rows=run.dataset.decoder_rows,
+                truncate=run.dataset.truncate,
+                on_too_long=run.dataset.on_too_long,
             )
             texts.append(f"{split}\n{table}")
+    if not run.dataset.synthetic and (told := inputs.shared_prompts(caches)):
+        texts.append(told)
     return "\n\n".join(texts)
 
 

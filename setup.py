@@ -116,6 +116,9 @@ PLAN = ["jax[tpu]>=0.10"]
 # launch/.
 SLOW_TESTS = ["kubernetes-validate>=1.37", *PLAN]
 
+# The documentation site, `make docs`.
+DOCS = ["sphinx>=9.0", "myst-parser>=5", "sphinx-book-theme>=1.4"]
+
 METRICS = ["sacrebleu>=2.4", "rouge-score>=0.1.2"]  # for their metric_fns only
 
 setup(
@@ -162,7 +165,7 @@ setup(
         "beam": BEAM,
         "plan": PLAN,
         "remote": REMOTE,
-        "docs": ["sphinx>=8", "myst-parser>=4", "sphinx-book-theme>=1.1"],
+        "docs": DOCS,
         "gpu": ["jax[cuda13]>=0.10"],
         "tpu": PLAN,
         "wandb": ["wandb>=0.19"],

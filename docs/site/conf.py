@@ -14,12 +14,12 @@ extensions = [
     "sphinx.ext.viewcode",
 ]
 
-# ---- Markdown: links and anchors as a code host has them --------------------------------
+# ---- Markdown: links and anchors as a code host has them -----------------------------
 myst_heading_anchors = 4
 myst_enable_extensions = ["colon_fence"]
 highlight_language = "none"
 
-# ---- Docstrings: Google's style, one backtick is code -----------------------------------
+# ---- Docstrings: Google's style, one backtick is code --------------------------------
 default_role = "code"
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
@@ -30,7 +30,7 @@ autodoc_member_order = "bysource"
 autoclass_content = "class"
 autodoc_class_signature = "mixed"
 
-# ---- Looks ------------------------------------------------------------------------------
+# ---- Looks ---------------------------------------------------------------------------
 html_theme = "sphinx_book_theme"
 html_theme_options = {"show_toc_level": 2, "use_download_button": False}
 html_show_sourcelink = False

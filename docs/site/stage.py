@@ -99,7 +99,7 @@ def led(text: str, source: str, staged: dict[str, str]) -> str:
     )
 
 
-# ---- Objectives -------------------------------------------------------------------------
+# ---- Objectives ----------------------------------------------------------------------
 
 
 def objectives() -> dict[str, str]:
@@ -142,10 +142,16 @@ def made_page(name: str, class_name: str) -> str:
     )
 
 
-def reference(class_name: str) -> str:
-    """The second half of an objective's page: its class and what all runs share."""
+def reference(name: str, class_name: str, texts: dict[str, str]) -> str:
+    """The second half of an objective's page: papers, its class, what runs share."""
+    papers = [
+        f"[{text.splitlines()[0].strip('# ')}](../{page})"
+        for page, text in sorted(texts.items())
+        if page.startswith("papers/") and f"(../objectives/{name}.md)" in text
+    ]
+    found = f"\nSettings of the paper: {', '.join(papers)}.\n" if papers else ""
     return (
-        "\n## In Python\n\n```{eval-rst}\n"
+        f"{found}\n## In Python\n\n```{{eval-rst}}\n"
         f".. autoclass:: jaxalign.objectives.{class_name}\n```\n\n"
         "What every run has beside these: [settings](../settings.md).\n"
     )
@@ -161,7 +167,7 @@ def settings_page() -> str:
     )
 
 
-# ---- Reference --------------------------------------------------------------------------
+# ---- Reference -----------------------------------------------------------------------
 
 
 def rooms() -> dict[str, list[str]]:
@@ -204,15 +210,21 @@ def room_page(room: str, modules: list[str]) -> str:
 
 
 def api_index(listed: dict[str, list[str]]) -> str:
-    return (
-        "# Python\n\n```{eval-rst}\n.. automodule:: jaxalign\n   :members: load, train\n"
-        "```\n\n## Rooms\n\n[Architecture](../architecture.md) says how they build on "
-        "each other; each objective is on [its own page](../objectives.md).\n\n"
-        + toctree(listed, hidden=False)
-    )
+    """The page above all rooms: what `jaxalign` itself offers."""
+    lines = [
+        "# Python\n",
+        "```{eval-rst}",
+        ".. automodule:: jaxalign",
+        "   :members: load, train",
+        "```\n",
+        "## Rooms\n",
+        "[Architecture](../architecture.md) says how they build on each other; each",
+        "objective is on [its own page](../objectives.md).\n",
+    ]
+    return "\n".join([*lines, toctree(listed, hidden=False)])
 
 
-# ---- The site ---------------------------------------------------------------------------
+# ---- The site ------------------------------------------------------------------------
 
 
 def toctree(names: object, caption: str = "", hidden: bool = True) -> str:
@@ -235,7 +247,7 @@ def stage(target: Path) -> dict[str, str]:
     for name, class_name in objectives().items():
         page = f"objectives/{name}.md"
         texts[page] = texts.get(page) or made_page(name, class_name)
-        texts[page] += reference(class_name)
+        texts[page] += reference(name, class_name, texts)
     texts["settings.md"] = settings_page()
     listed = rooms()
     texts |= {f"api/{r}.md": room_page(r, names) for r, names in listed.items()}

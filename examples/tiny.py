@@ -1,4 +1,4 @@
-"""A T5 of 30,000 parameters for the examples, where no checkpoint is named.
+"""A T5 of 50,000 parameters for the examples, where no checkpoint is named.
 
 Its weights are random and its vocabulary is bytes: it answers nothing sensible, learns
 what an example shows it in seconds, and is a Hugging Face folder like any other.

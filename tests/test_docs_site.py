@@ -128,7 +128,6 @@ def test_public_names_of_each_room_are_shown(source):
 
 @pytest.mark.slow
 def test_the_site_is_built_without_warnings(source, tmp_path):
-    pytest.importorskip("sphinx", reason="pip install 'jaxalign[docs]'")
     folder, texts = source
     command = ["-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html"]
     done = subprocess.run(

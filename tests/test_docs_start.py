@@ -1,4 +1,4 @@
-"""docs/start.md, typed by somebody with a checkpoint: its files, commands and Python."""
+"""docs/start.md, typed by somebody with a checkpoint: files, commands and Python."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ def judged(found, folder):
 def summed(found, folder):
     ids = found["VOCABULARY"].encode("3 plus 4")
     policy = found["policy"]
-    assert policy.network.vocabulary.encode("3 plus 4").tolist() == list(ids)
+    assert policy.network.vocabulary.encode("3 plus 4") == list(ids)
     assert policy.network.meta["step"] == 30
 
 

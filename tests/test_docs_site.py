@@ -95,6 +95,11 @@ def test_links_lead_to_pages_of_the_site(source):
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
+        (
+            "[faults.md](faults.md#names)",
+            "[What you may see, and what it means](faults.md#names)",
+        ),
+        ("[../README.md](../README.md)", "[Overview](overview.md)"),
         ("[a](../README.md#your-own-data)", "[a](overview.md#your-own-data)"),
         ("[a](runs.md), [b](https://x.org)", "[a](runs.md), [b](https://x.org)"),
         ("[`losses`](../jaxalign/losses)", "[`losses`](api/losses.md)"),

@@ -18,6 +18,7 @@ extensions = [
 myst_heading_anchors = 4
 myst_enable_extensions = ["colon_fence"]
 highlight_language = "none"
+smartquotes = False  # quotes in texts are those of gin and Python
 
 # ---- Docstrings: Google's style, one backtick is code --------------------------------
 default_role = "code"
@@ -33,6 +34,8 @@ autodoc_class_signature = "mixed"
 # ---- Looks ---------------------------------------------------------------------------
 html_theme = "sphinx_book_theme"
 html_theme_options = {"show_toc_level": 2, "use_download_button": False}
+html_static_path = ["static"]
+html_css_files = ["site.css"]
 html_show_sourcelink = False
 html_copy_source = False
 html_last_updated_fmt = ""

@@ -54,6 +54,8 @@ MODULES = {
 # What no caller needs: the command line is told by ``--help``.
 _NO_REFERENCE = ("cli", "world", "report")
 _LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)")
+_MACRO = re.compile(r"^([A-Z][A-Z0-9_]*) = (.+)$", re.M)
+_BINDINGS = re.compile(r"^([\w./]+):\n((?:  .*\n?)+)", re.M)
 _OBJECTIVE = re.compile(r"^OBJECTIVE = @(?:\w+\.)*objectives\.(\w+)", re.M)
 
 
@@ -67,11 +69,18 @@ def pages() -> dict[str, str]:
     return own | {name: page for name, page in ABOVE.items() if (ROOT / name).exists()}
 
 
+def title(source: str) -> str:
+    """What a written page is called on the site."""
+    if source == "README.md":
+        return "Overview"
+    return (ROOT / source).read_text("utf-8").splitlines()[0].strip("# ")
+
+
 def led(text: str, source: str, staged: dict[str, str]) -> str:
     """A page's text with links to what is on the site.
 
     A file or folder of ``jaxalign/`` is its room's reference; what is not on the site
-    keeps its text and loses its link.
+    keeps its text and loses its link. Names of files are titles.
     """
     here = Path(staged[source]).parent
 
@@ -90,6 +99,8 @@ def led(text: str, source: str, staged: dict[str, str]) -> str:
                 page = None
         if page is None:
             return label
+        if re.fullmatch(r"[\w./]+\.md", label):
+            label = title(relative)
         return f"{mark}[{label}]({os.path.relpath(page, here)}{hash_}{anchor})"
 
     # Blocks of code and `code` are no text.
@@ -112,12 +123,45 @@ def objectives() -> dict[str, str]:
     return found
 
 
-def macros(path: Path) -> Iterator[tuple[str, str, str]]:
-    """Name, default and remark of each setting that a gin file gives."""
-    text = path.read_text("utf-8")
-    for name, rest in re.findall(r"^([A-Z][A-Z0-9_]*) = (.+)$", text, re.M):
+def macros(text: str, within: str = "") -> Iterator[tuple[str, str, str]]:
+    """Name, default and remark of each setting that a gin file gives.
+
+    A remark is the comment behind it, or what the docstring of the class or function
+    that takes it says.
+
+    Args:
+      text: the file's, or a part of it.
+      within: the whole file, where the settings are handed on.
+    """
+    flags = documented(
+        "verbs.Settings"
+    ).values()  # "the schedule's peak (LEARNING_RATE)"
+    takers = {f[2]: f[1] for f in (re.match(r"(.*) \((\w+)\)", t) for t in flags) if f}
+    for taker, bindings in _BINDINGS.findall(within or text):
+        said = documented(taker)
+        for parameter, macro in re.findall(r"(\w+) = %(\w+)", bindings):
+            if parameter in said:
+                takers[macro] = said[parameter]
+    for name, rest in _MACRO.findall(text):
         value, _, remark = rest.partition("  # ")
-        yield name, value.strip(), remark.strip()
+        yield name, value.strip(), remark.strip() or takers.get(name, "")
+
+
+def documented(taker: str) -> dict[str, str]:
+    """What a docstring says of each parameter of what gin calls ``module.Name``."""
+    module, _, name = taker.split("/")[-1].rpartition(".")
+    package = ROOT / "jaxalign"
+    files = [package / room / f"{module}.py" for room in ("training", "cli")]
+    files += (package / module).glob("*.py")
+    for path in filter(Path.is_file, files):
+        for node in ast.parse(path.read_text("utf-8")).body:
+            if getattr(node, "name", None) == name:
+                said = re.sub(r"\n {2,}", "\n", ast.get_docstring(node) or "")
+                parts = re.split(r"^(?:Attributes|Args):\n", said, flags=re.M)
+                text = " ".join(parts[-1].split("\n\n")[0].splitlines())
+                found = re.split(r"(?:^| )([*\w]+(?:, `?\w+`?)*): (?![^{]*\})", text)
+                return dict(zip(found[1::2], found[2::2], strict=True))
+    return {}
 
 
 def table(rows: Iterator[tuple[str, str, str]]) -> str:
@@ -131,10 +175,10 @@ def table(rows: Iterator[tuple[str, str, str]]) -> str:
 
 def made_page(name: str, class_name: str) -> str:
     """A page of an objective that nobody has written one of."""
-    path = RUNS / f"{name}.gin"
-    head = re.match(r"(?:#.*\n)*", path.read_text("utf-8"))[0]
+    text = (RUNS / f"{name}.gin").read_text("utf-8")
+    head = re.match(r"(?:#.*\n)*", text)[0]
     about = " ".join(line.strip("# ") for line in head.splitlines())
-    own = (row for row in macros(path) if row[0] != "OBJECTIVE")
+    own = (row for row in macros(text) if row[0] != "OBJECTIVE")
     return (
         f"# {class_name}\n\n{about}\n\n"
         f"```\njaxalign train --gin_file=runs/{name}.gin --data=rows.jsonl "
@@ -158,13 +202,23 @@ def reference(name: str, class_name: str, texts: dict[str, str]) -> str:
 
 
 def settings_page() -> str:
-    """What `runs/train.gin` gives every run."""
-    return (
-        "# Settings of every run\n\nEach is `--gin.NAME=VALUE` on the command line, a "
-        "line of a gin file, an argument of `jaxalign.train`; `runs/train.gin` gives "
-        "these defaults, and an objective's gin file some of its own.\n\n"
-        + table(macros(RUNS / "train.gin"))
-    )
+    """What `runs/train.gin` gives every run, in its sections."""
+    text = (RUNS / "train.gin").read_text("utf-8")
+    _, *parts = re.split(r"^# ---- (.+?)(?:: .*?)? -+\n", text, flags=re.M)
+    sections = zip(parts[::2], parts[1::2], strict=True)
+    lines = [
+        "# Settings of every run\n",
+        "Each is `--gin.NAME=VALUE` on the command line, a line of a gin file, an",
+        "argument of `jaxalign.train`. `runs/train.gin` gives these defaults, and an",
+        "objective's gin file some of its own.\n",
+    ]
+    for heading, body in sections:
+        if _MACRO.search(body):
+            lines += [
+                f"## {heading[0].upper()}{heading[1:]}\n",
+                table(macros(body, text)),
+            ]
+    return "\n".join(lines)
 
 
 # ---- Reference -----------------------------------------------------------------------
@@ -269,11 +323,15 @@ def sidebar(texts: dict[str, str]) -> str:
     named = {name for group in GROUPS.values() for name in group}
     groups = {**GROUPS, "More": tuple(sorted(top - named))}
     trees = [
-        toctree([name for name in group if name in top], caption)
+        toctree([_named(name) for name in group if name in top], caption)
         for caption, group in groups.items()
         if top & set(group)
     ]
     return "\n".join(trees)
+
+
+def _named(name: str) -> str:
+    return "Overview <overview>" if name == "overview" else name
 
 
 if __name__ == "__main__":

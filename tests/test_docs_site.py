@@ -73,6 +73,12 @@ def test_settings_of_every_run_are_those_of_train_gin(source):
         re.findall(r"^\| `([A-Z_]+)` \| `(.+?)` \|", texts["settings.md"], re.M)
     )
     assert shown["BATCH_SIZE"] == "32" and shown["PACKING"] == "2"
+    # What docstrings say of the parameters that take them, and of plain flags.
+    assert "| `0.05` | of the prompts, held out where" in texts["settings.md"]
+    assert "| `1e-3` | the schedule's peak |" in texts["settings.md"]
+    assert (
+        "| `EVAL_PERIOD` | `200` | steps between evaluations. |" in texts["settings.md"]
+    )
     gin = (ROOT / "gin_configs/runs/train.gin").read_text()
     assert set(shown) == set(re.findall(r"^([A-Z][A-Z_]*) = ", gin, re.M))
 
@@ -115,9 +121,8 @@ def test_links_are_led(text, expected):
 
 def test_every_page_is_in_the_sidebar_once(source):
     _, texts = source
-    listed = re.findall(
-        r"^([\w/]+)$", texts["index.md"].split("```{toctree}", 1)[1], re.M
-    )
+    trees = texts["index.md"].split("```{toctree}", 1)[1]
+    listed = re.findall(r"^(?:\w+ <)?([\w/]+)>?$", trees, re.M)
     top = {p.removesuffix(".md") for p in texts if "/" not in p} - {"index"}
     assert sorted(listed) == sorted(top | {"api/index"})
 

@@ -18,7 +18,7 @@ extensions = [
 myst_heading_anchors = 4
 myst_enable_extensions = ["colon_fence"]
 highlight_language = "none"
-smartquotes = False  # quotes in texts are those of gin and Python
+smartquotes_action = "D"  # dashes alone: quotes in texts are those of gin and Python
 
 # ---- Docstrings: Google's style, one backtick is code --------------------------------
 default_role = "code"
@@ -45,3 +45,11 @@ def setup(app):
     from pygments.lexers.python import PythonLexer
 
     app.add_lexer("gin", PythonLexer)
+    app.connect("autodoc-process-signature", without_a_constructor)
+
+
+def without_a_constructor(app, what, name, obj, options, signature, returned):
+    """A protocol is called by nobody."""
+    if what == "class" and getattr(obj, "_is_protocol", False):
+        return "", returned
+    return signature, returned

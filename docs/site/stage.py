@@ -21,6 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS, RUNS = ROOT / "docs", ROOT / "gin_configs" / "runs"
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 # The sidebar. What is not there (yet) is left out, and what nobody listed comes last.
 GROUPS = {
@@ -66,7 +67,9 @@ def pages() -> dict[str, str]:
         for path in sorted(DOCS.rglob("*"))
         if path.is_file() and DOCS / "site" not in path.parents
     }
-    return own | {name: page for name, page in ABOVE.items() if (ROOT / name).exists()}
+    found = own | {n: page for n, page in ABOVE.items() if (ROOT / n).exists()}
+    scripts = {f"examples/{p.name}": f"examples/{p.stem}.md" for p in EXAMPLES}
+    return found | scripts | {"gin_configs/runs/train.gin": "settings.md"}
 
 
 def title(source: str) -> str:
@@ -293,9 +296,9 @@ def stage(target: Path) -> dict[str, str]:
     texts: dict[str, str] = {}
     shutil.rmtree(target, ignore_errors=True)
     for source, page in staged.items():
-        if page.endswith(".md"):
+        if source.endswith(".md"):
             texts[page] = led((ROOT / source).read_text("utf-8"), source, staged)
-        else:
+        elif not page.endswith(".md"):
             (target / page).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / source, target / page)
     for name, class_name in objectives().items():
@@ -303,10 +306,19 @@ def stage(target: Path) -> dict[str, str]:
         texts[page] = texts.get(page) or made_page(name, class_name)
         texts[page] += reference(name, class_name, texts)
     texts["settings.md"] = settings_page()
+    for path in EXAMPLES:
+        code = f"```python\n{path.read_text('utf-8')}```\n"
+        texts[f"examples/{path.stem}.md"] = f"# {path.name}\n\n{code}"
     listed = rooms()
     texts |= {f"api/{r}.md": room_page(r, names) for r, names in listed.items()}
     texts["api/index.md"] = api_index(listed)
-    for page, folder in (("objectives.md", "objectives"), ("paper_index.md", "papers")):
+    parts = {
+        "objectives": "objectives",
+        "paper_index": "papers",
+        "examples": "examples",
+    }
+    for name, folder in parts.items():
+        page = f"{name}.md"
         below = sorted(p for p in texts if p.startswith(f"{folder}/"))
         texts[page] += "\n" + toctree(p.removesuffix(".md") for p in below)
     texts["index.md"] += "\n" + sidebar(texts)

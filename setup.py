@@ -117,9 +117,12 @@ PLOTS = ["matplotlib>=3.9"]  # the page of `jaxalign compare`
 # that is, the installed jax says in its extra "tpu".
 PLAN = ["jax[tpu]>=0.10"]
 
+# The documentation site, `make docs`.
+DOCS = ["sphinx>=9.0", "myst-parser>=5", "sphinx-book-theme>=1.4"]
+
 # What `make test-slow` needs beside: 100 MB of Kubernetes' schemas, for the manifest in
 # launch/.
-SLOW_TESTS = ["kubernetes-validate>=1.37", *PLAN]
+SLOW_TESTS = ["kubernetes-validate>=1.37", *PLAN, *DOCS]
 
 METRICS = ["sacrebleu>=2.4", "rouge-score>=0.1.2"]  # for their metric_fns only
 
@@ -168,7 +171,7 @@ setup(
         "beam": BEAM,
         "plan": PLAN,
         "remote": REMOTE,
-        "docs": ["sphinx>=8", "myst-parser>=4", "sphinx-book-theme>=1.1"],
+        "docs": DOCS,
         "gpu": ["jax[cuda13]>=0.10"],
         "tpu": PLAN,
         "wandb": ["wandb>=0.19"],

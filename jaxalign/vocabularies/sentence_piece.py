@@ -143,7 +143,7 @@ class SentencePieceVocabulary(BaseVocabulary):
         return self._escapes.unescape(text, final) if self._escapes else text
 
     def decode(self, ids: Iterable[int], final: bool = True) -> str:
-        """Text up to the first EOS, escapes undone; unknown ids read `` ⁇ ``.
+        """Text up to the first EOS, escapes undone; unknown ids read as ⁇.
 
         Args:
           final: whether they are all. If not, what further ids may change is held

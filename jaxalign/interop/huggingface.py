@@ -24,7 +24,8 @@ import numpy as np
 from jaxalign import remote
 from jaxalign.interop import huggingface_config as configs
 from jaxalign.interop import tensor_files, tokenizer_files
-from jaxalign.interop.folders import Foreign, Leaf, Source, place, unstack, whole
+from jaxalign.interop.folders import Foreign, Source, place, unstack
+from jaxalign.interop.leaves import Leaf
 from jaxalign.interop.tensor_files import read_json
 from jaxalign.models import networks
 from jaxalign.models.config import T5Config, T5Shape
@@ -286,7 +287,7 @@ def write(
     }
     if jax.process_index():
         for leaf in (*tensors.values(), *([dense] if dense else ())):
-            whole(leaf)  # the first process gathers it
+            leaf.read()  # the first process gathers it
         return
     with _new_folder(path) as folder:
         tensor_files.write_folder(folder, tensors, dtype, shard)

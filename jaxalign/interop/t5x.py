@@ -8,9 +8,9 @@ All of T5X's formats are read, and the one that all of its versions restore is w
     t5x.save("out", params, step=checkpoint.step, shape=found.shape)
 """
 
+from jaxalign.interop.leaves import Leaf
 from jaxalign.interop.t5x_files import Checkpoint, open_checkpoint
-from jaxalign.interop.t5x_formats import Found, detect
-from jaxalign.interop.t5x_leaves import Leaf, T5XError
+from jaxalign.interop.t5x_formats import Found, T5XError, detect
 from jaxalign.interop.t5x_network import Description, describe
 from jaxalign.interop.t5x_restore import Report, restore
 from jaxalign.interop.t5x_save import save

@@ -18,9 +18,10 @@ import numpy as np
 import tensorstore as ts
 
 from jaxalign import remote
-from jaxalign.interop import t5x_formats, t5x_leaves, t5x_msgpack
-from jaxalign.interop.t5x_formats import MESH_TF, ORBAX, Found, detect
-from jaxalign.interop.t5x_leaves import Leaf, T5XError
+from jaxalign.interop import leaves as leaf_views
+from jaxalign.interop import t5x_formats, t5x_msgpack
+from jaxalign.interop.leaves import Leaf
+from jaxalign.interop.t5x_formats import MESH_TF, ORBAX, Found, T5XError, detect
 
 _VERSIONS = (2, 3)  # 2 keeps bfloat16 as uint16 in zarr
 _NO_FILL = {"fill_missing_data_reads": False}  # a lost chunk is an error, not zeros
@@ -131,7 +132,7 @@ def _flax(found: Found) -> dict[str, Callable[[], Leaf]]:
             openers[name] = _opener(_beside, folder, name, value, version == 2)
         elif isinstance(value, int | float) or hasattr(value, "shape"):
             array = value if hasattr(value, "shape") else np.asarray(value)
-            openers[name] = _opener(t5x_leaves.of_array, name, array)
+            openers[name] = _opener(leaf_views.of_array, array, name)
     return openers
 
 
@@ -219,10 +220,10 @@ def _zarr(folder: Path, name: str, spec: dict[str, Any]) -> Leaf:
     except (ValueError, OSError) as error:
         raise damaged(error) from error
 
-    def block(index: t5x_leaves.Index) -> np.ndarray:
+    def block(index: leaf_views.Index) -> np.ndarray:
         try:
             return store[index].read().result()
         except (ValueError, OSError) as error:
             raise damaged(error) from error
 
-    return Leaf((name,), tuple(store.shape), store.dtype.numpy_dtype, block)
+    return Leaf(tuple(store.shape), store.dtype.numpy_dtype, block, (name,))

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from jaxalign.interop.leaves import Leaf, of_array
 from jaxalign.interop.t5x_files import Checkpoint
+from jaxalign.interop.t5x_formats import T5XError
 from jaxalign.interop.t5x_layouts import find
-from jaxalign.interop.t5x_leaves import Leaf, T5XError, of_array
 from jaxalign.interop.t5x_network import TARGET, check_leaf, missing
 
 # Up to so many bytes the parts of a process are read in one go: chunks that lie in many
@@ -181,7 +182,7 @@ def _place(leaf: Leaf, like: Any, dtype: Any) -> jax.Array:
     size = math.prod(high - low for low, high in box) * leaf.dtype.itemsize
     if len(parts) > 1 and size <= _AT_ONCE:
         block = leaf.read([slice(*bounds) for bounds in box])
-        source, corner = of_array(leaf.names[0], block), tuple(low for low, _ in box)
+        source, corner = of_array(block), tuple(low for low, _ in box)
     blocks: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
 
     def block_of(index: tuple[slice, ...]) -> np.ndarray:

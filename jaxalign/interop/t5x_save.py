@@ -25,7 +25,7 @@ from flax import serialization, traverse_util
 
 from jaxalign import remote
 from jaxalign.interop import t5x_layouts, t5x_slots
-from jaxalign.interop.t5x_leaves import Leaf
+from jaxalign.interop.leaves import Leaf
 from jaxalign.models.config import T5Shape
 
 _VERSION = 3

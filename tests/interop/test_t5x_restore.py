@@ -10,7 +10,7 @@ from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxalign import models
-from jaxalign.interop import t5x, t5x_leaves, t5x_restore
+from jaxalign.interop import leaves, t5x, t5x_restore
 from jaxalign.models import networks
 
 SHAPE = models.T5Config(
@@ -116,7 +116,7 @@ def test_each_device_gets_its_own_part(at_once, checkpoint, params, monkeypatch)
 
     def recorded(leaf, index=None):
         block = read(leaf, index)
-        if leaf.block.__module__ != t5x_leaves.__name__:  # of a file, not of memory
+        if leaf.block.__module__ != leaves.__name__:  # of a file, not of memory
             reads.append((leaf.names[0], block.shape))
         return block
 

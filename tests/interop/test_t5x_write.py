@@ -10,7 +10,7 @@ import t5x_checkpoints as made
 from flax import traverse_util
 
 from jaxalign import models
-from jaxalign.interop import t5x, t5x_layouts, t5x_leaves, t5x_save, t5x_slots
+from jaxalign.interop import leaves, t5x, t5x_layouts, t5x_save, t5x_slots
 
 SHAPE = models.T5Config(
     vocab_size=40,
@@ -54,9 +54,9 @@ def _kinds(params):
         "nested": _nested(params),
         "scanned": scanned,
         "on a device": jax.device_put(scanned),
-        "leaves": {k: t5x_leaves.of_array(k, v) for k, v in params.items()},
+        "leaves": {k: leaves.of_array(v, k) for k, v in params.items()},
         "stacked leaves": {
-            k: t5x_leaves.of_array(k, v)
+            k: leaves.of_array(v, k)
             for k, v in traverse_util.flatten_dict(scanned, sep="/").items()
         },
     }
@@ -223,8 +223,8 @@ def test_a_disk_that_refuses_is_an_os_error(tmp_path, params, monkeypatch):
 
 
 def test_names_are_found_in_both_layouts():
-    leaf = t5x_leaves.of_array("x", np.zeros((4, 2)))
-    leaves = {"target/encoder/encoder/mlp/wo/kernel": leaf}
-    assert t5x_layouts.find(leaves, "target/encoder/layers_1/mlp/wo/kernel")
-    assert not t5x_layouts.find(leaves, "target/encoder/layers_2/mlp/wo/kernel")
-    assert not t5x_layouts.find(leaves, "target/decoder/decoder/mlp/wo/kernel")
+    leaf = leaves.of_array(np.zeros((4, 2)))
+    stored = {"target/encoder/encoder/mlp/wo/kernel": leaf}
+    assert t5x_layouts.find(stored, "target/encoder/layers_1/mlp/wo/kernel")
+    assert not t5x_layouts.find(stored, "target/encoder/layers_2/mlp/wo/kernel")
+    assert not t5x_layouts.find(stored, "target/decoder/decoder/mlp/wo/kernel")

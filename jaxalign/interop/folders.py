@@ -14,12 +14,12 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
-import jax
 import numpy as np
 from flax import traverse_util
 
 from jaxalign.interop import leaves as views
 from jaxalign.interop.leaves import Leaf
+from jaxalign.interop.placing import place_leaf, sharding_of
 from jaxalign.models import networks
 from jaxalign.models.config import T5Config, T5Shape
 from jaxalign.models.stacks import PARAM_SCAN_AXIS
@@ -88,20 +88,16 @@ def place(
     dtype = np.dtype(dtype or np.float32)
     leaves = stack(leaves) if scan_layers else leaves
     flat = traverse_util.flatten_dict(shardings or {}, sep="/")
-    alone = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     if flat and set(flat) != set(leaves):
         raise ValueError(
             "The shardings are not those of this network's parameters: "
             f"{sorted(set(flat) ^ set(leaves))[:4]} differ (scan_layers, or another "
             "kind of network?)."
         )
-    placed = {}
-    for path, leaf in leaves.items():
-        placed[path] = jax.make_array_from_callback(
-            leaf.shape,
-            flat.get(path, alone),
-            lambda at, leaf=leaf: leaf.read(at).astype(dtype, copy=False),
-        )
+    placed = {
+        path: place_leaf(leaf, flat.get(path) or sharding_of(leaf), dtype)
+        for path, leaf in leaves.items()
+    }
     return traverse_util.unflatten_dict(placed, sep="/")
 
 
@@ -121,6 +117,14 @@ def stack(leaves: Mapping[str, Leaf]) -> dict[str, Leaf]:
     return found
 
 
+def flat(params: Mapping[str, Any]) -> dict[str, Leaf]:
+    """The leaves of parameters, nested or flat, in the layout that they have."""
+    return {
+        path: value if isinstance(value, Leaf) else views.of_array(value, path)
+        for path, value in traverse_util.flatten_dict(dict(params), sep="/").items()
+    }
+
+
 def unstack(params: Mapping[str, Any]) -> dict[str, Leaf]:
     """The leaves of parameters in either layout, layers apart.
 
@@ -129,8 +133,7 @@ def unstack(params: Mapping[str, Any]) -> dict[str, Leaf]:
         processes is gathered when it is read, by all of them.
     """
     found = {}
-    for path, value in traverse_util.flatten_dict(dict(params), sep="/").items():
-        leaf = value if isinstance(value, Leaf) else views.of_array(value, path)
+    for path, leaf in flat(params).items():
         match = _STACK.fullmatch(path)
         if not match:
             found[path] = leaf

@@ -8,7 +8,8 @@ straight into the layout that a network wants, block by block.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -84,6 +85,19 @@ def _reader(array: Any) -> Read:
         return np.asarray(jax.lax.dynamic_slice(array, starts, sizes))
 
     return block
+
+
+def fingerprint(leaves: Mapping[str, Leaf]) -> str:
+    """SHA-256 over names and float32 values in name order, one leaf at a time.
+
+    A jaxalign checkpoint's, so that a conversion has that of what it was made from.
+    """
+    digest = hashlib.sha256()
+    for name, leaf in sorted(leaves.items()):
+        digest.update(name.encode())
+        values = leaf.read().astype(np.float32, copy=False)
+        digest.update(values.reshape(-1).view(np.uint8))
+    return digest.hexdigest()
 
 
 def layer(leaf: Leaf, number: int, axis: int) -> Leaf:

@@ -8,15 +8,17 @@ All of T5X's formats are read, and the one that all of its versions restore is w
     t5x.save("out", params, step=checkpoint.step, shape=found.shape)
 """
 
+from jaxalign.interop.assignment import Report
 from jaxalign.interop.leaves import Leaf
 from jaxalign.interop.t5x_files import Checkpoint, open_checkpoint
 from jaxalign.interop.t5x_formats import Found, T5XError, detect
 from jaxalign.interop.t5x_network import Description, describe
-from jaxalign.interop.t5x_restore import Report, restore
-from jaxalign.interop.t5x_save import save
+from jaxalign.interop.t5x_restore import restore
+from jaxalign.interop.t5x_save import VOCABULARY, save
 from jaxalign.interop.t5x_slots import moments
 
 __all__ = [
+    "VOCABULARY",
     "Checkpoint",
     "Description",
     "Found",

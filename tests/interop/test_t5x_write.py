@@ -10,7 +10,7 @@ import t5x_checkpoints as made
 from flax import traverse_util
 
 from jaxalign import models
-from jaxalign.interop import leaves, t5x, t5x_layouts, t5x_save, t5x_slots
+from jaxalign.interop import arrays, leaves, t5x, t5x_layouts, t5x_slots
 
 SHAPE = models.T5Config(
     vocab_size=40,
@@ -65,7 +65,7 @@ def _kinds(params):
 @pytest.mark.parametrize("kind", _kinds({}))
 @pytest.mark.parametrize("chunk", [1 << 26, 1000])
 def test_what_is_written_is_read_by_hand(kind, chunk, tmp_path, params, monkeypatch):
-    monkeypatch.setattr(t5x_save, "_CHUNK_BYTES", chunk)
+    monkeypatch.setattr(arrays, "CHUNK_BYTES", chunk)
     folder = t5x.save(tmp_path / "model", _kinds(params)[kind], step=12)
     assert folder == tmp_path / "model" / "checkpoint_12"
     assert os.listdir(tmp_path / "model") == ["checkpoint_12"]
@@ -85,10 +85,10 @@ def test_what_is_written_is_read_by_hand(kind, chunk, tmp_path, params, monkeypa
 def test_chunks_divide_the_shape():
     for shape in [(40, 24), (7, 13), (32128, 512), (1,), (3, 5, 1024)]:
         for elements in (1, 10, 1000, 1 << 24):
-            chunks = t5x_save._chunks(shape, elements)
+            chunks = arrays._chunks(shape, elements)
             assert np.prod(chunks) <= max(elements, 1)
             assert all(s % c == 0 for s, c in zip(shape, chunks, strict=True))
-    assert t5x_save._chunks((40, 24), 960) == (40, 24)
+    assert arrays._chunks((40, 24), 960) == (40, 24)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -216,7 +216,7 @@ def test_a_disk_that_refuses_is_an_os_error(tmp_path, params, monkeypatch):
     def refuse(*args, **kwargs):
         raise ValueError("RESOURCE_EXHAUSTED: No space left [tensorstore_spec='...']")
 
-    monkeypatch.setattr(t5x_save.ts, "open", refuse)
+    monkeypatch.setattr(arrays.ts, "open", refuse)
     with pytest.raises(OSError, match="cannot be written: RESOURCE_EXHAUSTED.*left$"):
         t5x.save(tmp_path, params)
     assert list(tmp_path.iterdir()) == []

@@ -57,8 +57,9 @@ def opened(
             f"or incomplete ({_said(cause)}). Copy it again."
         )
 
+    context = spec.pop("context", None)
     try:
-        store = ts.open(spec, open=True, read=True).result()
+        store = ts.open(spec, open=True, read=True, context=context).result()
     except (ValueError, OSError) as cause:
         raise damaged(cause) from cause
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tensorstore as ts
 
 from jaxalign import remote
 from jaxalign.files import write_atomically
@@ -27,12 +28,14 @@ _KEY_OF_DICT = 2  # Orbax's number for it
 _ZSTD = {"id": "zstd", "level": 1}  # as Orbax compresses
 
 
-def leaves(folder: Path, error: type[ValueError] = ValueError) -> Leaves:
+def leaves(folder: Path, error: type[ValueError] = ValueError, keep: int = 0) -> Leaves:
     """The arrays of a tree by their ``/``-joined path; nothing is read yet.
 
     Args:
       folder: with Orbax's ``_METADATA``.
       error: what is raised where it is damaged.
+      keep: bytes of what was unpacked last that stay in memory, so that the layers of a
+        stack, read one after the other, unpack it once.
     """
     file = folder / METADATA
     try:
@@ -49,13 +52,17 @@ def leaves(folder: Path, error: type[ValueError] = ValueError) -> Leaves:
     driver = "zarr3" if metadata.get("use_zarr3") else "zarr"
     # Older Orbax leaves out what equals the fill value.
     fill = NO_FILL if metadata.get("store_array_data_equal_to_fill_value") else {}
+    kept = {}
+    if keep:
+        pool = {"cache_pool": {"total_bytes_limit": keep}}
+        kept = {"context": ts.Context(pool), "recheck_cached_data": "open"}
     packed = (folder / PACKED).is_file()
     openers: dict[str, Callable[[], Leaf]] = {}
     for keys, kind in entries.items():
         if kind in _KINDS:
             name, stored = "/".join(map(str, keys)), ".".join(map(str, keys))
             kvstore = _packed(folder, stored) if packed else _apart(folder, stored)
-            spec = {"driver": driver, "kvstore": kvstore, **fill}
+            spec = {"driver": driver, "kvstore": kvstore, **fill, **kept}
             openers[name] = _opener(folder, name, spec, error)
     return Leaves(openers)
 

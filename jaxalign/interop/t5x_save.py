@@ -31,6 +31,10 @@ VOCABULARY = "vocabulary.json"
 _VERSION = 3
 _GZIP = {"id": "gzip", "level": 1}
 _DTYPES = ("float32", "bfloat16")
+_CONSTANTS = {
+    "relative_attention_num_buckets": 32,
+    "relative_attention_max_distance": 128,
+}
 
 
 def save(
@@ -69,10 +73,13 @@ def save(
     Raises:
       FileExistsError: there is a checkpoint of that step.
       OSError: the folder cannot be written; nothing is left in it.
-      ValueError: another dtype, or parameters that this process does not have.
+      ValueError: another dtype, a network that T5X cannot compute, or parameters that
+        this process does not have.
     """
     if jnp.dtype(dtype).name not in _DTYPES:
         raise ValueError(f"dtype must be one of {list(_DTYPES)}, got {dtype!r}.")
+    if shape is not None:
+        _check_constants(shape)
     arrays = t5x_layouts.written(params)
     if not arrays:
         raise ValueError("params must hold at least one parameter.")
@@ -145,12 +152,22 @@ def _slots(slots: Mapping[str, Any]) -> dict[str, np.ndarray]:
     }
 
 
+def _check_constants(shape: T5Shape) -> None:
+    """Refuses a network that T5X would compute as another one."""
+    for field, value in _CONSTANTS.items():
+        if getattr(shape, field) != value:
+            raise ValueError(
+                f"T5X's networks have {field}={value}, which no setting of theirs "
+                f"changes; this one has {getattr(shape, field)}."
+            )
+
+
 def _gin(shape: T5Shape) -> str:
-    """A network as T5X's model gin files say it; T5X has constants for what is left."""
+    """A network as T5X's model gin files say it."""
     fields = {
         field.name: getattr(shape, field.name)
         for field in dataclasses.fields(T5Shape)
-        if not field.name.startswith("relative_")
+        if field.name not in (*_CONSTANTS, "relative_bias_per_layer")
     }
     scanned = getattr(shape, "relative_bias_per_layer", False)
     package = "scalable_t5" if scanned else "t5"

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
+import jax
 
 from jaxalign import models, vocabularies
 from jaxalign.interop import leaves as views
@@ -86,8 +87,12 @@ def opened(path: str | Path, network: str | None = None) -> Stored:
     folder = checkpoints.resolve(path)
     damage.check_files(folder, meta, name)
     model = models.restored(about)
-    leaves = dict(orbax_items.leaves(folder / name, DamagedCheckpointError))
-    _check(folder / name, leaves, model)
+    shapes = models.shapes(model)
+    sizes = [leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes)]
+    keep = int(1.1 * max(sizes)) if model.config.scan_layers else 0
+    stored = orbax_items.leaves(folder / name, DamagedCheckpointError, keep)
+    leaves = dict(stored)
+    _check(folder / name, leaves, flat(shapes), model)
     if damage.NEW_KEYS[1] not in meta:  # no list of files: older checkpoints
         found = views.fingerprint(leaves)
         damage.compare(folder, meta, name, about.get("fingerprint"), found)
@@ -95,10 +100,12 @@ def opened(path: str | Path, network: str | None = None) -> Stored:
     return Stored("jaxalign", folder, name, model, leaves, vocabulary, meta)
 
 
-def _check(where: Path, leaves: Mapping[str, Leaf], model: nn.Module) -> None:
+def _check(
+    where: Path, leaves: Mapping[str, Leaf], like: Mapping[str, Leaf], model: nn.Module
+) -> None:
     """Refuses arrays that are not those of the network that ``meta`` names."""
     found = {path: leaf.shape for path, leaf in leaves.items()}
-    wanted = {path: leaf.shape for path, leaf in flat(models.shapes(model)).items()}
+    wanted = {path: leaf.shape for path, leaf in like.items()}
     if found != wanted:
         differing = sorted(dict(found.items() ^ wanted.items()))
         raise DamagedCheckpointError(

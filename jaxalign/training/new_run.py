@@ -6,14 +6,15 @@ and everything of `jaxalign.inference` reads it; no run goes on in it.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
 
-from jaxalign import models, remote, vocabularies
-from jaxalign.files import write_atomically
+from jaxalign import models, vocabularies
+from jaxalign.files import file_sha256, write_atomically
 from jaxalign.interop import orbax_items
 from jaxalign.interop.folders import flat
 from jaxalign.interop.new_folder import new_folder
@@ -78,6 +79,8 @@ def write(
             model=model.config.architecture(),
             **run_directory.environment(),
         )
-        if remote.is_remote(path):
-            listed = own.with_name(f"{step}.json")
-            write_atomically(listed, remote_checkpoints.list_of(own))
+        # What makes a checkpoint one in a bucket, by whatever means it gets there.
+        content = damage.read_meta(own)["files"]
+        content[damage.META_FILE] = file_sha256(own / damage.META_FILE)
+        text = json.dumps({"sha256": content}, indent=1) + "\n"
+        write_atomically(own.with_name(f"{step}.json"), text)

@@ -51,26 +51,16 @@ def complete(run_dir: str) -> list[int]:
 
 def give(folder: Path, url: str) -> None:
     """Copies a checkpoint into a bucket; its list of files comes last."""
-    files = _files(folder)
-    text = list_of(folder)
-    remove(url)  # what a killed process left
-    remote.upload({f"{url}/{name}": file for name, file in files.items()})
-    with remote.writing(f"{url}.json") as listed:
-        listed.write_text(text)
-
-
-def list_of(folder: Path) -> str:
-    """The text of a checkpoint's list of files."""
-    content = {name: file_sha256(file) for name, file in _files(folder).items()}
-    return json.dumps({"sha256": content}, indent=1) + "\n"
-
-
-def _files(folder: Path) -> dict[str, Path]:
-    return {
+    files = {
         file.relative_to(folder).as_posix(): file
         for file in sorted(folder.rglob("*"))
         if file.is_file()
     }
+    content = {name: file_sha256(file) for name, file in files.items()}
+    remove(url)  # what a killed process left
+    remote.upload({f"{url}/{name}": file for name, file in files.items()})
+    with remote.writing(f"{url}.json") as listed:
+        listed.write_text(json.dumps({"sha256": content}, indent=1) + "\n")
 
 
 def remove(url: str) -> None:

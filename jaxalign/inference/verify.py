@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,10 +75,13 @@ def _outputs(
     def compute(params: Any) -> jax.Array:
         return found.model.apply({"params": params}, batch)
 
+    def rounded(leaf: jax.Array, dtype: str) -> jax.Array:
+        return leaf.astype(dtype).astype(leaf.dtype)
+
     params, outputs = found.params, []
     for dtype in dtypes:
         if dtype != "float32":
-            params = jax.tree.map(lambda x: x.astype(dtype).astype(x.dtype), params)
+            params = jax.tree.map(functools.partial(rounded, dtype=dtype), params)
         outputs.append(np.asarray(compute(params), np.float32))
     return outputs
 

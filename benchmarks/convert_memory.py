@@ -1,5 +1,4 @@
-"""Peak memory and time of ``jaxalign convert``: a Hugging Face folder to a jaxalign run,
-and that to a T5X checkpoint.
+"""Peak memory and time of ``jaxalign convert``: hf to jaxalign, and that to t5x.
 
     python benchmarks/convert_memory.py FOLDER [--size=small|xl] [--keep]
 

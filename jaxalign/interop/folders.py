@@ -112,7 +112,7 @@ def stack(leaves: Mapping[str, Leaf]) -> dict[str, Leaf]:
         else:
             found[path] = leaf
     for name, numbered in layers.items():
-        ordered = [numbered[i] for i in range(len(numbered))]
+        ordered = [leaf for _, leaf in sorted(numbered.items())]
         found[name] = views.stacked(ordered, PARAM_SCAN_AXIS)
     return found
 

@@ -19,10 +19,11 @@ from jaxalign import remote
 from jaxalign.vocabularies.base import EOS_ID, PAD_ID, UNK_ID
 from jaxalign.vocabularies.byte import ByteVocabulary
 from jaxalign.vocabularies.sentence_piece import MODEL_FILE, SentencePieceVocabulary
-from jaxalign.vocabularies.tokenizer_json import TokenizerVocabulary
+from jaxalign.vocabularies.tokenizer_json import TOKENIZER_FILE, TokenizerVocabulary
 
 __all__ = [
     "EOS_ID",
+    "FILES",
     "MODEL_FILE",
     "PAD_ID",
     "UNK_ID",
@@ -33,6 +34,7 @@ __all__ = [
     "from_json",
 ]
 
+FILES = (MODEL_FILE, TOKENIZER_FILE)  # that a vocabulary may save beside its JSON
 Vocabulary = ByteVocabulary | SentencePieceVocabulary | TokenizerVocabulary
 
 

@@ -178,7 +178,7 @@ def test_an_inline_array_stays_in_its_file_until_it_is_read(tmp_path, params):
 def test_blocks_of_views_are_blocks_of_the_whole():
     rng = np.random.default_rng(0)
     whole = rng.normal(size=(4, 3, 5, 6))
-    leaf = leaves.of_array(whole)
+    leaf = leaves.of_array(whole, "x")
     views = [
         (leaves.joined(leaf, 2), whole.reshape(4, 3, 30)),
         (leaves.joined(leaf, 0), whole.reshape(12, 5, 6)),
@@ -189,9 +189,9 @@ def test_blocks_of_views_are_blocks_of_the_whole():
     order = leaves.transposed(leaf, (0, 2, 1, 3))
     joined = whole.transpose(0, 2, 1, 3).reshape(20, 3, 6)
     views.append((leaves.joined(order, 0), joined))
-    apart = leaves.split(leaves.of_array(joined), 0, 4)
+    apart = leaves.split(leaves.of_array(joined, "x"), 0, 4)
     views.append((apart, joined.reshape(4, 5, 3, 6)))
-    last = leaves.of_array(whole.reshape(4, 3, 30))
+    last = leaves.of_array(whole.reshape(4, 3, 30), "x")
     views.append((leaves.split(last, 2, 5), whole))
     for view, wanted in views:
         assert view.shape == wanted.shape and view.names[0] == "x"

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from jaxalign import remote
 
+_PARTIAL = ".partial"
 _log = logging.getLogger(__name__)
 
 
@@ -43,10 +44,13 @@ def new_folder(path: str | os.PathLike[str], *last: str) -> Iterator[Path]:
     target = Path(path).expanduser().absolute()
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise FileExistsError(f"{target} is there already; give another name.")
-    killed = sorted(target.parent.glob(f".{target.name}.*.partial"))
+    if target.suffix == _PARTIAL:  # of a caller, who gives it its name
+        yield target
+        return
+    killed = sorted(target.parent.glob(f".{target.name}.*{_PARTIAL}"))
     if killed:
         _log.warning("Unless it is being written, remove what a kill left: %s", killed)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    partial = target.with_name(f".{target.name}.{os.getpid()}{_PARTIAL}")
     try:
         partial.mkdir(parents=True)
     except OSError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ from jaxalign.vocabularies import (
     from_json,
 )
 
-FORMATS = ("a jaxalign run", "a Hugging Face folder", "a T5X checkpoint")
+_T5X = ("checkpoint", "state/_METADATA")
+_STEP = re.compile(r".*/checkpoint_(\d+)(?=/)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,9 +106,16 @@ def open_foreign(path: str | os.PathLike[str]) -> Opened | None:
 
 
 def _copied(url: str) -> Path | None:
-    if remote.holds(url, "checkpoint") or remote.holds(url, "state/_METADATA"):
-        return remote.copy_folder(url, t5x.of_parameters)
-    return None
+    """A copy of a T5X checkpoint in a bucket, or of a model directory's newest."""
+    if not remote.holds(url, *_T5X):
+        found = [
+            at for name in _T5X for at in remote.expand(f"{url}/checkpoint_*/{name}")
+        ]
+        steps = {int(m[1]): m[0] for at in found if (m := _STEP.match(at))}
+        if not steps:
+            return None
+        url = steps[max(steps)]
+    return remote.copy_folder(url, t5x.of_parameters)
 
 
 def _vocabulary(folder: Path, told: Mapping[str, Any] | None) -> Vocabulary | None:

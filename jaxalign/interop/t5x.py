@@ -11,7 +11,7 @@ All of T5X's formats are read, and the one that all of its versions restore is w
 from jaxalign.interop.assignment import Report
 from jaxalign.interop.leaves import Leaf
 from jaxalign.interop.t5x_files import Checkpoint, open_checkpoint
-from jaxalign.interop.t5x_formats import Found, T5XError, detect
+from jaxalign.interop.t5x_formats import Found, T5XError, detect, of_parameters
 from jaxalign.interop.t5x_network import Description, describe
 from jaxalign.interop.t5x_restore import restore
 from jaxalign.interop.t5x_save import VOCABULARY, save
@@ -28,6 +28,7 @@ __all__ = [
     "describe",
     "detect",
     "moments",
+    "of_parameters",
     "open_checkpoint",
     "restore",
     "save",

@@ -7,12 +7,9 @@ from pathlib import Path
 
 from jaxalign.cluster import mesh as meshes
 from jaxalign.decoding import Sampling
-from jaxalign.inference import generation
+from jaxalign.inference import convert, generation
 from jaxalign.inference import score as scores
-from jaxalign.interop import huggingface, t5x
 from jaxalign.training import checkpoints
-
-FORMATS = ("hf", "t5x")
 
 
 class Policy:
@@ -101,34 +98,30 @@ class Policy:
         )
         return logps.tolist()
 
-    def save(self, path: str | Path, format: str = "hf", dtype: str = "") -> None:
+    def save(
+        self, path: str | Path, format: str = "hf", dtype: str = "float32"
+    ) -> None:
         """Writes it for others to read.
 
         Args:
           path: a folder that is not there yet.
-          format: ``"hf"``, a folder for ``from_pretrained``, or ``"t5x"``.
-          dtype: ``"float32"`` (the default) or ``"bfloat16"``.
+          format: ``"hf"``, a folder for ``from_pretrained``, ``"t5x"``, or
+            ``"jaxalign"``, a run directory.
+          dtype: ``"float32"`` or ``"bfloat16"``.
 
         Raises:
           FileExistsError: when something is there.
           ValueError: for another format.
         """
         network = self.network
-        if format == "hf":
-            huggingface.write(
-                path,
-                network.params,
-                network.model,
-                network.vocabulary,
-                dtype=dtype or None,
-            )
-        elif format == "t5x":
-            t5x.save(
-                path,
-                network.params,
-                step=network.meta["step"],
-                dtype=dtype or "float32",
-                shape=network.model.config,
-            )
-        else:
-            raise ValueError(f"format must be one of {FORMATS}, got {format!r}.")
+        convert.write(
+            path,
+            format,
+            network.params,
+            network.model,
+            network.vocabulary,
+            network.meta,
+            name=network.name,
+            dtype=dtype,
+            made_from=network.path.name if network.path else "policy",
+        )

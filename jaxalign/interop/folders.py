@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
-import jax
 import numpy as np
 from flax import traverse_util
-from jax.experimental import multihost_utils
 
+from jaxalign.interop import leaves as views
+from jaxalign.interop.leaves import Leaf
+from jaxalign.interop.placing import place_leaf, sharding_of
 from jaxalign.models import networks
 from jaxalign.models.config import T5Config, T5Shape
 from jaxalign.models.stacks import PARAM_SCAN_AXIS
@@ -27,39 +28,12 @@ from jaxalign.vocabularies import Vocabulary
 _LAYER = re.compile(r"(?P<stack>encoder|decoder)/layers_(?P<number>\d+)/(?P<rest>.+)")
 _STACK = re.compile(r"(?P<stack>encoder|decoder)/(?P=stack)/(?P<rest>.+)")
 
-Index = tuple[slice, ...]
-
 
 class Source(NamedTuple):
     """Where a parameter comes from: a tensor, as it is or transposed."""
 
     name: str
     transposed: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Leaf:
-    """An array that has not been read.
-
-    Attributes:
-      shape: of the whole.
-      dtype: of what `read` gives.
-      read: the part that an index of slices names.
-    """
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    read: Callable[[Index], np.ndarray]
-
-    @property
-    def transposed(self) -> Leaf:
-        """The same with its axes in reverse."""
-        return Leaf(self.shape[::-1], self.dtype, lambda at: self.read(at[::-1]).T)
-
-
-def whole(leaf: Leaf) -> np.ndarray:
-    """All of an array."""
-    return leaf.read((slice(None),) * len(leaf.shape))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,20 +88,16 @@ def place(
     dtype = np.dtype(dtype or np.float32)
     leaves = stack(leaves) if scan_layers else leaves
     flat = traverse_util.flatten_dict(shardings or {}, sep="/")
-    alone = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     if flat and set(flat) != set(leaves):
         raise ValueError(
             "The shardings are not those of this network's parameters: "
             f"{sorted(set(flat) ^ set(leaves))[:4]} differ (scan_layers, or another "
             "kind of network?)."
         )
-    placed = {}
-    for path, leaf in leaves.items():
-        placed[path] = jax.make_array_from_callback(
-            leaf.shape,
-            flat.get(path, alone),
-            lambda at, leaf=leaf: np.ascontiguousarray(leaf.read(at), dtype),
-        )
+    placed = {
+        path: place_leaf(leaf, flat.get(path) or sharding_of(leaf), dtype)
+        for path, leaf in leaves.items()
+    }
     return traverse_util.unflatten_dict(placed, sep="/")
 
 
@@ -142,58 +112,33 @@ def stack(leaves: Mapping[str, Leaf]) -> dict[str, Leaf]:
         else:
             found[path] = leaf
     for name, numbered in layers.items():
-        found[name] = _stacked([numbered[i] for i in range(len(numbered))])
+        ordered = [leaf for _, leaf in sorted(numbered.items())]
+        found[name] = views.stacked(ordered, PARAM_SCAN_AXIS)
     return found
 
 
-def _stacked(layers: list[Leaf]) -> Leaf:
-    axis, first = PARAM_SCAN_AXIS, layers[0]
-
-    def read(at: Index) -> np.ndarray:
-        inner = at[:axis] + at[axis + 1 :]
-        return np.stack([leaf.read(inner) for leaf in layers[at[axis]]], axis)
-
-    shape = (*first.shape[:axis], len(layers), *first.shape[axis:])
-    return Leaf(shape, first.dtype, read)
+def flat(params: Mapping[str, Any]) -> dict[str, Leaf]:
+    """The leaves of parameters, nested or flat, in the layout that they have."""
+    return {
+        path: value if isinstance(value, Leaf) else views.of_array(value, path)
+        for path, value in traverse_util.flatten_dict(dict(params), sep="/").items()
+    }
 
 
 def unstack(params: Mapping[str, Any]) -> dict[str, Leaf]:
     """The leaves of parameters in either layout, layers apart.
 
     Args:
-      params: nested, or flat by path; leaves are arrays or `Leaf`. A sharded array of
-        several processes is gathered when it is read, by all of them.
+      params: nested, or flat by path; arrays or `Leaf`. A sharded array of several
+        processes is gathered when it is read, by all of them.
     """
     found = {}
-    for path, leaf in traverse_util.flatten_dict(dict(params), sep="/").items():
+    for path, leaf in flat(params).items():
         match = _STACK.fullmatch(path)
         if not match:
-            found[path] = leaf if hasattr(leaf, "read") else _of_array(leaf)
+            found[path] = leaf
             continue
         for i in range(leaf.shape[PARAM_SCAN_AXIS]):
             name = f"{match['stack']}/layers_{i}/{match['rest']}"
-            found[name] = _layer(leaf, i)
+            found[name] = views.layer(leaf, i, PARAM_SCAN_AXIS)
     return found
-
-
-def _of_array(array: Any) -> Leaf:
-    return Leaf(array.shape, np.dtype(array.dtype), lambda at: _host(array)[at])
-
-
-def _layer(stacked: Any, number: int) -> Leaf:
-    axis = PARAM_SCAN_AXIS
-    shape = (*stacked.shape[:axis], *stacked.shape[axis + 1 :])
-
-    def read(at: Index) -> np.ndarray:
-        if hasattr(stacked, "read"):
-            one = slice(number, number + 1)
-            return np.squeeze(stacked.read((*at[:axis], one, *at[axis:])), axis)
-        return _host(stacked[(slice(None),) * axis + (number,)])[at]
-
-    return Leaf(shape, np.dtype(stacked.dtype), read)
-
-
-def _host(array: Any) -> np.ndarray:
-    if isinstance(array, jax.Array) and not array.is_fully_addressable:
-        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
-    return np.asarray(array)

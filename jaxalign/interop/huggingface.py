@@ -10,10 +10,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +21,9 @@ import numpy as np
 from jaxalign import remote
 from jaxalign.interop import huggingface_config as configs
 from jaxalign.interop import tensor_files, tokenizer_files
-from jaxalign.interop.folders import Foreign, Leaf, Source, place, unstack, whole
+from jaxalign.interop.folders import Foreign, Source, place, unstack
+from jaxalign.interop.leaves import Leaf
+from jaxalign.interop.new_folder import new_folder
 from jaxalign.interop.tensor_files import read_json
 from jaxalign.models import networks
 from jaxalign.models.config import T5Config, T5Shape
@@ -286,9 +285,9 @@ def write(
     }
     if jax.process_index():
         for leaf in (*tensors.values(), *([dense] if dense else ())):
-            whole(leaf)  # the first process gathers it
+            leaf.read()  # the first process gathers it
         return
-    with _new_folder(path) as folder:
+    with new_folder(path, CONFIG) as folder:
         tensor_files.write_folder(folder, tensors, dtype, shard)
         if alone:
             _write_modules(folder, model, dense, dtype)
@@ -332,35 +331,3 @@ def _write_modules(folder: Path, model: Any, dense: Leaf | None, dtype: Any) -> 
         for i, (kind, place) in enumerate(zip(kinds, places, strict=True))
     ]
     _write_json(folder / MODULES, listed)
-
-
-@contextmanager
-def _new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A folder under a name of its own, which gets the right one at the end."""
-    if remote.is_remote(path):
-        url = os.fspath(path).rstrip("/")
-        if remote.listing(url):
-            raise FileExistsError(f"{url} is not empty; give another name.")
-        with tempfile.TemporaryDirectory() as name:
-            yield Path(name)
-            found = sorted(p for p in Path(name).rglob("*") if p.is_file())
-            files = {f"{url}/{p.relative_to(name).as_posix()}": p for p in found}
-            last = {f"{url}/{CONFIG}": files.pop(f"{url}/{CONFIG}")}
-            remote.upload(files)
-            remote.upload(last)  # without it the folder is none
-        return
-    target = Path(path).expanduser().absolute()
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise FileExistsError(f"{target} is there already; give another name.")
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
-        partial.mkdir(parents=True)
-    except OSError as error:
-        raise type(error)(
-            error.errno, f"{target} cannot be written: {error.strerror}"
-        ) from error
-    try:
-        yield partial
-        os.replace(partial, target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

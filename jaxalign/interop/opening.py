@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from jaxalign import remote
-from jaxalign.interop import folders, huggingface, t5x
+from jaxalign.interop import folders, huggingface, leaves, t5x, tensor_files
 from jaxalign.interop.folders import Foreign
 from jaxalign.models import networks
-from jaxalign.vocabularies import ByteVocabulary, SentencePieceVocabulary, Vocabulary
+from jaxalign.vocabularies import (
+    ByteVocabulary,
+    SentencePieceVocabulary,
+    Vocabulary,
+    from_json,
+)
 
-FORMATS = ("a jaxalign run", "a Hugging Face folder", "a T5X checkpoint")
+_T5X = ("checkpoint", "state/_METADATA")
+_STEP = re.compile(r".*/checkpoint_(\d+)(?=/)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,12 +35,14 @@ class Opened:
       path: the local folder.
       foreign: what it holds.
       step: how many steps it was trained for, if it says so.
+      vocabulary_told: what it says of a vocabulary that is not at hand.
     """
 
     format: str
     path: Path
     foreign: Foreign
     step: int | None = None
+    vocabulary_told: Mapping[str, Any] | None = None
 
     @property
     def name(self) -> str:
@@ -59,16 +66,8 @@ class Opened:
         return folders.place(self.foreign.leaves, shardings, scan_layers=scanned)
 
     def fingerprint(self) -> str:
-        """SHA-256 over names and float32 values, as a jaxalign checkpoint's.
-
-        A conversion thus has the fingerprint of what it was made from.
-        """
-        digest = hashlib.sha256()
-        for name, leaf in sorted(self.foreign.leaves.items()):
-            digest.update(name.encode())
-            values = np.ascontiguousarray(folders.whole(leaf), np.float32)
-            digest.update(values.reshape(-1).view(np.uint8))
-        return digest.hexdigest()
+        """SHA-256 over names and values; see `leaves.fingerprint`."""
+        return leaves.fingerprint(self.foreign.leaves)
 
 
 def open_foreign(path: str | os.PathLike[str]) -> Opened | None:
@@ -93,25 +92,37 @@ def open_foreign(path: str | os.PathLike[str]) -> Opened | None:
         return None
     checkpoint = t5x.open_checkpoint(found.path)
     told = t5x.describe(checkpoint)
+    vocabulary = _vocabulary(found.path, told.vocabulary)
     foreign = Foreign(
         kind=told.kind,
         shape=told.shape,
-        vocabulary=_vocabulary(told.vocabulary),
+        vocabulary=vocabulary,
         names={},
         leaves=told.leaves,
         left_over=told.left_over,
     )
-    return Opened("t5x", found.path, foreign, told.step)
+    missing = None if vocabulary else told.vocabulary
+    return Opened("t5x", found.path, foreign, told.step, missing)
 
 
 def _copied(url: str) -> Path | None:
-    if remote.holds(url, "checkpoint") or remote.holds(url, "state/_METADATA"):
-        return remote.copy_folder(url, t5x.of_parameters)
-    return None
+    """A copy of a T5X checkpoint in a bucket, or of a model directory's newest."""
+    if not remote.holds(url, *_T5X):
+        found = [
+            at for name in _T5X for at in remote.expand(f"{url}/checkpoint_*/{name}")
+        ]
+        steps = {int(m[1]): m[0] for at in found if (m := _STEP.match(at))}
+        if not steps:
+            return None
+        url = steps[max(steps)]
+    return remote.copy_folder(url, t5x.of_parameters)
 
 
-def _vocabulary(told: Mapping[str, Any] | None) -> Vocabulary | None:
-    """What a gin file names, where it is at hand."""
+def _vocabulary(folder: Path, told: Mapping[str, Any] | None) -> Vocabulary | None:
+    """What lies in the checkpoint, or what a gin file names and is at hand."""
+    beside = folder / t5x.VOCABULARY
+    if beside.is_file():
+        return from_json(tensor_files.read_json(beside), folder)
     kind = str((told or {}).get("class", "")).rsplit(".", 1)[-1]
     extra = {"extra_ids": told["extra_ids"]} if told and "extra_ids" in told else {}
     if kind == "ByteVocabulary":

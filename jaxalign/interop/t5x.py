@@ -10,16 +10,18 @@ All of T5X's formats are read, and the one that all of its versions restore is w
 `as_t5x_model` makes a model for T5X's own trainer of an objective (docs/t5x.md).
 """
 
+from jaxalign.interop.assignment import Report
+from jaxalign.interop.leaves import Leaf
 from jaxalign.interop.t5x_files import Checkpoint, open_checkpoint
-from jaxalign.interop.t5x_formats import Found, detect
-from jaxalign.interop.t5x_leaves import Leaf, T5XError
+from jaxalign.interop.t5x_formats import Found, T5XError, detect, of_parameters
 from jaxalign.interop.t5x_model import as_t5x_model, start_from_t5
 from jaxalign.interop.t5x_network import Description, describe
-from jaxalign.interop.t5x_restore import Report, restore
-from jaxalign.interop.t5x_save import save
+from jaxalign.interop.t5x_restore import restore
+from jaxalign.interop.t5x_save import VOCABULARY, save
 from jaxalign.interop.t5x_slots import moments
 
 __all__ = [
+    "VOCABULARY",
     "Checkpoint",
     "Description",
     "Found",
@@ -30,6 +32,7 @@ __all__ = [
     "describe",
     "detect",
     "moments",
+    "of_parameters",
     "open_checkpoint",
     "restore",
     "save",

@@ -5,46 +5,23 @@ See `jaxalign.interop.t5x_formats` for the formats, `t5x_leaves` for reading by 
 
 from __future__ import annotations
 
-import ast
 import dataclasses
-import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-import tensorstore as ts
 
 from jaxalign import remote
-from jaxalign.interop import t5x_formats, t5x_leaves, t5x_msgpack
-from jaxalign.interop.t5x_formats import MESH_TF, ORBAX, Found, detect
-from jaxalign.interop.t5x_leaves import Leaf, T5XError
+from jaxalign.interop import leaves as leaf_views
+from jaxalign.interop import orbax_items, t5x_formats, t5x_msgpack
+from jaxalign.interop.arrays import NO_FILL, Leaves, opened
+from jaxalign.interop.leaves import Leaf
+from jaxalign.interop.t5x_formats import MESH_TF, ORBAX, Found, T5XError, detect
 
 _VERSIONS = (2, 3)  # 2 keeps bfloat16 as uint16 in zarr
-_NO_FILL = {"fill_missing_data_reads": False}  # a lost chunk is an error, not zeros
-
-
-class Leaves(Mapping[str, Leaf]):
-    """The arrays of a checkpoint by name; each is opened when it is looked at."""
-
-    def __init__(self, openers: Mapping[str, Callable[[], Leaf]]):
-        self._openers, self._open = dict(openers), {}
-
-    def __getitem__(self, name: str) -> Leaf:
-        if name not in self._open:
-            self._open[name] = self._openers[name]()
-        return self._open[name]
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._openers
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._openers)
-
-    def __len__(self) -> int:
-        return len(self._openers)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,10 +78,16 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
             "with T5X's convert_tf_checkpoint, or take the one that T5X's list of "
             "public models names."
         )
-    openers = _orbax(found) if found.format == ORBAX else _flax(found)
-    if not any(name.startswith("target/") for name in openers):
-        raise T5XError(f"{found.path} holds no parameters; its arrays: {[*openers]}.")
-    return Checkpoint(found, Leaves(openers))
+    leaves = _arrays(found)
+    if not any(name.startswith("target/") for name in leaves):
+        raise T5XError(f"{found.path} holds no parameters; its arrays: {[*leaves]}.")
+    return Checkpoint(found, leaves)
+
+
+def _arrays(found: Found) -> Leaves:
+    if found.format == ORBAX:
+        return orbax_items.leaves(found.file.parent, T5XError)
+    return Leaves(_flax(found))
 
 
 def _flax(found: Found) -> dict[str, Callable[[], Leaf]]:
@@ -131,7 +114,7 @@ def _flax(found: Found) -> dict[str, Callable[[], Leaf]]:
             openers[name] = _opener(_beside, folder, name, value, version == 2)
         elif isinstance(value, int | float) or hasattr(value, "shape"):
             array = value if hasattr(value, "shape") else np.asarray(value)
-            openers[name] = _opener(t5x_leaves.of_array, name, array)
+            openers[name] = _opener(leaf_views.of_array, array, name)
     return openers
 
 
@@ -158,7 +141,8 @@ def _beside(folder: Path, name: str, spec: Mapping[str, Any], as_uint16: bool) -
             "Was the whole folder copied, hidden files too?"
         )
     kvstore = {"driver": "file", "path": f"{where.absolute()}/"}
-    leaf = _zarr(folder, name, {"driver": "zarr", "kvstore": kvstore, **_NO_FILL})
+    where_it_is = {"driver": "zarr", "kvstore": kvstore, **NO_FILL}
+    leaf = opened(folder, name, where_it_is, T5XError)
     shape = spec["metadata"].get("shape", leaf.shape)
     if tuple(shape) != leaf.shape:
         raise T5XError(
@@ -171,58 +155,3 @@ def _beside(folder: Path, name: str, spec: Mapping[str, Any], as_uint16: bool) -
             leaf, dtype=whole, block=lambda index: bits(index).view(whole)
         )
     return leaf
-
-
-def _orbax(found: Found) -> dict[str, Callable[[], Leaf]]:
-    folder = found.file.parent
-    try:
-        metadata = json.loads(found.file.read_text("utf-8"))
-        entries = {
-            ast.literal_eval(key): entry["value_metadata"]["value_type"]
-            for key, entry in metadata["tree_metadata"].items()
-        }
-    except (OSError, ValueError, KeyError, TypeError, SyntaxError) as error:
-        raise T5XError(
-            f"{found.file} is not readable as Orbax's description of a checkpoint "
-            f"({type(error).__name__}: {error}). Copy the checkpoint again."
-        ) from error
-    driver = "zarr3" if metadata.get("use_zarr3") else "zarr"
-    # Older Orbax leaves out what equals the fill value.
-    no_fill = metadata.get("store_array_data_equal_to_fill_value", False)
-    packed = (folder / "manifest.ocdbt").is_file()
-    openers: dict[str, Callable[[], Leaf]] = {}
-    for keys, kind in entries.items():
-        name, stored = "/".join(map(str, keys)), ".".join(map(str, keys))
-        kvstore: dict[str, Any] = {"driver": "file"}
-        if packed:
-            base = f"{folder.absolute()}/"
-            kvstore = {"driver": "ocdbt", "base": {**kvstore, "path": base}}
-            kvstore["path"] = f"{stored}/"
-        else:
-            kvstore["path"] = f"{remote.below(folder, stored).absolute()}/"
-        spec = {"driver": driver, "kvstore": kvstore, **(_NO_FILL if no_fill else {})}
-        if kind in ("jax.Array", "np.ndarray", "scalar"):
-            openers[name] = _opener(_zarr, folder, name, spec)
-    return openers
-
-
-def _zarr(folder: Path, name: str, spec: dict[str, Any]) -> Leaf:
-    def damaged(error: Exception) -> T5XError:
-        said = str(error).split(" [", 1)[0].splitlines()[0]
-        return T5XError(
-            f"{folder}: the array {name!r} cannot be read: the checkpoint is damaged "
-            f"or incomplete ({said}). Copy it again."
-        )
-
-    try:
-        store = ts.open(spec, open=True, read=True).result()
-    except (ValueError, OSError) as error:
-        raise damaged(error) from error
-
-    def block(index: t5x_leaves.Index) -> np.ndarray:
-        try:
-            return store[index].read().result()
-        except (ValueError, OSError) as error:
-            raise damaged(error) from error
-
-    return Leaf((name,), tuple(store.shape), store.dtype.numpy_dtype, block)

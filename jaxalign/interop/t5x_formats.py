@@ -27,6 +27,10 @@ STEP = re.compile(r"checkpoint_(\d+)")
 PLACEHOLDER = "PLACEHOLDER://"  # Orbax's, before it wrote _METADATA
 
 
+class T5XError(ValueError):
+    """A checkpoint of T5X that cannot be read, or does not hold what is wanted."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Found:
     """What a path turned out to be.

@@ -13,11 +13,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import numpy as np
 from flax import traverse_util
 
-from jaxalign.interop import t5x_leaves
-from jaxalign.interop.t5x_leaves import Leaf
+from jaxalign.interop import leaves as views
+from jaxalign.interop.folders import unstack
+from jaxalign.interop.leaves import Leaf
 from jaxalign.models.stacks import PARAM_SCAN_AXIS
 
 _LAYER = re.compile(r"(.*)\b(encoder|decoder)/layers_(\d+)/(.+)")
@@ -46,13 +46,13 @@ def find(leaves: Mapping[str, Leaf], name: str) -> Leaf | None:
         if whole in leaves:
             leaf = _joined(whole, leaves[whole])
             if int(number) < leaf.shape[PARAM_SCAN_AXIS]:
-                return t5x_leaves.layer(leaf, int(number), PARAM_SCAN_AXIS)
+                return views.layer(leaf, int(number), PARAM_SCAN_AXIS)
     if match := _STACK.fullmatch(name):
         above, stack, rest = match.groups()
         parts: list[Leaf] = []
         while (part := f"{above}{stack}/layers_{len(parts)}/{rest}") in leaves:
             parts.append(_joined(part, leaves[part]))
-        return t5x_leaves.stacked(parts, PARAM_SCAN_AXIS) if parts else None
+        return views.stacked(parts, PARAM_SCAN_AXIS) if parts else None
     return None
 
 
@@ -63,10 +63,10 @@ def _joined(name: str, leaf: Leaf) -> Leaf:
     if not match or len(leaf.shape) != 3 + scanned:
         return leaf
     if match[1] != "out":
-        return t5x_leaves.joined(leaf, len(leaf.shape) - 2)
+        return views.joined(leaf, len(leaf.shape) - 2)
     # [H, D, E], or [H, layers, D, E] where layers are scanned.
-    leaf = t5x_leaves.transposed(leaf, (0, 2, 1, 3)) if scanned else leaf
-    return t5x_leaves.joined(leaf, 0)
+    leaf = views.transposed(leaf, (0, 2, 1, 3)) if scanned else leaf
+    return views.joined(leaf, 0)
 
 
 def is_scanned(name: str) -> bool:
@@ -82,8 +82,7 @@ def written(params: Mapping[str, Any]) -> dict[str, Leaf]:
     """Parameters by the names, and in the layout, of the T5X network that they fit.
 
     Args:
-      params: nested or flat by path, in either layout of layers. A leaf is an array, or
-        anything with ``shape``, ``dtype`` and ``read(index)``.
+      params: nested or flat by path, in either layout of layers; arrays or `Leaf`.
 
     Returns:
       Those of ``examples/t5``, or of ``examples/scalable_t5`` where every layer has a
@@ -92,40 +91,15 @@ def written(params: Mapping[str, Any]) -> dict[str, Leaf]:
     Raises:
       ValueError: for an array of which this process has a part only.
     """
-    apart: dict[str, Leaf] = {}
     for path, value in traverse_util.flatten_dict(dict(params), sep="/").items():
-        leaf = _leaf(path, value)
-        match = _STACK.fullmatch(path)
-        if not match:
-            apart[path] = leaf
-            continue
-        _, stack, rest = match.groups()
-        for number in range(leaf.shape[PARAM_SCAN_AXIS]):
-            part = t5x_leaves.layer(leaf, number, PARAM_SCAN_AXIS)
-            apart[f"{stack}/layers_{number}/{rest}"] = part
+        if isinstance(value, jax.Array) and not value.is_fully_addressable:
+            raise ValueError(
+                f"{path} lies on several processes; write a checkpoint of the run, and "
+                "convert that in one process."
+            )
+    apart = unstack(params)
     bias = apart.get(f"encoder/layers_0/{_BIAS}")
     return apart if bias is None else _scalable(apart, heads=bias.shape[0])
-
-
-def _leaf(path: str, value: Any) -> Leaf:
-    leaf = t5x_leaves.of_array(path, value)
-    if hasattr(value, "read"):
-        return Leaf(leaf.names, leaf.shape, leaf.dtype, value.read)
-    if not isinstance(value, jax.Array):
-        return leaf
-    if not value.is_fully_addressable:
-        raise ValueError(
-            f"{path} lies on several processes; write a checkpoint of the run, and "
-            "convert that in one process."
-        )
-
-    def block(index: t5x_leaves.Index) -> np.ndarray:
-        # Only the part comes to the host; one program cuts all parts of a size.
-        starts = [part.start for part in index]
-        sizes = [part.stop - part.start for part in index]
-        return np.asarray(jax.lax.dynamic_slice(value, starts, sizes))
-
-    return Leaf(leaf.names, leaf.shape, leaf.dtype, block)
 
 
 def _scalable(apart: Mapping[str, Leaf], heads: int) -> dict[str, Leaf]:
@@ -147,5 +121,5 @@ def _heads_apart(name: str, leaf: Leaf, heads: int) -> Leaf:
     if not match:
         return leaf
     if match[1] != "out":
-        return t5x_leaves.split(leaf, len(leaf.shape) - 1, heads)
-    return t5x_leaves.transposed(t5x_leaves.split(leaf, 0, heads), (0, 2, 1, 3))
+        return views.split(leaf, len(leaf.shape) - 1, heads)
+    return views.transposed(views.split(leaf, 0, heads), (0, 2, 1, 3))

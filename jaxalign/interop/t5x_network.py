@@ -13,9 +13,10 @@ import numpy as np
 from flax import traverse_util
 
 from jaxalign.interop import t5x_gin
+from jaxalign.interop.leaves import Leaf
 from jaxalign.interop.t5x_files import Checkpoint
+from jaxalign.interop.t5x_formats import T5XError
 from jaxalign.interop.t5x_layouts import find
-from jaxalign.interop.t5x_leaves import Leaf, T5XError
 from jaxalign.models import networks
 from jaxalign.models.config import T5Config, T5Shape
 from jaxalign.models.t5 import T5

@@ -2,66 +2,29 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import traverse_util
 
+from jaxalign.interop.assignment import Report, Rules, assigned
+from jaxalign.interop.leaves import Leaf
+from jaxalign.interop.placing import place_leaf, sharding_of
 from jaxalign.interop.t5x_files import Checkpoint
+from jaxalign.interop.t5x_formats import T5XError
 from jaxalign.interop.t5x_layouts import find
-from jaxalign.interop.t5x_leaves import Leaf, T5XError, of_array
 from jaxalign.interop.t5x_network import TARGET, check_leaf, missing
 
-# Up to so many bytes the parts of a process are read in one go: chunks that lie in many
-# of them are unpacked once.
-_AT_ONCE = 1 << 30
-
-AssignmentMap = Sequence[tuple[str, str | None]]
 Initial = Mapping[str, Any] | Callable[[str], Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class Report:
-    """What became of every array.
-
-    Attributes:
-      loaded: the stored arrays that each parameter came from, by its path.
-      initialised: parameters that were not taken from the checkpoint.
-      left_over: parameters of the checkpoint that nothing was loaded from.
-    """
-
-    loaded: Mapping[str, tuple[str, ...]]
-    initialised: tuple[str, ...]
-    left_over: tuple[str, ...]
-
-    def __str__(self) -> str:
-        """All of it, in lines.
-
-        >>> print(Report({"encoder/x": ("target/encoder/x",)}, ("head/kernel",), ()))
-        1 parameter loaded
-        1 initialised: head/kernel
-        0 left over
-        """
-        count = len(self.loaded)
-        lines = [f"{count} parameter{'s' * (count != 1)} loaded"]
-        for name in ("initialised", "left_over"):
-            found = getattr(self, name)
-            listed = f": {', '.join(found)}" if found else ""
-            lines.append(f"{len(found)} {name.replace('_', ' ')}{listed}")
-        return "\n".join(lines)
 
 
 def restore(
     checkpoint: Checkpoint,
     like: Mapping[str, Any],
     *,
-    assignment_map: AssignmentMap = (),
+    assignment_map: Rules = (),
     initial: Initial | None = None,
     dtype: Any = None,
 ) -> tuple[dict[str, Any], Report]:
@@ -93,7 +56,7 @@ def restore(
       ValueError: a pattern that matches no parameter.
     """
     wanted = traverse_util.flatten_dict(dict(like), sep="/")
-    names = _assigned(wanted, assignment_map)
+    names = assigned(wanted, assignment_map, TARGET)
     leaves: dict[str, Leaf] = {}
     absent = []
     for path, name in names.items():
@@ -114,7 +77,9 @@ def restore(
     placed = {}
     # Layers that lie in one stored array follow each other, so that it stays at hand.
     for path in sorted(leaves, key=lambda path: leaves[path].names):
-        placed[path] = _place(leaves[path], wanted[path], dtype)
+        placed[path] = place_leaf(
+            leaves[path], sharding_of(wanted[path]), dtype or wanted[path].dtype
+        )
     for path in fresh:
         placed[path] = _initial(initial, path, wanted[path], dtype)
     used = {name for leaf in leaves.values() for name in leaf.names}
@@ -126,83 +91,6 @@ def restore(
     )
     in_order = {path: placed[path] for path in wanted}
     return traverse_util.unflatten_dict(in_order, sep="/"), report
-
-
-def _assigned(
-    wanted: Mapping[str, Any], assignment_map: AssignmentMap
-) -> dict[str, str | None]:
-    """The stored name that each parameter is taken from; None for none."""
-    rules = []
-    for pattern, replacement in assignment_map:
-        try:
-            rules.append((re.compile(pattern), replacement))
-        except re.error as error:
-            raise ValueError(
-                f"assignment_map: {pattern!r} is no regular expression: {error}."
-            ) from error
-    names: dict[str, str | None] = {}
-    unused = {rule.pattern for rule, _ in rules}
-    for path in wanted:
-        names[path] = TARGET + path
-        for rule, replacement in rules:
-            if match := rule.fullmatch(TARGET + path):
-                unused.discard(rule.pattern)
-                names[path] = _expanded(match, replacement)
-                break
-    if unused:
-        raise ValueError(
-            f"assignment_map: {sorted(unused)} match no parameter of the network. A "
-            f"pattern has to match a whole name, such as {TARGET}{next(iter(wanted))}."
-        )
-    return names
-
-
-def _expanded(match: re.Match[str], replacement: str | None) -> str | None:
-    try:
-        return None if replacement is None else match.expand(replacement)
-    except (re.error, IndexError) as error:
-        raise ValueError(
-            f"assignment_map: {replacement!r} does not fit {match.re.pattern!r}: "
-            f"{error}."
-        ) from error
-
-
-def _place(leaf: Leaf, like: Any, dtype: Any) -> jax.Array:
-    """Reads a parameter onto its devices; devices that hold copies share one read."""
-    dtype = jnp.dtype(dtype or like.dtype)
-    sharding = _sharding(like)
-    held = sharding.addressable_devices_indices_map(leaf.shape).values()
-    parts = {_bounds(index, leaf.shape) for index in held}
-    box = tuple(
-        (min(low for low, _ in axis), max(high for _, high in axis))
-        for axis in zip(*parts, strict=True)
-    )
-    source, corner = leaf, tuple(0 for _ in box)
-    size = math.prod(high - low for low, high in box) * leaf.dtype.itemsize
-    if len(parts) > 1 and size <= _AT_ONCE:
-        block = leaf.read([slice(*bounds) for bounds in box])
-        source, corner = of_array(leaf.names[0], block), tuple(low for low, _ in box)
-    blocks: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
-
-    def block_of(index: tuple[slice, ...]) -> np.ndarray:
-        part = _bounds(index, leaf.shape)
-        if part not in blocks:
-            shifted = [
-                slice(low - first, high - first)
-                for (low, high), first in zip(part, corner, strict=True)
-            ]
-            blocks[part] = source.read(shifted).astype(dtype, copy=False)
-        return blocks[part]
-
-    return jax.make_array_from_callback(leaf.shape, sharding, block_of)
-
-
-def _bounds(
-    index: Sequence[slice], shape: tuple[int, ...]
-) -> tuple[tuple[int, int], ...]:
-    return tuple(
-        part.indices(size)[:2] for part, size in zip(index, shape, strict=True)
-    )
 
 
 def _initial(initial: Any, path: str, like: Any, dtype: Any) -> jax.Array:
@@ -217,9 +105,4 @@ def _initial(initial: Any, path: str, like: Any, dtype: Any) -> jax.Array:
             f"The initial value of {path} must have shape {tuple(like.shape)}, got "
             f"{tuple(value.shape)}."
         )
-    return jax.device_put(jnp.asarray(value, dtype or like.dtype), _sharding(like))
-
-
-def _sharding(like: Any) -> jax.sharding.Sharding:
-    alone = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return getattr(like, "sharding", None) or alone
+    return jax.device_put(jnp.asarray(value, dtype or like.dtype), sharding_of(like))

@@ -7,31 +7,34 @@ another name and renamed when all is on disk: what is interrupted never looks wh
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import math
+import json
 import os
 import shutil
 import time
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-import tensorstore as ts
 from flax import serialization, traverse_util
 
 from jaxalign import remote
 from jaxalign.interop import t5x_layouts, t5x_slots
-from jaxalign.interop.t5x_leaves import Leaf
+from jaxalign.interop.arrays import Queue
+from jaxalign.interop.leaves import Leaf
 from jaxalign.models.config import T5Shape
+from jaxalign.vocabularies import Vocabulary
 
+VOCABULARY = "vocabulary.json"
 _VERSION = 3
-_CHUNK_BYTES = 64 << 20  # as T5X's, which it reads partitioned
-_QUEUE_BYTES = 256 << 20  # that wait to be compressed, beside the one being read
+_GZIP = {"id": "gzip", "level": 1}
 _DTYPES = ("float32", "bfloat16")
+_CONSTANTS = {
+    "relative_attention_num_buckets": 32,
+    "relative_attention_max_distance": 128,
+}
 
 
 def save(
@@ -42,6 +45,7 @@ def save(
     dtype: Any = "float32",
     shape: T5Shape | None = None,
     param_states: Mapping[str, Mapping[str, Any]] | None = None,
+    vocabulary: Vocabulary | None = None,
 ) -> Path:
     """Writes parameters as a checkpoint that T5X's own loaders restore.
 
@@ -60,6 +64,8 @@ def save(
         `t5x_network.describe` finds it.
       param_states: what T5X's optimizer keeps, by path and slot. By default Adafactor's
         as it begins, zeros, without which T5X's trainer restores nothing.
+      vocabulary: written beside the arrays, with its description as `VOCABULARY`. T5X
+        has no place for it: name the file in T5X's own gin.
 
     Returns:
       The checkpoint's folder.
@@ -67,10 +73,13 @@ def save(
     Raises:
       FileExistsError: there is a checkpoint of that step.
       OSError: the folder cannot be written; nothing is left in it.
-      ValueError: another dtype, or parameters that this process does not have.
+      ValueError: another dtype, a network that T5X cannot compute, or parameters that
+        this process does not have.
     """
     if jnp.dtype(dtype).name not in _DTYPES:
         raise ValueError(f"dtype must be one of {list(_DTYPES)}, got {dtype!r}.")
+    if shape is not None:
+        _check_constants(shape)
     arrays = t5x_layouts.written(params)
     if not arrays:
         raise ValueError("params must hold at least one parameter.")
@@ -83,6 +92,10 @@ def save(
     temporary = final.with_name(f"{final.name}.tmp-{time.time_ns()}")
     try:
         temporary.mkdir(parents=True)
+        if vocabulary is not None:
+            text = json.dumps(vocabulary.to_json(), indent=1) + "\n"
+            (temporary / VOCABULARY).write_text(text, "utf-8")
+            vocabulary.save(temporary)
         _write(temporary, arrays, step, jnp.dtype(dtype), shape, param_states)
         os.rename(temporary, final)
         _sync(folder)
@@ -100,11 +113,13 @@ def _write(
     shape: T5Shape | None,
     param_states: Mapping[str, Mapping[str, Any]] | None,
 ) -> None:
-    with _Queue() as queue:
-        target = {
-            path: _zarr(folder, path, leaf, dtype, queue)
-            for path, leaf in arrays.items()
-        }
+    target = {}
+    with Queue() as queue:
+        for path, leaf in arrays.items():
+            stored = "target." + path.replace("/", ".")
+            where = f"{remote.below(folder, stored)}/"
+            spec = queue.write({"driver": "file", "path": where}, leaf, dtype, _GZIP)
+            target[path] = {**spec, "kvstore": {"driver": "file", "path": f"{stored}/"}}
     if param_states is None:
         states = {
             path: t5x_slots.fresh(path, leaf.shape) for path, leaf in arrays.items()
@@ -130,80 +145,6 @@ def _write(
     _sync(folder)
 
 
-class _Queue:
-    """Blocks that TensorStore's threads are compressing and writing."""
-
-    def __init__(self) -> None:
-        self._blocks: deque[tuple[str, int, ts.Future]] = deque()
-
-    def put(self, path: str, store: ts.TensorStore, block: np.ndarray) -> None:
-        """Begins to write a block, when there is room for it."""
-        self.drain(_QUEUE_BYTES)
-        self._blocks.append((path, block.nbytes, store.write(block)))
-
-    def drain(self, left: int = 0) -> None:
-        """Waits until at most so many bytes are not on disk."""
-        while self._blocks and sum(size for _, size, _ in self._blocks) > left:
-            path, _, future = self._blocks.popleft()
-            with _writing(path):
-                future.result()
-
-    def __enter__(self) -> _Queue:
-        return self
-
-    def __exit__(self, kind: Any, error: BaseException | None, _: Any) -> None:
-        """Nothing is written any more when this returns; the first error counts."""
-        try:
-            if error is None:
-                self.drain()
-        finally:
-            for _, _, future in self._blocks:
-                future.exception()
-
-
-def _zarr(
-    folder: Path, path: str, leaf: Leaf, dtype: np.dtype, queue: _Queue
-) -> dict[str, Any]:
-    """Begins to write a parameter; returns the specification that stands for it."""
-    stored = "target." + path.replace("/", ".")
-    chunks = _chunks(leaf.shape, _CHUNK_BYTES // dtype.itemsize)
-    metadata = {
-        "shape": list(leaf.shape),
-        "chunks": list(chunks),
-        "compressor": {"id": "gzip", "level": 1},
-    }
-    spec = {"driver": "zarr", "dtype": dtype.name, "metadata": metadata}
-    where = f"{remote.below(folder, stored)}/"
-    kvstore = {"driver": "file", "path": where}
-    with _writing(where):
-        store = ts.open({**spec, "kvstore": kvstore}, create=True, open=True).result()
-    for start in range(0, leaf.shape[0], chunks[0]):
-        rows = slice(start, min(start + chunks[0], leaf.shape[0]))
-        block = leaf.read((rows, *(slice(None),) * (len(leaf.shape) - 1)))
-        queue.put(where, store[rows], block.astype(dtype, copy=False))
-    return {**spec, "kvstore": {"driver": "file", "path": f"{stored}/"}}
-
-
-@contextlib.contextmanager
-def _writing(path: str) -> Iterator[None]:
-    """An OSError where TensorStore, which raises ValueError, cannot write."""
-    try:
-        yield
-    except ValueError as error:
-        said = str(error).split(" [", 1)[0].splitlines()[0]
-        raise OSError(f"{path} cannot be written: {said}") from error
-
-
-def _chunks(shape: Sequence[int], elements: int) -> tuple[int, ...]:
-    """The largest chunks of so many elements that divide a shape evenly."""
-    chunks = list(shape)
-    while math.prod(chunks) > elements:
-        axis = max(range(len(chunks)), key=chunks.__getitem__)
-        size = chunks[axis]
-        chunks[axis] = next(n for n in range(size - 1, 0, -1) if size % n == 0)
-    return tuple(chunks)
-
-
 def _slots(slots: Mapping[str, Any]) -> dict[str, np.ndarray]:
     return {
         slot: value.read() if isinstance(value, Leaf) else np.asarray(value)
@@ -211,12 +152,22 @@ def _slots(slots: Mapping[str, Any]) -> dict[str, np.ndarray]:
     }
 
 
+def _check_constants(shape: T5Shape) -> None:
+    """Refuses a network that T5X would compute as another one."""
+    for field, value in _CONSTANTS.items():
+        if getattr(shape, field) != value:
+            raise ValueError(
+                f"T5X's networks have {field}={value}, which no setting of theirs "
+                f"changes; this one has {getattr(shape, field)}."
+            )
+
+
 def _gin(shape: T5Shape) -> str:
-    """A network as T5X's model gin files say it; T5X has constants for what is left."""
+    """A network as T5X's model gin files say it."""
     fields = {
         field.name: getattr(shape, field.name)
         for field in dataclasses.fields(T5Shape)
-        if not field.name.startswith("relative_")
+        if field.name not in (*_CONSTANTS, "relative_bias_per_layer")
     }
     scanned = getattr(shape, "relative_bias_per_layer", False)
     package = "scalable_t5" if scanned else "t5"

@@ -14,8 +14,9 @@ import numpy as np
 from flax import traverse_util
 
 from jaxalign.interop import t5x_layouts
+from jaxalign.interop.leaves import Leaf
 from jaxalign.interop.t5x_files import Checkpoint
-from jaxalign.interop.t5x_leaves import Leaf, T5XError
+from jaxalign.interop.t5x_formats import T5XError
 
 _SLOTS = ("m", "v", "v_col", "v_row")
 _MIN_DIM_TO_FACTOR = 128  # of fewer rows or columns nothing is factored

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign import remote
-from jaxalign.interop.folders import Index, Leaf, whole
+from jaxalign.interop.leaves import Index, Leaf
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = {
@@ -164,7 +164,7 @@ def read_file(path: Path) -> dict[str, Leaf]:
                 f"{path}: {name!r} of shape {shape} has {stop - begin} bytes."
             )
         place, end = _Place(path, 8 + length + begin, shape, dtype), stop
-        found[name] = Leaf(shape, dtype, place.read)
+        found[name] = Leaf(shape, dtype, place.read, (name,))
     if size != 8 + length + end:
         raise DamagedFolderError(
             f"{path} has {size:,} bytes; its header speaks of {8 + length + end:,}: "
@@ -224,6 +224,6 @@ def _write_file(path: Path, tensors: Iterable[tuple[str, Leaf, np.dtype]]) -> No
     with open(path, "wb") as file:
         file.write(len(raw).to_bytes(8, "little") + raw)
         for _, leaf, dtype in tensors:
-            np.ascontiguousarray(whole(leaf), dtype).tofile(file)
+            leaf.read().astype(dtype, copy=False).tofile(file)
         file.flush()
         os.fsync(file.fileno())

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxalign import remote
 from jaxalign.interop import unigram
 from jaxalign.interop.tensor_files import DamagedFolderError, read_json
 from jaxalign.vocabularies import (
@@ -25,6 +26,8 @@ SPIECE = "spiece.model"
 _SETTINGS, _ADDED = "tokenizer_config.json", "added_tokens.json"
 _BPE = ("vocab.json", "merges.txt")
 FILES = (SPIECE, _SETTINGS, _ADDED, TOKENIZER_FILE, "special_tokens_map.json", *_BPE)
+_CONFIGS = ("config.json", "generation_config.json")
+_SENTINELS = 100  # of a T5
 # More unused rows than this, and than a tenth of the tokenizer's ids: not padding.
 _UNUSED = 512
 
@@ -106,6 +109,55 @@ def read(
     return vocabulary
 
 
+def at(path: str, rows: int, extra: int | None = None) -> Vocabulary | None:
+    """The vocabulary of a tokenizer's own file, or of a Hugging Face folder.
+
+    Args:
+      path: a SentencePiece file, a ``tokenizer.json`` or a folder, here or in a bucket;
+        or the word ``bytes``.
+      rows: of the embedding that it is for.
+      extra: sentinels behind a SentencePiece model; where it is not known, a T5's 100
+        if there is room for them.
+
+    Returns:
+      None for a folder that is none of Hugging Face's.
+
+    Raises:
+      FileNotFoundError: where there is no such path.
+      ValueError: for a file that is neither.
+    """
+    if path == "bytes":
+        return ByteVocabulary(extra_ids=125)
+    usual = {"pad_id": 0, "eos_id": 1, "start_id": 0}
+    if path.endswith(".json"):
+        text = remote.copy(path).read_text("utf-8")
+        found = TokenizerVocabulary(text, **usual)
+        own = {"pad_id": found.token_id("<pad>"), "eos_id": found.token_id("</s>")}
+        told = {key: value for key, value in own.items() if value is not None}
+        return TokenizerVocabulary(text, **{**usual, **told})
+    if path.endswith(".model") or Path(path).is_file():
+        found = SentencePieceVocabulary(path, extra or 0, escape=False)
+        if extra is None and rows - found.vocab_size >= _SENTINELS:
+            found = SentencePieceVocabulary(path, _SENTINELS, escape=False)
+        return found
+    folder = remote.copy_folder(path, lambda name: name in (*FILES, *_CONFIGS))
+    if not any((folder / name).is_file() for name in FILES):
+        return None
+    config, generation = (_json(folder / name) for name in _CONFIGS)
+    config = {"vocab_size": rows, **config}
+    return read(folder, config, ids_of(config, generation))
+
+
+def check_size(where: Any, vocabulary: Vocabulary, rows: int) -> None:
+    """Refuses a tokenizer of more ids than an embedding has rows, or of far fewer."""
+    size = vocabulary.vocab_size
+    if size > rows or rows - size > max(_UNUSED, size // 10):
+        raise ValueError(
+            f"{where}: the tokenizer has {size:,} ids, the embedding {rows:,} rows; "
+            "is it another network's tokenizer?"
+        )
+
+
 def _check(
     folder: Path,
     vocabulary: Vocabulary,
@@ -113,13 +165,8 @@ def _check(
     ids: Mapping[str, int],
     settings: Mapping[str, Any],
 ) -> None:
-    rows, size = config["vocab_size"], vocabulary.vocab_size
+    check_size(folder, vocabulary, config["vocab_size"])
     ask = "is it another network's tokenizer?"
-    if size > rows or rows - size > max(_UNUSED, size // 10):
-        raise ValueError(
-            f"{folder}: the tokenizer has {size:,} ids, the embedding {rows:,} rows; "
-            f"{ask}"
-        )
     for key in ("pad", "eos"):
         found = getattr(vocabulary, f"{key}_id")
         if isinstance(vocabulary, TokenizerVocabulary):
@@ -138,8 +185,8 @@ def _sentence_pieces(
     own = {"pad_id": ids["pad_id"], "eos_id": ids["eos_id"]}
     found = SentencePieceVocabulary(str(path), extra or 0, escape=False, **own)
     room = config["vocab_size"] - found.vocab_size
-    if extra is None and config.get("model_type", "t5") == "t5" and room >= 100:
-        return SentencePieceVocabulary(str(path), 100, escape=False, **own)
+    if extra is None and config.get("model_type", "t5") == "t5" and room >= _SENTINELS:
+        return SentencePieceVocabulary(str(path), _SENTINELS, escape=False, **own)
     return found
 
 

@@ -23,14 +23,19 @@ def meta(found: Opened) -> dict[str, Any]:
     """What ``meta`` says of such a checkpoint; all its parameters are read for it."""
     files = (p for p in found.path.rglob("*") if p.is_file())
     signature = sorted((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files)
+    told = about(found)
+    told["networks"][found.name]["fingerprint"] = _fingerprint(found, tuple(signature))
+    return told
+
+
+def about(found: Opened) -> dict[str, Any]:
+    """The same but for the fingerprint; nothing of the parameters is read."""
     vocabulary = found.foreign.vocabulary
-    about = models.stored(found.model())
-    about["fingerprint"] = _fingerprint(found, tuple(signature))
     return {
         "format": found.format,
         "step": found.step or 0,
         "main": found.name,
-        "networks": {found.name: about},
+        "networks": {found.name: models.stored(found.model())},
         "vocabulary": vocabulary and vocabulary.to_json(),
         "vocabulary_fingerprint": vocabulary and vocabulary.fingerprint,
         "parents": {},

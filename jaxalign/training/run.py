@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -50,6 +50,8 @@ class Run:
         the policy; random if None.
       reference_checkpoint_path: the reference policy; the initial one if None.
       networks: checkpoints that other networks start from, by their names.
+      assignment: which parameters come from where in them; see
+        `jaxalign.training.partial`.
       reference: ``"cached"`` scores the data once, before training; ``"online"`` does
         it in every step; ``"moving"`` does it with a reference that follows the policy.
       moving_reference: how it follows.
@@ -81,6 +83,7 @@ class Run:
     initial_checkpoint_path: str | None = None
     reference_checkpoint_path: str | None = None
     networks: Mapping[str, str] | None = None
+    assignment: Sequence[tuple[str, str | None]] | None = None
     reference: str = "cached"
     moving_reference: steps.MovingReference = steps.MovingReference()
     verify_reference: bool = False

@@ -11,7 +11,9 @@ from typing import Any
 import jax
 
 from jaxalign import models, remote, vocabularies
+from jaxalign.files import json_sha256
 from jaxalign.training import checkpoints as ckpt
+from jaxalign.training import partial
 from jaxalign.training.fingerprints import params_fingerprint
 from jaxalign.training.run import Setup, in_layout_of
 from jaxalign.training.step import REFERENCE, TrainState
@@ -22,7 +24,8 @@ _log = logging.getLogger(__name__)
 def load_network(path: str, name: str, ready: Setup) -> Any:
     """Parameters that a network starts from, on the run's mesh and in its layout.
 
-    They are those of the checkpoint's network of the same name, else of its main one.
+    They are those of the checkpoint's network of the same name, else of its main one;
+    with ``ASSIGNMENT`` some of them.
 
     Raises:
       ValueError: naming what differs: a field of the architecture, or the vocabulary.
@@ -34,10 +37,12 @@ def load_network(path: str, name: str, ready: Setup) -> Any:
     ours = ready.run.model.config.architecture()
     if name != REFERENCE:
         ours = ready.networks[name].config.architecture()
+    in_part = bool(ready.run.assignment) and name != REFERENCE
+    free = ("dropout_rate", *(partial.SHOWN if in_part else ()))
     differing = {
         field: (saved.get(field), value)
         for field, value in ours.items()
-        if field != "dropout_rate" and saved.get(field) != value
+        if field not in free and saved.get(field) != value
     }
     if differing:
         raise ValueError(
@@ -47,6 +52,11 @@ def load_network(path: str, name: str, ready: Setup) -> Any:
                 for field, (theirs, ours) in differing.items()
             )
         )
+    if in_part:
+        found = partial.load(path, name, source, ready)
+        if "embedding" in found.get("token_embedder", {}):
+            _check_vocabulary(path, meta, ready.run.vocabulary)
+        return found
     _check_vocabulary(path, meta, ready.run.vocabulary)
     found = ckpt.load(path, source, ready.mesh)
     config = found.model.config
@@ -88,7 +98,8 @@ def described(ready: Setup, fingerprints: Mapping[str, str | None]) -> dict[str,
         found[name] = models.stored(network)
         begin = name if name in ready.starts else ready.objective.main
         moves = name == REFERENCE and ready.moving_reference
-        if name in ready.abstract_state.frozen and begin in ready.starts and not moves:
+        starts = begin in ready.starts and not ready.run.assignment
+        if name in ready.abstract_state.frozen and starts and not moves:
             # It can be read again where it was; a checkpoint need not repeat it.
             path = ready.starts[begin]
             found[name] |= {
@@ -113,7 +124,7 @@ def parents(ready: Setup, saved: Mapping[str, Any] | None) -> dict[str, str | No
     for name, path in ready.starts.items():
         if name != REFERENCE or ready.objective.uses_reference:
             parent = _parent(ready, name)
-            found[parent] = _content(path, saved, name, parent)
+            found[parent] = _content(path, saved, name, parent, ready)
     if ready.objective.uses_reference:
         found.setdefault(REFERENCE, found["initial"])
         if found[REFERENCE] is None and saved:
@@ -126,12 +137,19 @@ def _parent(ready: Setup, name: str) -> str:
 
 
 def _content(
-    path: str, saved: Mapping[str, Any] | None, name: str, parent: str
+    path: str, saved: Mapping[str, Any] | None, name: str, parent: str, ready: Setup
 ) -> str | None:
-    """The fingerprint of what a network starts from."""
+    """The fingerprint of what a network starts from.
+
+    Of a part of a checkpoint, and the seed, it is one of all that it is made of.
+    """
     try:
         meta = ckpt.read_meta(path)
-        return ckpt.description(meta, ckpt.source(meta, name), path)["fingerprint"]
+        found = ckpt.description(meta, ckpt.source(meta, name), path)["fingerprint"]
+        if ready.run.assignment and name != REFERENCE:
+            rules = [list(rule) for rule in ready.run.assignment]
+            found = json_sha256([found, rules, ready.run.seed])
+        return found
     except FileNotFoundError:
         if saved is None or saved["parents"].get(parent) is None:
             raise
@@ -146,12 +164,15 @@ def _content(
 
 def start(ready: Setup, key: jax.Array) -> TrainState:
     """The state before the first step: what checkpoints give, else random."""
-    loaded = {
+    return ready.init_state(key, _loaded(ready))
+
+
+def _loaded(ready: Setup) -> dict[str, Any]:
+    return {
         name: load_network(path, name, ready)
         for name, path in ready.starts.items()
         if name in ready.networks
     }
-    return ready.init_state(key, loaded)
 
 
 def with_frozen(ready: Setup, key: jax.Array, state: TrainState) -> TrainState:
@@ -192,6 +213,12 @@ def reference_policy(
     if held is None and new and begun_with["initial"] == written:
         held = state.params["policy"]
     path = starts.get(REFERENCE) or starts.get(ready.objective.main)
+    if held is None and path and ready.run.assignment and REFERENCE not in starts:
+
+        def begun() -> Any:
+            return ready.init_networks(key, _loaded(ready), ("policy",))["policy"]
+
+        return written, begun
     if held is None and path:
         return written, lambda: load_network(path, REFERENCE, ready)
 

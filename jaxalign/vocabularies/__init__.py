@@ -19,10 +19,15 @@ from jaxalign import remote
 from jaxalign.vocabularies.base import EOS_ID, PAD_ID, UNK_ID
 from jaxalign.vocabularies.byte import ByteVocabulary
 from jaxalign.vocabularies.sentence_piece import MODEL_FILE, SentencePieceVocabulary
-from jaxalign.vocabularies.tokenizer_json import TokenizerVocabulary, tokenizer_file
+from jaxalign.vocabularies.tokenizer_json import (
+    TOKENIZER_FILE,
+    TokenizerVocabulary,
+    tokenizer_file,
+)
 
 __all__ = [
     "EOS_ID",
+    "FILES",
     "MODEL_FILE",
     "PAD_ID",
     "UNK_ID",
@@ -34,6 +39,7 @@ __all__ = [
     "tokenizer_file",
 ]
 
+FILES = (MODEL_FILE, TOKENIZER_FILE)  # that a vocabulary may save beside its JSON
 Vocabulary = ByteVocabulary | SentencePieceVocabulary | TokenizerVocabulary
 
 

@@ -114,7 +114,7 @@ def test_logits_logps_and_gradients_equal_pytorch(proj, tied, tmp_path):
         name, transposed = foreign.names[path]
         want = expected[name].T if transposed else expected[name]
         np.testing.assert_allclose(
-            folders.whole(leaf), want, rtol=1e-4, atol=2e-4, err_msg=path
+            leaf.read(), want, rtol=1e-4, atol=2e-4, err_msg=path
         )
 
 
@@ -203,7 +203,7 @@ def test_a_device_reads_its_own_part(folder, monkeypatch):
     largest = max(np.prod(leaf.shape) for leaf in foreign.leaves.values())
     assert max(read) <= largest
     name = "token_embedder/embedding"
-    leaf, whole = foreign.leaves[name], folders.whole(foreign.leaves[name])
+    leaf, whole = foreign.leaves[name], foreign.leaves[name].read()
     read.clear()
     part = leaf.read((slice(8, 12), slice(3, 9)))
     np.testing.assert_array_equal(part, whole[8:12, 3:9])
@@ -331,7 +331,7 @@ def test_damaged_files_are_told_before_anything_is_read(copy):
     leaf = next(x for x in tensor_files.read_file(path).values() if len(x.shape) == 2)
     path.write_bytes(b"")  # between opening and reading
     with pytest.raises(tensor_files.DamagedFolderError, match="ends too early"):
-        folders.whole(leaf)
+        leaf.read()
 
 
 def test_an_index_leads_to_files_of_its_folder_only(copy):
@@ -486,7 +486,7 @@ def test_a_folder_is_written_whole_or_not_at_all(folder, tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     last = list(foreign.leaves)[-1]
-    leaf = dataclasses.replace(foreign.leaves[last], read=full)
+    leaf = dataclasses.replace(foreign.leaves[last], block=full)
     with pytest.raises(OSError, match="No space left"):
         write(tmp_path / "out", foreign.leaves | {last: leaf})
     assert os.listdir(tmp_path) == ["file"]

@@ -9,7 +9,7 @@ import pytest
 import t5x_checkpoints as made
 from flax import serialization, traverse_util
 
-from jaxalign.interop import t5x, t5x_formats, t5x_leaves, t5x_msgpack
+from jaxalign.interop import leaves, t5x, t5x_formats, t5x_msgpack
 
 FORMATS = {
     "legacy": lambda path, params: made.write_legacy(path, params),
@@ -178,21 +178,21 @@ def test_an_inline_array_stays_in_its_file_until_it_is_read(tmp_path, params):
 def test_blocks_of_views_are_blocks_of_the_whole():
     rng = np.random.default_rng(0)
     whole = rng.normal(size=(4, 3, 5, 6))
-    leaf = t5x_leaves.of_array("x", whole)
+    leaf = leaves.of_array(whole, "x")
     views = [
-        (t5x_leaves.joined(leaf, 2), whole.reshape(4, 3, 30)),
-        (t5x_leaves.joined(leaf, 0), whole.reshape(12, 5, 6)),
-        (t5x_leaves.transposed(leaf, (2, 0, 3, 1)), whole.transpose(2, 0, 3, 1)),
-        (t5x_leaves.layer(leaf, 2, 1), whole[:, 2]),
-        (t5x_leaves.stacked([leaf, leaf], 1), np.stack([whole, whole], 1)),
+        (leaves.joined(leaf, 2), whole.reshape(4, 3, 30)),
+        (leaves.joined(leaf, 0), whole.reshape(12, 5, 6)),
+        (leaves.transposed(leaf, (2, 0, 3, 1)), whole.transpose(2, 0, 3, 1)),
+        (leaves.layer(leaf, 2, 1), whole[:, 2]),
+        (leaves.stacked([leaf, leaf], 1), np.stack([whole, whole], 1)),
     ]
-    order = t5x_leaves.transposed(leaf, (0, 2, 1, 3))
+    order = leaves.transposed(leaf, (0, 2, 1, 3))
     joined = whole.transpose(0, 2, 1, 3).reshape(20, 3, 6)
-    views.append((t5x_leaves.joined(order, 0), joined))
-    apart = t5x_leaves.split(t5x_leaves.of_array("x", joined), 0, 4)
+    views.append((leaves.joined(order, 0), joined))
+    apart = leaves.split(leaves.of_array(joined, "x"), 0, 4)
     views.append((apart, joined.reshape(4, 5, 3, 6)))
-    last = t5x_leaves.of_array("x", whole.reshape(4, 3, 30))
-    views.append((t5x_leaves.split(last, 2, 5), whole))
+    last = leaves.of_array(whole.reshape(4, 3, 30), "x")
+    views.append((leaves.split(last, 2, 5), whole))
     for view, wanted in views:
         assert view.shape == wanted.shape and view.names[0] == "x"
         np.testing.assert_array_equal(np.asarray(view), wanted)

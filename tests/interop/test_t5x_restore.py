@@ -10,7 +10,7 @@ from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxalign import models
-from jaxalign.interop import t5x, t5x_leaves, t5x_restore
+from jaxalign.interop import leaves, placing, t5x
 from jaxalign.models import networks
 
 SHAPE = models.T5Config(
@@ -96,7 +96,7 @@ def test_umt5_has_a_bias_in_every_layer(scan_layers, tmp_path, params):
 
 @pytest.mark.parametrize("at_once", [0, 1 << 30])
 def test_each_device_gets_its_own_part(at_once, checkpoint, params, monkeypatch):
-    monkeypatch.setattr(t5x_restore, "_AT_ONCE", at_once)
+    monkeypatch.setattr(placing, "_AT_ONCE", at_once)
     mesh = Mesh(np.array(jax.devices()[:8]).reshape(2, 4), ("data", "model"))
     like = {
         name: jax.ShapeDtypeStruct(
@@ -116,7 +116,7 @@ def test_each_device_gets_its_own_part(at_once, checkpoint, params, monkeypatch)
 
     def recorded(leaf, index=None):
         block = read(leaf, index)
-        if leaf.block.__module__ != t5x_leaves.__name__:  # of a file, not of memory
+        if leaf.block.__module__ != leaves.__name__:  # of a file, not of memory
             reads.append((leaf.names[0], block.shape))
         return block
 

@@ -10,7 +10,7 @@ import t5x_checkpoints as made
 from flax import traverse_util
 
 from jaxalign import models
-from jaxalign.interop import t5x, t5x_layouts, t5x_leaves, t5x_save, t5x_slots
+from jaxalign.interop import arrays, leaves, t5x, t5x_layouts, t5x_slots
 
 SHAPE = models.T5Config(
     vocab_size=40,
@@ -54,9 +54,9 @@ def _kinds(params):
         "nested": _nested(params),
         "scanned": scanned,
         "on a device": jax.device_put(scanned),
-        "leaves": {k: t5x_leaves.of_array(k, v) for k, v in params.items()},
+        "leaves": {k: leaves.of_array(v, k) for k, v in params.items()},
         "stacked leaves": {
-            k: t5x_leaves.of_array(k, v)
+            k: leaves.of_array(v, k)
             for k, v in traverse_util.flatten_dict(scanned, sep="/").items()
         },
     }
@@ -65,7 +65,7 @@ def _kinds(params):
 @pytest.mark.parametrize("kind", _kinds({}))
 @pytest.mark.parametrize("chunk", [1 << 26, 1000])
 def test_what_is_written_is_read_by_hand(kind, chunk, tmp_path, params, monkeypatch):
-    monkeypatch.setattr(t5x_save, "_CHUNK_BYTES", chunk)
+    monkeypatch.setattr(arrays, "CHUNK_BYTES", chunk)
     folder = t5x.save(tmp_path / "model", _kinds(params)[kind], step=12)
     assert folder == tmp_path / "model" / "checkpoint_12"
     assert os.listdir(tmp_path / "model") == ["checkpoint_12"]
@@ -85,10 +85,10 @@ def test_what_is_written_is_read_by_hand(kind, chunk, tmp_path, params, monkeypa
 def test_chunks_divide_the_shape():
     for shape in [(40, 24), (7, 13), (32128, 512), (1,), (3, 5, 1024)]:
         for elements in (1, 10, 1000, 1 << 24):
-            chunks = t5x_save._chunks(shape, elements)
+            chunks = arrays._chunks(shape, elements)
             assert np.prod(chunks) <= max(elements, 1)
             assert all(s % c == 0 for s, c in zip(shape, chunks, strict=True))
-    assert t5x_save._chunks((40, 24), 960) == (40, 24)
+    assert arrays._chunks((40, 24), 960) == (40, 24)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -164,24 +164,17 @@ def test_optimizer_slots_begin_as_adafactors_do():
 # --- What cannot be written ---------------------------------------------------
 
 
-class _Broken:
-    """A leaf of another checkpoint that is damaged."""
+def test_what_is_interrupted_leaves_nothing(tmp_path, params):
+    seen = []
 
-    shape, dtype = (24,), np.dtype(np.float32)
-
-    def __init__(self, folder):
-        self.folder, self.seen = folder, []
-
-    def read(self, index):
-        self.seen = os.listdir(self.folder)
+    def block(index):
+        seen.extend(os.listdir(tmp_path))
         raise KeyboardInterrupt
 
-
-def test_what_is_interrupted_leaves_nothing(tmp_path, params):
-    broken = _Broken(tmp_path)
+    broken = leaves.Leaf((24,), np.dtype(np.float32), block)
     with pytest.raises(KeyboardInterrupt):
         t5x.save(tmp_path, {**params, "encoder/encoder_norm/scale": broken}, step=5)
-    (name,) = broken.seen  # some parameters were there, under another name
+    (name,) = seen  # some parameters were there, under another name
     assert name.startswith("checkpoint_5.tmp-")
     assert list(tmp_path.iterdir()) == []
 
@@ -216,15 +209,15 @@ def test_a_disk_that_refuses_is_an_os_error(tmp_path, params, monkeypatch):
     def refuse(*args, **kwargs):
         raise ValueError("RESOURCE_EXHAUSTED: No space left [tensorstore_spec='...']")
 
-    monkeypatch.setattr(t5x_save.ts, "open", refuse)
+    monkeypatch.setattr(arrays.ts, "open", refuse)
     with pytest.raises(OSError, match="cannot be written: RESOURCE_EXHAUSTED.*left$"):
         t5x.save(tmp_path, params)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_names_are_found_in_both_layouts():
-    leaf = t5x_leaves.of_array("x", np.zeros((4, 2)))
-    leaves = {"target/encoder/encoder/mlp/wo/kernel": leaf}
-    assert t5x_layouts.find(leaves, "target/encoder/layers_1/mlp/wo/kernel")
-    assert not t5x_layouts.find(leaves, "target/encoder/layers_2/mlp/wo/kernel")
-    assert not t5x_layouts.find(leaves, "target/decoder/decoder/mlp/wo/kernel")
+    leaf = leaves.of_array(np.zeros((4, 2)))
+    stored = {"target/encoder/encoder/mlp/wo/kernel": leaf}
+    assert t5x_layouts.find(stored, "target/encoder/layers_1/mlp/wo/kernel")
+    assert not t5x_layouts.find(stored, "target/encoder/layers_2/mlp/wo/kernel")
+    assert not t5x_layouts.find(stored, "target/decoder/decoder/mlp/wo/kernel")

@@ -17,7 +17,7 @@ def state_of(model, params) -> dict[str, np.ndarray]:
     leaves, state = folders.unstack(params), {}
     for path, (name, transposed) in names_of(model.config):
         leaf = leaves[path].transposed if transposed else leaves[path]
-        state[name] = np.ascontiguousarray(folders.whole(leaf))
+        state[name] = leaf.read()
     return state
 
 

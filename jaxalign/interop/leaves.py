@@ -8,17 +8,16 @@ straight into the layout that a network wants, block by block.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 Index = tuple[slice, ...]
 Read = Callable[[Index], np.ndarray]
-
-
-class T5XError(ValueError):
-    """A checkpoint of T5X that cannot be read, or does not hold what is wanted."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,16 +25,16 @@ class Leaf:
     """An array that is read by blocks.
 
     Attributes:
-      names: of the stored arrays that it is made of.
-      shape: its shape.
-      dtype: its dtype.
+      shape: of the whole.
+      dtype: of what is read.
       block: reads a block, given one slice with start and stop for each axis.
+      names: of the stored arrays that it is made of, where it matters which.
     """
 
-    names: tuple[str, ...]
     shape: tuple[int, ...]
     dtype: np.dtype
     block: Read = dataclasses.field(repr=False)
+    names: tuple[str, ...] = ()
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.asarray(self.read(), dtype)
@@ -54,11 +53,51 @@ class Leaf:
         )
         return np.array(self.block(bounds), order="C")
 
+    @property
+    def transposed(self) -> Leaf:
+        """The same with its axes in reverse."""
+        return transposed(self, range(len(self.shape))[::-1])
 
-def of_array(name: str, array: np.ndarray) -> Leaf:
-    """A leaf of an array that is there, or of anything that slices like one."""
-    shape = tuple(array.shape)
-    return Leaf((name,), shape, np.dtype(array.dtype), lambda index: array[index])
+
+def of_array(array: Any, name: str = "") -> Leaf:
+    """A leaf of an array that is there, or of anything that slices like one.
+
+    Of a sharded array of several processes, all of them have to read, and it is
+    gathered.
+    """
+    return Leaf(
+        tuple(array.shape), np.dtype(array.dtype), _reader(array), (name,) * bool(name)
+    )
+
+
+def _reader(array: Any) -> Read:
+    if not isinstance(array, jax.Array):
+        return lambda index: array[index]
+    if not array.is_fully_addressable:
+        return lambda index: np.asarray(
+            multihost_utils.process_allgather(array[index], tiled=True)
+        )
+
+    def block(index: Index) -> np.ndarray:
+        # Only the part comes to the host; one program cuts all parts of a size.
+        starts = [part.start for part in index]
+        sizes = [part.stop - part.start for part in index]
+        return np.asarray(jax.lax.dynamic_slice(array, starts, sizes))
+
+    return block
+
+
+def fingerprint(leaves: Mapping[str, Leaf]) -> str:
+    """SHA-256 over names and float32 values in name order, one leaf at a time.
+
+    A jaxalign checkpoint's, so that a conversion has that of what it was made from.
+    """
+    digest = hashlib.sha256()
+    for name, leaf in sorted(leaves.items()):
+        digest.update(name.encode())
+        values = leaf.read().astype(np.float32, copy=False)
+        digest.update(values.reshape(-1).view(np.uint8))
+    return digest.hexdigest()
 
 
 def layer(leaf: Leaf, number: int, axis: int) -> Leaf:
@@ -69,7 +108,7 @@ def layer(leaf: Leaf, number: int, axis: int) -> Leaf:
         return leaf.block(wider).squeeze(axis)
 
     shape = leaf.shape[:axis] + leaf.shape[axis + 1 :]
-    return Leaf(leaf.names, shape, leaf.dtype, block)
+    return Leaf(shape, leaf.dtype, block, leaf.names)
 
 
 def stacked(leaves: Sequence[Leaf], axis: int) -> Leaf:
@@ -77,9 +116,9 @@ def stacked(leaves: Sequence[Leaf], axis: int) -> Leaf:
     first = leaves[0]
     for leaf in leaves:
         if (leaf.shape, leaf.dtype) != (first.shape, first.dtype):
-            raise T5XError(
-                f"Layers of one stack must be alike, but {first.names[0]!r} is "
-                f"{first.dtype} {first.shape} and {leaf.names[0]!r} is {leaf.dtype} "
+            raise ValueError(
+                f"Layers of one stack must be alike, but {first.names} is "
+                f"{first.dtype} {first.shape} and {leaf.names} is {leaf.dtype} "
                 f"{leaf.shape}."
             )
 
@@ -93,7 +132,7 @@ def stacked(leaves: Sequence[Leaf], axis: int) -> Leaf:
 
     shape = (*first.shape[:axis], len(leaves), *first.shape[axis:])
     names = tuple(name for leaf in leaves for name in leaf.names)
-    return Leaf(names, shape, first.dtype, block)
+    return Leaf(shape, first.dtype, block, names)
 
 
 def transposed(leaf: Leaf, axes: Sequence[int]) -> Leaf:
@@ -106,7 +145,7 @@ def transposed(leaf: Leaf, axes: Sequence[int]) -> Leaf:
         return leaf.block(tuple(inner)).transpose(axes)
 
     shape = tuple(leaf.shape[axis] for axis in axes)
-    return Leaf(leaf.names, shape, leaf.dtype, block)
+    return Leaf(shape, leaf.dtype, block, leaf.names)
 
 
 def joined(leaf: Leaf, axis: int) -> Leaf:
@@ -125,7 +164,7 @@ def joined(leaf: Leaf, axis: int) -> Leaf:
         return found[(*(slice(None),) * axis, part)]
 
     shape = (*leaf.shape[:axis], leaf.shape[axis] * width, *leaf.shape[axis + 2 :])
-    return Leaf(leaf.names, shape, leaf.dtype, block)
+    return Leaf(shape, leaf.dtype, block, leaf.names)
 
 
 def split(leaf: Leaf, axis: int, count: int) -> Leaf:
@@ -141,4 +180,4 @@ def split(leaf: Leaf, axis: int, count: int) -> Leaf:
         return found.reshape(shape)[(*(slice(None),) * (axis + 1), second)]
 
     shape = (*leaf.shape[:axis], count, width, *leaf.shape[axis + 1 :])
-    return Leaf(leaf.names, shape, leaf.dtype, block)
+    return Leaf(shape, leaf.dtype, block, leaf.names)

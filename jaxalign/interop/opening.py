@@ -13,12 +13,17 @@ import jax
 import numpy as np
 
 from jaxalign import remote
-from jaxalign.interop import folders, huggingface, t5x
+from jaxalign.interop import folders, huggingface, peft, t5x
 from jaxalign.interop.folders import Foreign
 from jaxalign.models import networks
 from jaxalign.vocabularies import ByteVocabulary, SentencePieceVocabulary, Vocabulary
 
-FORMATS = ("a jaxalign run", "a Hugging Face folder", "a T5X checkpoint")
+FORMATS = (
+    "a jaxalign run",
+    "a Hugging Face folder",
+    "an adapter of PEFT",
+    "a T5X checkpoint",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +31,7 @@ class Opened:
     """A checkpoint that was opened; nothing of its parameters is read yet.
 
     Attributes:
-      format: ``"hf"`` or ``"t5x"``.
+      format: ``"hf"``, ``"peft"`` or ``"t5x"``.
       path: the local folder.
       foreign: what it holds.
       step: how many steps it was trained for, if it says so.
@@ -74,6 +79,8 @@ class Opened:
 def open_foreign(path: str | os.PathLike[str]) -> Opened | None:
     """Opens a Hugging Face folder or a T5X checkpoint, told by its content.
 
+    An adapter of PEFT is opened as the network that it adapts, with it merged in.
+
     Args:
       path: local, or in a bucket, of which a local copy is taken.
 
@@ -83,6 +90,10 @@ def open_foreign(path: str | os.PathLike[str]) -> Opened | None:
     Raises:
       ValueError: for one that is damaged, or of another architecture.
     """
+    if peft.is_folder(path):
+        adapted = peft.open_folder(path)
+        local = remote.copy_path(os.fspath(path)) if remote.is_remote(path) else path
+        return Opened("peft", Path(local), adapted.merged())
     if huggingface.is_folder(path):
         folder = Path(os.fspath(path)) if not remote.is_remote(path) else None
         foreign = huggingface.open_folder(path)

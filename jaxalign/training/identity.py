@@ -67,6 +67,9 @@ def of(ready: Setup, parents: Mapping[str, str | None]) -> dict[str, Any]:
         "described_by": f"jaxalign {jaxalign.__version__}, optax {optax.__version__}",
         "initial_checkpoint": parents.get("initial"),
     }
+    for name in ("adapter", "trainable", "untrained"):
+        if (value := getattr(run, name)) is not None:
+            found[name] = description.describe(value)
     if feed.augment is not None:
         found["augment"] = augment.identity(feed.augment)
     if objective.uses_reference:

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from jaxalign import models, remote, vocabularies
+from jaxalign.models import adapters
 from jaxalign.training import checkpoints as ckpt
 from jaxalign.training.fingerprints import params_fingerprint
 from jaxalign.training.run import Setup, in_layout_of
@@ -87,14 +88,22 @@ def described(ready: Setup, fingerprints: Mapping[str, str | None]) -> dict[str,
     for name, network in ready.networks.items():
         found[name] = models.stored(network)
         begin = name if name in ready.starts else ready.objective.main
-        moves = name == REFERENCE and ready.moving_reference
-        if name in ready.abstract_state.frozen and begin in ready.starts and not moves:
-            # It can be read again where it was; a checkpoint need not repeat it.
+        if begin in ready.starts:
             path = ready.starts[begin]
-            found[name] |= {
+            origin = {
                 "from": path if remote.is_remote(path) else os.path.abspath(path),
                 "fingerprint": fingerprints[_parent(ready, begin)],
             }
+        adapted = name == ready.objective.main and ready.run.adapter is not None
+        if adapted:
+            found[name] |= ready.partition.stored()
+        # What rests can be read again where it was; a checkpoint need not repeat it.
+        rests = name not in ready.abstract_state.params
+        moves = name == REFERENCE and ready.moving_reference
+        if begin in ready.starts and rests and not moves:
+            found[name] |= origin
+        elif begin in ready.starts and adapted:
+            found[name]["base"] = origin
     return found
 
 
@@ -168,6 +177,7 @@ def with_frozen(ready: Setup, key: jax.Array, state: TrainState) -> TrainState:
         if name in ready.starts
     }
     made = ready.init_networks(key, loaded, missing)
+    _, made = ready.partition.split(made)
     return state.replace(frozen={**state.frozen, **made})
 
 
@@ -189,8 +199,10 @@ def reference_policy(
     """
     written, starts = begun_with[REFERENCE], ready.starts
     held = None if ready.moving_reference else state.frozen.get(REFERENCE)
+    if held is None and not ready.run.reference_checkpoint_path:
+        held = ready.partition.reference(state.frozen)  # an adapter's base
     if held is None and new and begun_with["initial"] == written:
-        held = state.params["policy"]
+        held = adapters.plain(state.networks["policy"])
     path = starts.get(REFERENCE) or starts.get(ready.objective.main)
     if held is None and path:
         return written, lambda: load_network(path, REFERENCE, ready)

@@ -255,9 +255,8 @@ def train(run: Run, config_text: str = "") -> dict[str, float]:
                 if run.sampler and can_generate:
                     path = run_dir / "samples" / f"{done}.jsonl"
                     with dog.patient(f"the samples after step {done}"):
-                        found = run.sampler.write(
-                            path, ready, state.params[main], run.seed
-                        )
+                        own = ready.partition.join(state.params, state.frozen)[main]
+                        found = run.sampler.write(path, ready, own, run.seed)
                     writer.write(done, found)
                     watched(found)
             if saving:

@@ -300,7 +300,10 @@ def restore(
     if found is None:
         return None
     state, meta = found
-    return in_layout_of(ready.abstract_state, state), meta
+    # What rests may not be in the checkpoint.
+    resting = {name: ready.abstract_state.frozen[name] for name in state.frozen}
+    like = ready.abstract_state.replace(frozen=resting)
+    return in_layout_of(like, state), meta
 
 
 def _scans(meta: dict[str, Any]) -> bool:

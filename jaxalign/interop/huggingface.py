@@ -244,7 +244,7 @@ def write(
 
     Args:
       path: that does not exist or is an empty folder; it may be in a bucket.
-      params: nested, or flat by path, in either layout; arrays or `folders.Leaf`.
+      params: nested, or flat by path, in either layout; arrays or `leaves.Leaf`.
       model: a ``T5`` or an ``EmbeddingModel``.
       vocabulary: whose tokenizer and ids are written; None writes a T5's ids and no
         tokenizer.

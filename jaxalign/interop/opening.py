@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from jaxalign import remote
-from jaxalign.interop import folders, huggingface, leaves, t5x, tensor_files
+from jaxalign.interop import folders, huggingface, leaves, peft, t5x, tensor_files
 from jaxalign.interop.folders import Foreign
 from jaxalign.models import networks
 from jaxalign.vocabularies import (
@@ -31,7 +31,7 @@ class Opened:
     """A checkpoint that was opened; nothing of its parameters is read yet.
 
     Attributes:
-      format: ``"hf"`` or ``"t5x"``.
+      format: ``"hf"``, ``"peft"`` or ``"t5x"``.
       path: the local folder.
       foreign: what it holds.
       step: how many steps it was trained for, if it says so.
@@ -73,6 +73,8 @@ class Opened:
 def open_foreign(path: str | os.PathLike[str]) -> Opened | None:
     """Opens a Hugging Face folder or a T5X checkpoint, told by its content.
 
+    An adapter of PEFT is opened as the network that it adapts, with it merged in.
+
     Args:
       path: local, or in a bucket, of which a local copy is taken.
 
@@ -82,6 +84,10 @@ def open_foreign(path: str | os.PathLike[str]) -> Opened | None:
     Raises:
       ValueError: for one that is damaged, or of another architecture.
     """
+    if peft.is_folder(path):
+        adapted = peft.open_folder(path)
+        local = remote.copy_path(os.fspath(path)) if remote.is_remote(path) else path
+        return Opened("peft", Path(local), adapted.merged())
     if huggingface.is_folder(path):
         folder = Path(os.fspath(path)) if not remote.is_remote(path) else None
         foreign = huggingface.open_folder(path)

@@ -1,6 +1,6 @@
 """T5X checkpoints as arrays by name, each opened when it is looked at.
 
-See `jaxalign.interop.t5x_formats` for the formats, `t5x_leaves` for reading by blocks.
+See `jaxalign.interop.t5x_formats` for the formats, `leaves` for reading by blocks.
 """
 
 from __future__ import annotations

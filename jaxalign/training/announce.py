@@ -70,6 +70,8 @@ def describe(run: Any, ready: Any, step: int) -> list[str]:
             else "; no evaluation data"
         ),
     ]
+    if not ready.partition.whole:
+        lines.append(_trained(run, ready))
     start = run.initial_checkpoint_path or "random weights"
     if step:
         start = f"this run's checkpoint of step {step}"
@@ -84,6 +86,17 @@ def describe(run: Any, ready: Any, step: int) -> list[str]:
         f"{mesh}"
     )
     return lines
+
+
+def _trained(run: Any, ready: Any) -> str:
+    """What trains of a run's networks, and what stands beside them."""
+    state = ready.abstract_state
+    train, rest = (
+        sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+        for tree in (state.params, state.frozen)
+    )
+    adapter = f", with {run.adapter}" if run.adapter else ""
+    return f"Trains: {train:,} of {train + rest:,} parameters{adapter}"
 
 
 def _data(feed: Any) -> str:

@@ -5,7 +5,8 @@ optimizer's state, the step, running statistics) and ``meta``: JSON with the ste
 position and fingerprint, reward statistics, the vocabulary, fingerprints of files
 (`jaxalign.training.damage`), which network is the ``main`` one, and of each its kind,
 shape and fingerprint. A frozen network that came from a checkpoint is described, and
-read from there again. `jaxalign.training.checkpoint_writer` writes them.
+read from there again; so is the ``base`` of an adapter, beside which a checkpoint holds
+what trains. `jaxalign.training.checkpoint_writer` writes them.
 """
 
 from __future__ import annotations
@@ -14,17 +15,18 @@ import dataclasses
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
 
 from jaxalign import models, remote, user_code, vocabularies
 from jaxalign.cluster import mesh as meshes
+from jaxalign.models import adapters
 from jaxalign.training import damage, foreign, remote_checkpoints
 from jaxalign.training.damage import DamagedCheckpointError
-from jaxalign.training.fingerprints import params_fingerprint
-from jaxalign.training.step import REFERENCE
+from jaxalign.training.fingerprints import of_network, params_fingerprint
+from jaxalign.training.partition import REFERENCE, Partition, parted
 
 _log = logging.getLogger(__name__)
 _FOLDER = remote_checkpoints.FOLDER
@@ -62,7 +64,7 @@ def load(
     network: str | None = "policy",
     mesh: jax.sharding.Mesh | None = None,
 ) -> Network:
-    """Loads a network of a checkpoint.
+    """Loads a network of a checkpoint; an adapter is merged into its base.
 
     Args:
       path: a run directory (its newest checkpoint is taken) or a checkpoint; a Hugging
@@ -96,11 +98,87 @@ def load(
     folder = resolve(path)
     # Before it is decoded: decoders of damaged files print, wait or crash.
     damage.check_files(folder, meta, name)
-    params = patiently(lambda: read_item(folder, meta, name, like))
-    found = params_fingerprint(params)
-    damage.compare(folder, meta, name, about["fingerprint"], found)
+    if "adapter" in about:
+        params = adapters.merge_in_place(*_with_adapter(path, folder, meta, name, mesh))
+    else:
+        params = _read_network(folder, meta, name, like)
     vocabulary = vocabularies.from_json(meta["vocabulary"], folder.parents[1])
     return Network(model, params, vocabulary, meta, folder, name)
+
+
+def _read_network(folder: Path, meta: dict[str, Any], name: str, like: Any) -> Any:
+    """What a checkpoint holds of a network, compared with what was written."""
+    params = patiently(lambda: read_item(folder, meta, name, like))
+    about = meta["networks"][name]
+    found = of_network(about, params_fingerprint(params))
+    damage.compare(folder, meta, name, about["fingerprint"], found)
+    return params
+
+
+class Adapted(NamedTuple):
+    """A network with an adapter, apart.
+
+    Attributes:
+      adapter: its kind and settings.
+      base: the network's own parameters.
+      own: the adapter's, and whatever else was trained.
+    """
+
+    adapter: adapters.Adapter
+    base: Any
+    own: Any
+
+
+def load_adapter(
+    path: str | Path, network: str | None = None, mesh: jax.sharding.Mesh | None = None
+) -> Adapted:
+    """An adapter of a checkpoint and its base, not merged.
+
+    Raises:
+      ValueError: when the network has no adapter, or its base is another one now.
+      FileNotFoundError: when the base is gone.
+    """
+    meta, folder = read_meta(path), resolve(path)
+    name = network or meta["main"]
+    if "adapter" not in description(meta, name, path):
+        raise ValueError(f"The network {name!r} of {path} has no adapter.")
+    damage.check_files(folder, meta, name)
+    return _with_adapter(path, folder, meta, name, mesh)
+
+
+def _with_adapter(
+    path: str | Path, folder: Path, meta: dict[str, Any], name: str, mesh: Any
+) -> Adapted:
+    about = meta["networks"][name]
+    partition = Partition.restored(name, about)
+    model = models.restored(about)
+    base_like = on_mesh(model, mesh)
+    like = on_mesh(model, mesh, partition)
+    trained, resting = partition.split({name: like})
+    if "base" not in about:
+        found = _read_network(folder, meta, name, like)
+        own, base = parted(found, trained[name])
+        return Adapted(partition.adapter, base, own)
+    own = _read_network(folder, meta, name, trained[name])
+    told = about["base"]
+    try:
+        found = load(told["from"], source(read_meta(told["from"]), name), mesh)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{path} holds an adapter of {told['from']}, which is gone: put it back, "
+            f"or a link to where it is. {damage.first_line(error)}"
+        ) from error
+    if found.fingerprint != told["fingerprint"]:
+        raise ValueError(
+            f"{path} holds an adapter of {told['from']}, which holds other parameters "
+            f"now: expected the fingerprint {told['fingerprint'][:12]}, found "
+            f"{found.fingerprint[:12]}. Put back what the adapter was trained on."
+        )
+    base = found.params
+    if found.model.config.scan_layers != model.config.scan_layers:
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, base_like)
+        base = jax.device_put(models.relayout(base, base_like), shardings)
+    return Adapted(partition.adapter, base, own)
 
 
 def newest(
@@ -198,14 +276,23 @@ def vocabulary(path: str) -> Any:
     return vocabularies.from_json(read_meta(path)["vocabulary"], folder.parents[1])
 
 
-def on_mesh(model: Any, mesh: jax.sharding.Mesh | None) -> Any:
-    """A network's parameters as shapes with shardings; on one device without a mesh."""
-    shapes = models.shapes(model)
+def on_mesh(
+    model: Any, mesh: jax.sharding.Mesh | None, partition: Partition | None = None
+) -> Any:
+    """A network's parameters as shapes with shardings; on one device without a mesh.
+
+    With those of an adapter, if the partition has one.
+    """
+    shapes, axes = models.shapes(model), models.logical_axes(model)
+    if partition is not None:
+        main, key = partition.main, jax.random.key(0)
+        shapes = jax.eval_shape(partition.with_adapter, {main: shapes}, key)[main]
+        axes = partition.with_axes({main: axes})[main]
     if mesh is None:
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         shardings = jax.tree.map(lambda _: device, shapes)
     else:
-        shardings = meshes.param_shardings(mesh, models.logical_axes(model), shapes)
+        shardings = meshes.param_shardings(mesh, axes, shapes)
     return jax.tree.map(
         lambda s, sh: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sh),
         shapes,

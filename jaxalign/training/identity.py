@@ -73,6 +73,9 @@ def of(ready: Setup, parents: Mapping[str, str | None]) -> dict[str, Any]:
         found["truncate"] = run.dataset.truncate
     if run.dataset.on_too_long != "truncate":
         found["on_too_long"] = run.dataset.on_too_long
+    for name in ("adapter", "trainable", "untrained"):
+        if (value := getattr(run, name)) is not None:
+            found[name] = description.describe(value)
     if feed.augment is not None:
         found["augment"] = augment.identity(feed.augment)
     if objective.uses_reference:

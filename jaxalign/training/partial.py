@@ -29,6 +29,7 @@ from jaxalign.files import write_atomically
 from jaxalign.interop.assignment import Report, assigned
 from jaxalign.interop.folders import place, stack, unstack
 from jaxalign.interop.leaves import Leaf
+from jaxalign.models import adapters
 from jaxalign.training import leafwise
 from jaxalign.training.run import Setup
 from jaxalign.training.step import REFERENCE
@@ -60,7 +61,7 @@ def load(path: str, name: str, source: str, ready: Setup) -> dict[str, Any]:
     """
     stored = leafwise.opened(path, source)
     held = unstack(stored.leaves)
-    like = ready.abstract_state.networks[name]
+    like = _like(ready, name)
     wanted = unstack(like)
     names = _names(ready, name)
     chosen = {}
@@ -85,6 +86,11 @@ def load(path: str, name: str, source: str, ready: Setup) -> dict[str, Any]:
     return place(chosen, nested, scan_layers=scanned)
 
 
+def _like(ready: Setup, name: str) -> Any:
+    """A network's own parameters; what an adapter puts beside them starts by itself."""
+    return adapters.plain(ready.abstract_state.networks[name])
+
+
 def _flat(tree: Any) -> dict[str, Any]:
     return traverse_util.flatten_dict(dict(tree), sep="/")
 
@@ -95,7 +101,7 @@ def _names(ready: Setup, name: str) -> dict[str, str | None]:
         f"{network}/{path}"
         for network in ready.starts
         if network in ready.networks and network != REFERENCE
-        for path in unstack(ready.abstract_state.networks[network])
+        for path in unstack(_like(ready, network))
     ]
     found = assigned(every, ready.run.assignment or ())
     prefix = f"{name}/"

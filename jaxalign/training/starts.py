@@ -12,6 +12,7 @@ import jax
 
 from jaxalign import models, remote, vocabularies
 from jaxalign.files import json_sha256
+from jaxalign.models import adapters
 from jaxalign.training import checkpoints as ckpt
 from jaxalign.training import partial
 from jaxalign.training.fingerprints import params_fingerprint
@@ -97,15 +98,24 @@ def described(ready: Setup, fingerprints: Mapping[str, str | None]) -> dict[str,
     for name, network in ready.networks.items():
         found[name] = models.stored(network)
         begin = name if name in ready.starts else ready.objective.main
-        moves = name == REFERENCE and ready.moving_reference
+        # Where rules say what comes from where, no checkpoint is the network.
         starts = begin in ready.starts and not ready.run.assignment
-        if name in ready.abstract_state.frozen and starts and not moves:
-            # It can be read again where it was; a checkpoint need not repeat it.
+        if starts:
             path = ready.starts[begin]
-            found[name] |= {
+            origin = {
                 "from": path if remote.is_remote(path) else os.path.abspath(path),
                 "fingerprint": fingerprints[_parent(ready, begin)],
             }
+        adapted = name == ready.objective.main and ready.run.adapter is not None
+        if adapted:
+            found[name] |= ready.partition.stored()
+        # What rests can be read again where it was; a checkpoint need not repeat it.
+        rests = name not in ready.abstract_state.params
+        moves = name == REFERENCE and ready.moving_reference
+        if starts and rests and not moves:
+            found[name] |= origin
+        elif starts and adapted:
+            found[name]["base"] = origin
     return found
 
 
@@ -189,6 +199,7 @@ def with_frozen(ready: Setup, key: jax.Array, state: TrainState) -> TrainState:
         if name in ready.starts
     }
     made = ready.init_networks(key, loaded, missing)
+    _, made = ready.partition.split(made)
     return state.replace(frozen={**state.frozen, **made})
 
 
@@ -210,13 +221,16 @@ def reference_policy(
     """
     written, starts = begun_with[REFERENCE], ready.starts
     held = None if ready.moving_reference else state.frozen.get(REFERENCE)
+    if held is None and not ready.run.reference_checkpoint_path:
+        held = ready.partition.reference(state.frozen)  # an adapter's base
     if held is None and new and begun_with["initial"] == written:
-        held = state.params["policy"]
+        held = adapters.plain(state.networks["policy"])
     path = starts.get(REFERENCE) or starts.get(ready.objective.main)
     if held is None and path and ready.run.assignment and REFERENCE not in starts:
 
         def begun() -> Any:
-            return ready.init_networks(key, _loaded(ready), ("policy",))["policy"]
+            made = ready.init_networks(key, _loaded(ready), ("policy",))
+            return adapters.plain(made["policy"])
 
         return written, begun
     if held is None and path:

@@ -46,18 +46,16 @@ def test_a_process_that_fails_ends_the_others_at_once(tmp_path, failing):
     script = tmp_path / "join.py"
     script.write_text(JOIN)
     launched = [sys.executable, str(LAUNCHER), "-n", "2", "--grace=100", "--"]
-    job = subprocess.Popen(
-        [*launched, sys.executable, str(script), failing],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    command = [*launched, sys.executable, str(script), failing]
     said = []
-    for line in job.stdout:
-        said.append(line)
-        if "all here" in line:
-            began = time.monotonic()
-    assert job.wait() == (0 if failing == "none" else 2), "".join(said)
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as job:
+        for line in job.stdout:
+            said.append(line)
+            if "all here" in line:
+                began = time.monotonic()
+    assert job.returncode == (0 if failing == "none" else 2), "".join(said)
     assert time.monotonic() - began < 30
     for process in {"0", "1"} - {*failing} if len(failing) == 1 else ():
         told = f"Process {failing} has stopped: OSError: no more room"

@@ -78,7 +78,7 @@ def convert(
             run_dir=_run_dir(found),
         )
         if verify:
-            told = f"; {verification.compare(src, folder, found.name, dtype)}"
+            told = f"; {verification.compare(src, folder, network, dtype)}"
     return (
         f"{src} ({found.format}, {found.name}: {models.describe(found.model)}) is "
         f"written to {dst} ({format}, {dtype}){told}"

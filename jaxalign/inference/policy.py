@@ -34,6 +34,7 @@ class Policy:
     """
 
     def __init__(self, path: str | Path, mesh: Mapping[str, int] | None = None):
+        self._name = Path(path).name
         self._mesh = meshes.named_mesh(mesh) if mesh else None
         self._rows = meshes.batch_sharding(self._mesh) if self._mesh else None
         self.network = checkpoints.newest(path, mesh=self._mesh)
@@ -123,5 +124,5 @@ class Policy:
             network.meta,
             name=network.name,
             dtype=dtype,
-            made_from=network.path.name if network.path else "policy",
+            made_from=self._name,
         )

@@ -23,7 +23,11 @@ class VerificationError(ValueError):
 
 
 def compare(
-    source: str | Path, made: str | Path, network: str, dtype: str, seed: int = 0
+    source: str | Path,
+    made: str | Path,
+    network: str | None,
+    dtype: str,
+    seed: int = 0,
 ) -> str:
     """Compares what two checkpoints compute; one is in memory at a time.
 
@@ -34,7 +38,7 @@ def compare(
     Args:
       source: a checkpoint.
       made: what was made from it.
-      network: its name in both.
+      network: its name in the source; None: the main one. What was made has no other.
       dtype: of what was made.
       seed: of the inputs.
 
@@ -45,7 +49,7 @@ def compare(
       VerificationError: when it is larger than the order of additions explains.
     """
     exact, want = _outputs(source, network, seed, ("float32", dtype))
-    (got,) = _outputs(made, network, seed, ("float32",))
+    (got,) = _outputs(made, None, seed, ("float32",))
     if got.shape != want.shape:
         raise VerificationError(
             f"{made} computes numbers of shape {got.shape}, {source} {want.shape}."
@@ -65,7 +69,7 @@ def compare(
 
 
 def _outputs(
-    path: str | Path, network: str, seed: int, dtypes: Sequence[str]
+    path: str | Path, network: str | None, seed: int, dtypes: Sequence[str]
 ) -> list[np.ndarray]:
     """What a network computes with its parameters, and with rounded ones."""
     found = checkpoints.load(path, network)

@@ -76,14 +76,15 @@ def load(path: str, name: str, source: str, ready: Setup) -> dict[str, Any]:
         tuple(parameter for parameter in names if parameter not in chosen),
         tuple(sorted({*held, *stored.left_over} - used)),
     )
-    tell(report, path, name, ready)
     scanned = ready.run.model.config.scan_layers
     if scanned:
         _check_stacks(name, chosen, wanted)
     shardings = {p: leaf.sharding for p, leaf in _flat(like).items()}
     kept = stack(chosen) if scanned else chosen
     nested = traverse_util.unflatten_dict({p: shardings[p] for p in kept}, sep="/")
-    return place(chosen, nested, scan_layers=scanned)
+    placed = place(chosen, nested, scan_layers=scanned)
+    tell(report, path, name, ready)
+    return placed
 
 
 def _like(ready: Setup, name: str) -> Any:

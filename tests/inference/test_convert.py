@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import foreign_folders
@@ -145,6 +146,7 @@ def _two_networks(run_dir):
         for name, net in nets.items()
     }
     checkpoint = run_dir / "checkpoints" / "7"
+    checkpoint.mkdir(parents=True)
     for name, tree in params.items():
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(checkpoint / name, tree)
@@ -208,6 +210,18 @@ def test_one_of_several_networks_and_layers_that_are_stacked(tmp_path):
     with pytest.raises(ValueError, match=r"holds no network 'polcy'.* 'policy'"):
         convert(source, str(tmp_path / "x"), format="hf", network="polcy")
     assert _listed(tmp_path) == ["hf", "own", "run", "v"]
+
+
+@pytest.mark.parametrize("name", ["format1", "format2"])
+def test_checkpoints_of_earlier_code(name, tmp_path):
+    archive = (
+        Path(__file__).parents[1] / f"training/checkpoints_of_before/{name}.tar.gz"
+    )
+    with tarfile.open(archive) as file:
+        file.extractall(tmp_path, filter="data")
+    source = tmp_path / name / "run"
+    convert(str(source), str(tmp_path / "new"), format="jaxalign")
+    assert checkpoints.fingerprint(tmp_path / "new") == checkpoints.fingerprint(source)
 
 
 def test_a_converted_run_is_not_gone_on_with(tmp_path):

@@ -1,4 +1,4 @@
-"""An adapter is trained by every objective, and a step is one step however it is cut."""
+"""An adapter trains by every objective, and a step is one step however it is cut."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adapters of the package peft, read and written; its own numbers are the golden ones."""
+"""Adapters of the package peft, read and written; the golden numbers are its own."""
 
 from __future__ import annotations
 

@@ -164,7 +164,7 @@ def test_trainable_alone_keeps_whole_checkpoints_and_goes_on_to_the_bit(work):
         jax.tree.map(np.testing.assert_array_equal, found[name], base[name])
     assert prints(work / "part") != prints(work / "sft")
     with pytest.raises(
-        ValueError, match="trainable: saved 'policy/decoder/', now None"
+        ValueError, match="trainable: saved 'policy/dec.*now None"
     ):
         loop.train(on_base(work, "part", adapter=None))
 

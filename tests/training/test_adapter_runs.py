@@ -163,9 +163,7 @@ def test_trainable_alone_keeps_whole_checkpoints_and_goes_on_to_the_bit(work):
     for name in ("encoder", "token_embedder"):
         jax.tree.map(np.testing.assert_array_equal, found[name], base[name])
     assert prints(work / "part") != prints(work / "sft")
-    with pytest.raises(
-        ValueError, match="trainable: saved 'policy/dec.*now None"
-    ):
+    with pytest.raises(ValueError, match="trainable: saved 'policy/dec.*now None"):
         loop.train(on_base(work, "part", adapter=None))
 
 

@@ -286,15 +286,18 @@ def _own(
                 f"{leaf.shape}; does {CONFIG} belong to it?"
             )
         own[f"{ours}/{last}"] = leaf
-    needed = ("gain",)
+    complete = [{"gain"}, {"gain_in"}]
     if isinstance(adapter, adapters.LoRA):
-        needed = ("lora_a", "lora_b", *["magnitude"] * adapter.dora)
-    for module in {path.rpartition("/")[0] for path in own}:
-        held = {p.rpartition("/")[2] for p in own if p.rpartition("/")[0] == module}
-        if held != set(needed) and held != {"gain_in"} - set(needed):
+        complete = [{"lora_a", "lora_b", *["magnitude"] * adapter.dora}]
+    held: dict[str, set[str]] = {}
+    for path in own:
+        module, _, last = path.rpartition("/")
+        held.setdefault(module, set()).add(last)
+    for module, names in held.items():
+        if names not in complete:
             raise ValueError(
-                f"{folder / TENSORS}: beside {module} expected {', '.join(needed)}, "
-                f"found {', '.join(sorted(held))}."
+                f"{folder / TENSORS}: beside {module} expected {sorted(complete[0])}, "
+                f"found {sorted(names)}."
             )
     if not own:
         raise ValueError(f"{folder / TENSORS} holds no tensors.")

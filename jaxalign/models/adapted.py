@@ -19,6 +19,7 @@ Layers that are scanned have their axis second in every leaf, as in all paramete
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -98,7 +99,11 @@ def merge_in_place(adapter: Any, base: Any, own: Any) -> Tree:
         return merge(adapter.expand(overlay(base, own)))
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, base)
-    return jax.jit(merged, out_shardings=shardings, donate_argnums=0)(base, own)
+    function = jax.jit(merged, out_shardings=shardings, donate_argnums=0)
+    with warnings.catch_warnings():
+        # What was trained in place of the base's own is not merged into it.
+        warnings.filterwarnings("ignore", message="Some donated buffers")
+        return function(base, own)
 
 
 def _merged(kernel: jax.Array, beside: Mapping[str, jax.Array]) -> jax.Array:

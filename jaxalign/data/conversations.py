@@ -30,6 +30,8 @@ Messages = list[dict[str, Any]]
 # How a record was read.
 CHAT, DIALOGUE, IMPLICIT = "chat", "dialogue", "implicit prompt"
 _ANSWERS = ("completion", "chosen", "rejected")
+# Those that a schema looks at, where that is not all.
+_READ = {"prompts": (), "supervised": ("completion", "chosen")}
 _FIELDS = ("prompt", *_ANSWERS, "messages")
 _IN_CELLS = (*_FIELDS, "tools", "metadata")
 
@@ -107,7 +109,7 @@ class Conversations:
         prompt = _messages("prompt", record["prompt"], "user")
         answers = {
             f: _messages(f, record[f], "assistant")
-            for f in _ANSWERS
+            for f in _READ.get(self._schema, _ANSWERS)
             if record.get(f) is not None
         }
         return record | self._texts(prompt, answers, _tools(record))

@@ -106,7 +106,10 @@ def _data(feed: Any) -> str:
     indices = [cache.index for cache in feed.caches]
     prompts = sum(int(index.prompt_lengths.sum()) for index in indices)
     responses = sum(int(index.response_lengths.sum()) for index in indices)
-    return f"{rows:,} rows ({prompts:,} + {responses:,} tokens)"
+    text = f"{rows:,} rows ({prompts:,} + {responses:,} tokens)"
+    if left_out := sum(plan.left_out["rows"] for plan in feed.plans):
+        text += f", {left_out:,} of them left out as too long"
+    return text
 
 
 @contextlib.contextmanager

@@ -55,6 +55,7 @@ def read(row, schema, **options):
 def test_texts_are_those_of_trl(row, name, texts):
     template = RECORD["templates"][name] if name else None
     schema = "prompts" if set(row) == {"prompt"} else "supervised"
+    schema = "preference" if "chosen" in row else schema
     (found,), how = Conversations(schema, template).read(row)
     for field, text in texts.items():
         assert found[field] == text, field
@@ -92,6 +93,14 @@ def test_rationales_and_thumbs():
     assert (found["chosen"], found["rejected"]) == ("a", "b")
     thumb = {"prompt": [user("q")], "completion": [assistant("a")], "label": False}
     assert read(thumb, "trajectory")[0]["label"] == 0
+
+
+def test_what_a_schema_does_not_read_is_no_fault():
+    row = {"prompt": [user("q")], "completion": 3, "chosen": [assistant("a")]}
+    assert read(row, "prompts") == [{"prompt": "User: q\n\nAssistant: "}]
+    row = {"prompt": [user("q")], "chosen": [assistant("a")], "rejected": [3]}
+    assert read(row, "supervised")[0]["completion"] == "a"
+    assert read(row, "preference").field == "rejected"
 
 
 # Dialogues.

@@ -110,7 +110,7 @@ def test_data_reads_a_folder_of_tables_and_tells_shared_prompts(capsys):
 
 
 def test_data_tells_what_is_too_long(capsys):
-    argv = ["--gin_file=runs/sft.gin", "--data=parts"]
+    argv = ["--gin_file=runs/sft.gin", "--data=parts", "--gin.EVAL_FRACTION=0.0"]
     lengths = "--gin.TASK_FEATURE_LENGTHS={'inputs': 13, 'targets': 9}"
     status, _, err = data(capsys, *argv, lengths, "--gin.ON_TOO_LONG=error")
     assert status == 0, err

@@ -128,6 +128,7 @@ def _batch(inputs):
     return {name: np.stack([a[name] for a in arrays]) for name in arrays[0]}
 
 
+@pytest.mark.filterwarnings("ignore")  # transformers' about TRL, and torch's
 @pytest.mark.parametrize("name", CASES)
 def test_twenty_losses_equal_trls(name, experimental, tmp_path):
     import foreign_folders

@@ -35,10 +35,13 @@ SIZES = {
     "num_encoder_layers": 1,
     "num_decoder_layers": 1,
 }
+WIDE = {"vocab_size": 128, "emb_dim": 128, "head_dim": 64, "mlp_dim": 128}
+WIDE |= {"num_encoder_layers": 2}
 CASES = {
     "DROV": ({}, {}),
     "DPO": ({}, {}),
-    "DROV scanned": ({"tau": 0.5}, {"num_encoder_layers": 2, "scan_layers": True}),
+    # T5X's Adafactor factors every scanned kernel, ours those of 128 at least.
+    "DROV scanned": ({"tau": 0.5}, WIDE | {"scan_layers": True}),
 }
 
 

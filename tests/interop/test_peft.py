@@ -17,6 +17,9 @@ from jaxalign.interop import peft as ours  # noqa: E402
 from jaxalign.models import adapters  # noqa: E402
 from jaxalign.training import checkpoints  # noqa: E402
 
+# peft reads a property of transformers that is to be renamed.
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
 CONFIGS = {
     "lora": lambda: peft.LoraConfig(r=4, lora_alpha=12, target_modules=["q", "v"]),
     "rslora": lambda: peft.LoraConfig(

@@ -191,7 +191,7 @@ def test_expressions_that_name_nothing_are_refused():
 
 def test_there_is_one_copy_of_the_base_and_no_gradient_of_it():
     """By the compiler's account of DPO with the reference in the step."""
-    config = models.T5Config(64, 256, 4, 64, 1024, 1, 1)
+    config = models.T5Config(64, 512, 8, 64, 2048, 1, 1)
     objective = objectives.DPO(model=models.T5(config))
     partition = Partition(adapter=adapters.LoRA())
     shapes = {"policy": models.shapes(objective.model)}

@@ -41,6 +41,9 @@ class Letters:
         none = b"" if special else None
         return [none] * 3 + [bytes([97 + i]) for i in range(21)]
 
+    def to_json(self):
+        return {"kind": "bytes"}
+
     def encode(self, text):
         return [ord(letter) - 94 for letter in text]
 

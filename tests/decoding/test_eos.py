@@ -61,14 +61,17 @@ def both(tiny):
     """``(model, params, vocabulary, prompts)``: with EOS 1, and with EOS 2."""
     model, params = tiny
     prompts = ragged_prompts(4, 9, seed=4)
-    other = jax.tree.map(lambda x: x, params)
     table = params["token_embedder"]["embedding"]
-    other["token_embedder"] = {"embedding": table[EXCHANGED]}
     kernel = params["decoder"]["logits_dense"]["kernel"]
-    other["decoder"] = {
-        **params["decoder"],
-        "logits_dense": {"kernel": kernel[:, EXCHANGED]},
-    }
+    kernel = kernel.at[:, 1].multiply(3)  # some texts end, others do not
+
+    def network(ids):
+        head = {"logits_dense": {"kernel": kernel[:, ids]}}
+        embedder = {"embedding": table[ids]}
+        decoder = {**params["decoder"], **head}
+        return {**params, "token_embedder": embedder, "decoder": decoder}
+
+    params, other = network(np.arange(24)), network(EXCHANGED)
     return (
         (model, params, Letters(1), prompts),
         (model, other, Letters(2), EXCHANGED[prompts]),

@@ -21,7 +21,7 @@ import pytest
 import tiny_run
 
 from jaxalign.cluster import distributed, rendezvous
-from jaxalign.training import checkpoints
+from jaxalign.training import checkpoints, fingerprints
 
 LAUNCHER = Path(__file__).parents[2] / "launch" / "local.py"
 
@@ -237,7 +237,7 @@ def test_one_device_eight_devices_and_two_processes_agree_and_resume_each_other(
 
 
 def policy(folder: Path) -> dict[str, np.ndarray]:
-    return checkpoints.leaf_names(checkpoints.load(folder).params)
+    return fingerprints.leaf_names(checkpoints.load(folder).params)
 
 
 @pytest.mark.slow
@@ -299,7 +299,7 @@ def test_a_host_that_stops_answering_ends_the_others(work):
     # JAX's coordinator or the watchdog, whichever notices first; both name process 1.
     heard = r"stopped sending heartbeats\):\n\[0\] 1\n|Processes \[1\] of 2"
     assert re.search(heard, done.stdout), done.stdout
-    assert checkpoints.Checkpoints(run_dir, keep=1).steps()
+    assert checkpoints.saved_steps(run_dir)
 
 
 @pytest.mark.slow

@@ -140,7 +140,9 @@ def test_twenty_losses_equal_trls(name, experimental, tmp_path):
     wanted, batches = _theirs(
         getattr(experimental, module), module.upper(), theirs, tmp_path, torch_model
     )
-    assert len(wanted) == STEPS and wanted[-1] < 0.9 * wanted[0]
+    assert len(wanted) == STEPS
+    epoch = len(TEXTS) // BATCH
+    assert sum(wanted[-epoch:]) < 0.98 * sum(wanted[:epoch])  # it learns
 
     tx = optimizers.optimizer("adamw", learning_rate=LEARNING_RATE, weight_decay=0.0)
     objective = kind(model=foreign.model(), **settings)

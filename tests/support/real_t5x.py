@@ -110,7 +110,15 @@ def ours_of(checkpoint):
 
 def steps_apart(checkpoint, state, params):
     """Three steps of both Adafactors from what T5X kept; the largest difference."""
-    optimizer = scale_by_adafactor()
+    optimizer = scale_by_adafactor(
+        decay_rate=0.8,
+        clipping_threshold=1.0,
+        multiply_by_parameter_scale=True,
+        min_dim_size_to_factor=128,
+        factored=True,
+        epsilon1=1e-30,
+        epsilon2=1e-3,
+    )
     fresh = optimizer.init(params)
     like = {name: getattr(fresh, name) for name in ("v_row", "v_col", "v")}
     ours = AdafactorState(

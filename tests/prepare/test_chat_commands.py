@@ -17,7 +17,7 @@ TINY = [
     "--gin.models.T5Config.num_encoder_layers=1",
     "--gin.models.T5Config.num_decoder_layers=1",
     "--gin.CACHE_DIR=cache",
-    "--gin.BATCH_SIZE=4",
+    "--gin.BATCH_SIZE=8",
 ]
 
 

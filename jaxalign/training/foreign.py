@@ -12,10 +12,13 @@ from jaxalign.training import remote_checkpoints
 
 def opened(path: str | Path) -> Opened | None:
     """The checkpoint of another project at a path; None where it is jaxalign's own."""
-    if not remote.is_remote(path):
-        folder = Path(path)
-        if (folder / remote_checkpoints.FOLDER).is_dir() or (folder / "meta").is_dir():
+    if remote.is_remote(path):
+        if remote.holds(str(path), "meta/metadata"):
             return None
+    elif any(
+        (Path(path) / own).is_dir() for own in (remote_checkpoints.FOLDER, "meta")
+    ):
+        return None
     return open_foreign(path)
 
 

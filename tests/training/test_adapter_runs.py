@@ -18,7 +18,7 @@ from jaxalign.models import adapters
 from jaxalign.training import checkpoints, fingerprints, run_directory
 from jaxalign.training import train as loop
 
-LORA = adapters.LoRA(rank=2, targets="attention/|mlp/")
+LORA = adapters.LoRA(rank=3, targets="attention/|mlp/")
 
 
 def job(folder, name, objective="DPO", **changes):
@@ -103,7 +103,8 @@ def test_it_is_read_by_its_path_merged_and_starts_another_run(work):
 
 def test_in_the_step_in_microbatches_and_scanned_it_is_the_same_run(work):
     """The reference comes of the base that is there; nothing is loaded for it."""
-    changes = {"reference": "online", "num_microbatches": 2}
+    ways = {"data": 2, "fsdp": 2, "tensor": 2}
+    changes = {"reference": "online", "num_microbatches": 2, "mesh": ways}
     ready = loop.setup(on_base(work, "online", **changes))
     assert set(ready.abstract_state.networks) == {"policy"}
     loop.train(on_base(work, "online", **changes))

@@ -132,6 +132,7 @@ def test_a_base_that_is_gone_or_another_is_told(work):
         shutil.move(aside, work / "sft")
 
 
+@pytest.mark.slow
 def test_from_random_weights_it_holds_its_base_too(work):
     loop.train(job(work, "random", train_steps=2))
     loop.train(job(work, "random"))
@@ -141,6 +142,7 @@ def test_from_random_weights_it_holds_its_base_too(work):
     checkpoints.load(work / "random")
 
 
+@pytest.mark.slow
 def test_what_trains_beside_an_adapter_is_in_its_checkpoint(work):
     changes = {"trainable": "policy/decoder/logits_dense", "train_steps": 2}
     loop.train(on_base(work, "head", **changes))
@@ -153,6 +155,7 @@ def test_what_trains_beside_an_adapter_is_in_its_checkpoint(work):
     assert abs(head - base).max() > 0
 
 
+@pytest.mark.slow
 def test_trainable_alone_keeps_whole_checkpoints_and_goes_on_to_the_bit(work):
     changes = {"trainable": "policy/decoder/", "adapter": None}
     loop.train(on_base(work, "part", train_steps=2, **changes))

@@ -7,6 +7,7 @@
 #   make test-beam     the tests on Apache Beam, in an environment of their own
 #   make compare       every objective on embedded data, three seeds (2 to 3 hours on 2 cores)
 #   make bench         steps beside their peers (BENCH_PEERS, T5X_SRC, BENCH_DATA)
+#   make docs          the documentation site, build/docs/html/index.html
 #   make lint          ruff
 #   make clean         remove .venv, .venv-beam, runs/ and caches
 #
@@ -23,7 +24,7 @@ PIP_INSTALL = $(BIN)/python -m pip install --no-compile --disable-pip-version-ch
 PYTEST_WORKERS ?= -n auto
 INSTALL_INPUTS := setup.py pyproject.toml constraints.txt
 
-.PHONY: quickstart compare bench install test test-slow test-extras test-beam lint clean
+.PHONY: quickstart compare bench install test test-slow test-extras test-beam docs lint clean
 
 quickstart: install
 	$(BIN)/jaxalign quickstart
@@ -50,6 +51,13 @@ test-extras: $(VENV)/.installed-test
 test-beam: .venv-beam/.installed
 	.venv-beam/bin/python -m pytest tests/prepare/test_beam.py -m "" $(PYTEST_ARGS)
 
+# A warning fails it. The pages are laid out of docs/ and of the code first.
+docs: $(VENV)/.installed-docs
+	$(BIN)/python docs/site/stage.py build/docs/source
+	$(BIN)/python -m sphinx -W --keep-going -q -b html -c docs/site \
+	  build/docs/source build/docs/html
+	@echo build/docs/html/index.html
+
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 
@@ -75,6 +83,10 @@ $(BIN)/python:
 # libtpu and Kubernetes' schemas: hundreds of megabytes that only slow tests want.
 $(VENV)/.installed-test-slow: $(VENV)/.installed-test
 	$(PIP_INSTALL) -e ".[test,slow-tests]"
+	@touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(PIP_INSTALL) -e ".[docs]"
 	@touch $@
 
 # The stamps make a second call instant; a change of what they depend on installs again.

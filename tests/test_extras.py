@@ -194,6 +194,31 @@ def use_teachers(environment: Environment, run_dir: Path, rows: Path) -> None:
         assert call(environment.python, "-c", code).strip() == "[['yes']]"
 
 
+def use_tokenizers(environment: Environment, run_dir: Path, rows: Path) -> None:
+    import foreign_folders
+
+    folder = rows.with_name("tokenizer")
+    foreign_folders.write_tokenizer("bpe", folder)
+    code = (
+        "from jaxalign.vocabularies import TokenizerVocabulary as Vocabulary\n"
+        f"text = open({str(folder / 'tokenizer.json')!r}).read()\n"
+        "vocabulary = Vocabulary(text, pad_id=0, eos_id=2, start_id=0)\n"
+        "print(vocabulary.decode(vocabulary.encode('fox {1}')))"
+    )
+    assert call(environment.python, "-c", code).strip() == "fox {1}"
+
+
+def use_zstd(environment: Environment, run_dir: Path, rows: Path) -> None:
+    code = (
+        "import zstandard; from jaxalign.data.jsonl import read_jsonl\n"
+        f"rows, packed = {str(rows)!r}, {f'{rows}.zst'!r}\n"
+        "with open(rows, 'rb') as a, open(packed, 'wb') as b:\n"
+        "    zstandard.ZstdCompressor().copy_stream(a, b)\n"
+        "print([*read_jsonl(packed)] == [*read_jsonl(rows)])"
+    )
+    assert call(environment.python, "-c", code).strip() == "True"
+
+
 USES: dict[str, Callable[[Environment, Path, Path], None]] = {
     name.removeprefix("use_"): function
     for name, function in list(globals().items())

@@ -153,7 +153,7 @@ def test_the_report_of_runs_in_a_bucket(bucket, tmp_path, capsys):
     [
         ("{bucket}/none.jsonl", "No file '{bucket}/none.jsonl'"),
         ("s3://nobody-has-this/*.jsonl", "No file 's3://nobody-has-this/"),
-        ("{bucket}/a.csv", "{bucket}/a.csv is CSV, which is not read"),
+        ("{bucket}/a.xlsx", "{bucket}/a.xlsx is a spreadsheet, which is not read"),
         ("gs://bucket/a.jsonl", "pip install 'jaxalign[remote]'"),
         ("gss://bucket/a.jsonl", "gss://bucket/a.jsonl: Protocol not known"),
         ("{bucket}/../a.jsonl", "'..' has no meaning in a bucket"),
@@ -161,7 +161,7 @@ def test_the_report_of_runs_in_a_bucket(bucket, tmp_path, capsys):
 )
 def test_mistakes_are_one_message(bucket, tmp_path, capsys, monkeypatch, data, message):
     monkeypatch.setitem(sys.modules, "gcsfs", None)  # as if it were not installed
-    buckets.put(f"{bucket}/a.csv", b"a,b")
+    buckets.put(f"{bucket}/a.xlsx", b"PK")
     buckets.put(f"{bucket}/../a.jsonl", b"{}")
     binding = f"--gin.DATA='{data.format(bucket=bucket)}'"
     cache = f"--gin.CACHE_DIR='{tmp_path}'"

@@ -23,6 +23,7 @@ _INFERENCE = {
     "steer": Verb("inference/steering.py:steer", macros=True),
     "serve": Verb("serving/api.py:serve", macros=True),
     "score": Verb("inference/score.py:score", macros=True, job=True),
+    "convert": Verb("inference/convert.py:convert"),
     "eval": Verb("inference/evaluation.py:evaluate", macros=True, job=True),
 }
 # Parameters that take gin's flags.

@@ -7,9 +7,9 @@ import importlib.resources
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from jaxalign import configs
 
@@ -105,14 +105,40 @@ def train(
     from jaxalign.training import run as runs
     from jaxalign.training import train
 
-    config = configs.config_str()
     run = runs.from_gin()
+    config = configs.config_str()
     if dry_run:
         return f"{config}\n{plan_of.describe(run)}"
     timeout = job.distributed_timeout
     run = dataclasses.replace(run, timeout=timeout, profile_steps=traced)
     train.train(run, config)
     return None
+
+
+def train_with(
+    objective: str,
+    gin_files: Sequence[str | Path],
+    settings: Settings,
+    macros: Mapping[str, Any],
+) -> None:
+    """`train`, told in Python's values rather than in flags; see `jaxalign.train`."""
+    flags = {macro: name for name, macro in Settings.macros().items()}
+    for name in macros.keys() & flags.keys():
+        raise configs.ConfigError(f"{name} is the argument {flags[name]}: use that.")
+    own = objective if objective.endswith(".gin") else f"runs/{objective}.gin"
+    files = [own, *map(str, gin_files)]
+    bindings = [f"{name} = {_in_gin(value)}" for name, value in macros.items()]
+    train(gin=configs.GinFlags(files, bindings, [], []), settings=settings, job=Job())
+
+
+def _in_gin(value: Any) -> str:
+    """A value as gin spells it."""
+    is_reference = isinstance(value, str) and value.startswith(("@", "%"))
+    return (
+        value
+        if is_reference
+        else repr(str(value) if isinstance(value, Path) else value)
+    )
 
 
 def data(

@@ -48,17 +48,19 @@ __all__ = [
     "check",
     "config_str",
     "configured",
+    "is_network_named",
     "macros",
     "message",
     "nearest",
     "network",
     "parse",
     "parse_flags",
+    "set_network",
 ]
 
 
 # What `network` tells of the last `parse`; gin's configuration is global too.
-_network: strength.Network | None = None
+_network: strength.Network | str | None = None
 _DEFAULTS = Path("(defaults)")
 # What gin raises for a mistake in a file, but for one of syntax.
 _GIN_ERRORS = (ValueError, LookupError, ImportError, NameError, AttributeError)
@@ -166,11 +168,29 @@ def network() -> str:
     >>> network()
     'models/t5_1_1_tiny.gin (the default, as no --gin_file names another)'
     """
-    if _network is None:
-        return "no gin file"
+    if not isinstance(_network, strength.Network):
+        return _network or "no gin file"
     name = short(_network.file.path)
     default = " (the default, as no --gin_file names another)"
     return name + default * _network.is_default
+
+
+def is_network_named() -> bool:
+    """Whether somebody asked for the network, rather than the packaged defaults."""
+    return not (isinstance(_network, strength.Network) and _network.is_default)
+
+
+def set_network(text: str, source: str) -> None:
+    """Puts a network in the place of the default one.
+
+    Args:
+      text: gin statements, which override what was parsed and go into `config_str`.
+      source: what `network` says of it.
+    """
+    global _network
+    with gin.unlock_config():
+        gin.parse_config(text)
+    _network = source
 
 
 def configured(function: Callable[..., Any]) -> Callable[..., Any]:

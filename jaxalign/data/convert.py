@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from jaxalign import batch as batch_lib
-from jaxalign.data.cuts import cut_prompt, differing_pairs
+from jaxalign.data.cuts import Sides, cut_prompt, cut_response, differing_pairs
 from jaxalign.data.plan import Placement, RowShape
 from jaxalign.data.rows import Row
 
@@ -58,9 +58,9 @@ def to_arrays(
 
     Args:
       rows: the rows of ``placement.row_ids``, in that order.
-      placement: where their responses stand, and the truncation lengths. A cut prompt
-        keeps its last token (EOS); a cut response loses its EOS, as it does not end
-        there.
+      placement: where their responses stand, the truncation lengths and sides. A cut
+        prompt keeps its last token (EOS); a response whose end is cut off loses its
+        EOS, as it does not end there.
       shape: of the arrays.
       columns: further columns by name: for each prompt, response or pair one value,
         for a column of tokens one list, in the rows' order.
@@ -97,8 +97,9 @@ def to_arrays(
 
     # Numbers of responses, in the rows' order. Prompts and pairs that are equal once
     # they are cut are equal to the network.
+    inputs, side = placement.inputs, placement.cut.inputs
     partner = mismatched(
-        [cut_prompt(row.prompts[0], placement.inputs).tobytes() for row in rows]
+        [cut_prompt(row.prompts[0], inputs, side).tobytes() for row in rows]
     )
     numbers: dict[str, Any] = {
         name: [value for row in rows for value in getattr(row, name)]
@@ -120,10 +121,10 @@ def to_arrays(
         out[name][:responses] = values
     out["response_mask"][:responses] = 1
     for name, values in (columns or {}).items():
-        _scatter(name, values, out)
+        _scatter(name, values, out, placement.cut)
     number = first_response = 0
     for row in rows:
-        differ = differing_pairs(row, placement.targets)
+        differ = differing_pairs(row, placement.targets, placement.cut.targets)
         for (chosen, rejected, margin), mask in zip(row.pairs, differ, strict=True):
             out["pair_chosen"][number] = first_response + chosen
             out["pair_rejected"][number] = first_response + rejected
@@ -134,7 +135,9 @@ def to_arrays(
     return dict(out)
 
 
-def _scatter(name: str, values: Sequence[Any], out: Mapping[str, np.ndarray]) -> None:
+def _scatter(
+    name: str, values: Sequence[Any], out: Mapping[str, np.ndarray], cut: Sides
+) -> None:
     """Writes one bin's values of a column where its axes say; tokens by segment."""
     owner = batch_lib.COLUMNS[name].owner
     if owner not in "ED":
@@ -144,12 +147,12 @@ def _scatter(name: str, values: Sequence[Any], out: Mapping[str, np.ndarray]) ->
     segments = out[f"{side}_segment_ids"]
     for number, value in enumerate(values, 1):
         place = segments == number
-        # As the tokens are cut: a prompt keeps its last, a response loses it.
-        kept = int(place.sum())
-        value = np.asarray(value)
-        if owner == "E" and kept < len(value):
-            value = np.concatenate([value[: kept - 1], value[-1:]])
-        out[name][place] = value[:kept]
+        # As the tokens are cut.
+        kept, value = int(place.sum()), np.asarray(value)
+        if owner == "E":
+            out[name][place] = cut_prompt(value, kept, cut.inputs)
+        else:
+            out[name][place] = cut_response(value, kept, cut.targets)
 
 
 def _prompts(
@@ -165,7 +168,7 @@ def _prompts(
     for row, row_id in zip(rows, ids, strict=True):
         first_prompt.append(number)
         for prompt in row.prompts:
-            seen = cut_prompt(prompt, placement.inputs)
+            seen = cut_prompt(prompt, placement.inputs, placement.cut.inputs)
             end = start + len(seen)
             tokens[start:end] = seen
             out["prompt_id"][number] = row_id
@@ -186,10 +189,11 @@ def _tokens(
     responses = [response for row in rows for response in row.responses]
     where = placement.decoder_rows.tolist()
     for number, (k, response) in enumerate(zip(where, responses, strict=True), 1):
+        seen = cut_response(response, placement.targets, placement.cut.targets)
         start = cursor[k]
-        end = cursor[k] = start + min(len(response), placement.targets)
-        targets[k, start:end] = response[: end - start]
-        inputs[k, start + 1 : end] = response[: end - start - 1]
+        end = cursor[k] = start + len(seen)
+        targets[k, start:end] = seen
+        inputs[k, start + 1 : end] = seen[:-1]
         segments[k, start:end] = number
     out["decoder_loss_weights"][:] = segments > 0
 

@@ -90,8 +90,9 @@ class Feed:
         _check_sources(self.caches, self.plans, rates, reward_stats)
         self._row_columns = tuple(row_columns)
         self._set_columns(columns or {})
-        sizes = [cache.index.num_rows for cache in self.caches]
-        self._row_starts = np.cumsum([0, *sizes])
+        rows = [cache.index.num_rows for cache in self.caches]
+        self._row_starts = np.cumsum([0, *rows])
+        sizes = [len(plan.row_ids) for plan in self.plans]
 
         streams = []
         for i, plan in enumerate(self.plans):
@@ -336,10 +337,11 @@ def _check_sources(
 ) -> None:
     for cache, plan, rate in zip(caches, plans, rates, strict=True):
         index = cache.index
-        if (len(plan.row_ids), len(plan.decoder_rows)) != (
-            index.num_rows,
-            index.num_responses,
-        ):
+        left_out = plan.left_out
+        if (
+            len(plan.row_ids) + left_out["rows"],
+            len(plan.decoder_rows) + left_out["responses"],
+        ) != (index.num_rows, index.num_responses):
             raise ValueError(
                 f"The plan covers {len(plan.row_ids)} rows with "
                 f"{len(plan.decoder_rows)} responses, {cache!r} has {index.num_rows} "

@@ -8,7 +8,8 @@ from typing import Any
 
 from jaxalign.data.bad_rows import FieldError, missing, nearest, show
 
-# Every field that a schema may ask for; ``metadata`` travels with a row untouched.
+# Every field that a schema may ask for; ``metadata`` travels with a row untouched, and
+# ``data.conversations`` makes the others of ``messages`` and ``tools``.
 FIELDS = (
     "prompt",
     "completion",
@@ -19,6 +20,8 @@ FIELDS = (
     "margin",
     "rationale",
     "metadata",
+    "messages",
+    "tools",
 )
 Record = dict[str, Any]
 

@@ -7,14 +7,13 @@ rows are written by :func:`json_line`.
 from __future__ import annotations
 
 import collections
-import gzip
 import json
 import pathlib
-import zlib
 from collections.abc import Iterable, Iterator
-from typing import Any, BinaryIO
+from typing import Any
 
 from jaxalign import remote
+from jaxalign.data import packed
 from jaxalign.data.bad_rows import BadRow, FieldError, show
 from jaxalign.files import write_atomically
 
@@ -24,34 +23,30 @@ def read_jsonl(
 ) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
     """Streams ``(line number, object or BadRow)`` from a JSON Lines file.
 
-    ``.gz`` files are unpacked on the way. Blank lines at the end are no rows. A file in
-    a bucket is copied here first.
+    ``.gz`` and ``.zst`` files are unpacked on the way. Blank lines at the end are no
+    rows. A file in a bucket is copied here first.
     """
     check_format(path)
-    yield from parse_lines(str(path), _lines(str(path), remote.copy(path)))
+    lines = packed.lines(str(path), remote.copy(path))
+    yield from parse_lines(str(path), lines)
 
 
 def check_format(path: str | pathlib.PurePath) -> None:
     """Refuses folders, tables and other JSON, before a complaint about every line."""
-    name = pathlib.PurePath(str(path).removesuffix(".gz"))
-    if name.suffix.lower() in TABLES:
+    suffix = packed.kind(path).lower()
+    if suffix in TABLES:
         raise ValueError(
-            f"{path} is {TABLES[name.suffix.lower()]}, which is not read: convert it "
-            "to JSON Lines, one object a line, with pandas.read_csv(...)"
-            ".to_json(FILE, orient='records', lines=True)."
+            f"{path} is {TABLES[suffix]}, which is not read: convert it to JSON Lines, "
+            "one object a line, with pandas.read_excel(...).to_json(FILE, "
+            "orient='records', lines=True)."
         )
-    local = remote.copy(path)
-    if local.is_dir():
-        raise ValueError(
-            f"{path} is a folder: name a data file in it, or where DATA is asked for "
-            f"all of them with a glob, '{path}/*.jsonl'."
-        )
+    local = packed.check(path)
     if not local.is_file():
         return
     try:
-        with _open(local) as file:
+        with packed.opened(local) as file:
             line = file.readline(_FIRST_LINE)
-    except (OSError, EOFError, zlib.error):
+    except (OSError, *packed.DAMAGE):
         return  # told with its line number when the rows are read
     first = line.decode("utf-8-sig", "replace").strip()
     kind = None
@@ -66,26 +61,9 @@ def check_format(path: str | pathlib.PurePath) -> None:
         )
 
 
-def _open(local: pathlib.Path) -> BinaryIO:
-    return gzip.open(local, "rb") if local.suffix == ".gz" else open(local, "rb")
-
-
 # Files of rows that are another format, by what their names end in.
-TABLES = {".csv": "CSV", ".tsv": "TSV", ".xlsx": "a spreadsheet"}
+TABLES = {".xlsx": "a spreadsheet", ".xls": "a spreadsheet"}
 _FIRST_LINE = 2**16
-
-
-def _lines(name: str, local: pathlib.Path) -> Iterator[tuple[int, bytes]]:
-    number = 0
-    try:
-        with _open(local) as file:
-            for number, line in enumerate(file, start=1):
-                yield number, line
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        what = f"the gzip data is cut or damaged ({error}): copy or pack it again"
-        if local.read_bytes()[:2] != b"\x1f\x8b":
-            what = "this is no gzip file: take .gz off its name, or pack it"
-        raise ValueError(f"{name}:{number + 1}: {what}.") from None
 
 
 def parse_lines(

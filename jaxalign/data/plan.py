@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from jaxalign.data.bin_packing import Packer, assign_rows
-from jaxalign.data.cuts import Seen
+from jaxalign.data.cuts import AT_THE_END, Seen, Sides
 from jaxalign.data.rows import Index
 
 
@@ -41,13 +41,14 @@ class Placement:
     """One bin: rows of the cache in order, and where their responses stand.
 
     A prompt is cut to ``inputs`` tokens and keeps its last (EOS); a response is cut to
-    ``targets`` tokens and loses it.
+    ``targets`` tokens, and with its end loses it. ``cut`` says on which side.
     """
 
     row_ids: np.ndarray  # [n] rows of the cache
     decoder_rows: np.ndarray  # [r] decoder row of each response, in the rows' order
     inputs: int
     targets: int
+    cut: Sides = AT_THE_END
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -55,11 +56,12 @@ class Plan:
     """All bins of a cache, a sequence of :class:`Placement`.
 
     Attributes:
+      left_out: ``{"rows": n, "responses": m}`` that are in no bin, as too long.
       equal: ``{"prompts": n, "pairs": m}`` that only truncation makes equal; such a
         pair is masked, such a prompt is no other one for a mismatched response.
     """
 
-    row_ids: np.ndarray  # [N] rows of the cache, bin after bin
+    row_ids: np.ndarray  # [N] rows of the cache (those left out apart), bin after bin
     bin_offsets: np.ndarray  # [bins + 1] into row_ids
     decoder_rows: np.ndarray  # [T] of each response, in the order of row_ids
     response_offsets: np.ndarray  # [bins + 1] into decoder_rows
@@ -69,6 +71,10 @@ class Plan:
     truncated: dict[str, int]  # {"prompts": n, "responses": m} cut to those lengths
     tokens: dict[str, int]  # {"encoder": n, "decoder": m} used over all bins
     equal: dict[str, int] = dataclasses.field(default_factory=dict)
+    cut: Sides = AT_THE_END
+    left_out: dict[str, int] = dataclasses.field(
+        default_factory=lambda: {"rows": 0, "responses": 0}
+    )
 
     def __len__(self) -> int:
         return len(self.bin_offsets) - 1
@@ -79,7 +85,11 @@ class Plan:
         rows = slice(self.bin_offsets[i], self.bin_offsets[i + 1])
         responses = slice(self.response_offsets[i], self.response_offsets[i + 1])
         return Placement(
-            self.row_ids[rows], self.decoder_rows[responses], self.inputs, self.targets
+            self.row_ids[rows],
+            self.decoder_rows[responses],
+            self.inputs,
+            self.targets,
+            self.cut,
         )
 
     @property
@@ -106,6 +116,8 @@ class Plan:
             digest.update(getattr(self, name).astype("<i8").tobytes())
         if any(self.equal.values()):
             digest.update(repr(sorted(self.equal.items())).encode())
+        if self.cut != AT_THE_END:
+            digest.update(repr(dataclasses.astuple(self.cut)).encode())
         return digest.hexdigest()
 
     def with_shape(self, shape: RowShape) -> Plan:
@@ -135,6 +147,8 @@ def pack(
     decoder_rows: int | None = None,
     min_prompts: int = 1,
     seen: Seen | None = None,
+    cut: Sides = AT_THE_END,
+    keep: np.ndarray | None = None,
 ) -> Plan:
     """Decides which rows of a cache share a bin; each row stands in exactly one.
 
@@ -149,11 +163,35 @@ def pack(
         their number is odd one bin may remain with one.
       seen: which prompts and pairs are equal once they are cut (`cuts.seen`); None: as
         they are in the cache.
+      cut: on which side what is too long is cut off.
+      keep: ``[N]``, which rows get a bin (`too_long.keep`); None: all. Nothing of them
+        is cut, and ``seen`` is not looked at.
 
     Raises:
       ValueError: naming numbers and settings, when a row cannot fit or too many rows
         find no different prompt to share a bin with.
     """
+    if keep is not None:
+        rows = np.flatnonzero(keep)
+        kept = index.take(rows)
+        plan = pack(
+            kept,
+            inputs=inputs,
+            targets=targets,
+            packing=packing,
+            decoder_rows=decoder_rows,
+            min_prompts=min_prompts,
+            cut=cut,
+        )
+        left_out = {
+            "rows": index.num_rows - kept.num_rows,
+            "responses": index.num_responses - kept.num_responses,
+        }
+        row_ids = rows[plan.row_ids]
+        equal = {"prompts": 0, "pairs": 0}
+        return dataclasses.replace(
+            plan, row_ids=row_ids, left_out=left_out, equal=equal
+        )
     for name, value in (("inputs", inputs), ("targets", targets)):
         if value < 1:
             raise ValueError(f"TASK_FEATURE_LENGTHS[{name!r}] is {value}, must be > 0.")
@@ -247,6 +285,7 @@ def pack(
         },
         tokens={"encoder": int(encoder.sum()), "decoder": int(lengths.sum())},
         equal=dict(seen.equal) if seen else {},
+        cut=cut,
     )
 
 

@@ -12,7 +12,8 @@ preference    ``prompt``, ``chosen``, ``rejected``, optionally ``margin``
 rationale     the same with ``rationale``, a text that explains the preference
 ============  ==================================================================
 
-A fifth, ``prompts``, asks for ``prompt`` alone. A richer row serves a poorer schema
+A fifth, ``prompts``, asks for ``prompt`` alone. Chat messages in the place of texts are
+made into texts first (``data.conversations``). A richer row serves a poorer schema
 where that is natural: ``chosen`` is a completion to imitate; ``chosen`` and
 ``rejected`` are a desirable and an undesirable trajectory. Any row may carry
 ``metadata``, an object that travels with it untouched.
@@ -30,6 +31,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from jaxalign import batch
+from jaxalign.data import packed
 from jaxalign.data.bad_rows import (
     BadRow,
     BadRows,
@@ -41,8 +43,11 @@ from jaxalign.data.bad_rows import (
     quoted,
     show,
 )
+from jaxalign.data.chat_template import resolve
+from jaxalign.data.conversations import Conversations
 from jaxalign.data.field_map import FieldMap, Record
 from jaxalign.data.jsonl import json_line, read_jsonl
+from jaxalign.data.tables import DELIMITERS, Cell, read_table
 
 _log = logging.getLogger(__name__)
 
@@ -64,6 +69,7 @@ class Example:
     raw: Mapping[str, Any]
     records: list[Record]
     left_out: int = 0  # responses that a transform left out on purpose
+    how: frozenset[str] = frozenset()  # it was read, see ``data.conversations``
 
 
 def convert(
@@ -146,6 +152,7 @@ class _Checker:
         value = self.value(field)
         if not isinstance(value, str):
             raise FieldError(field, "type", "a text", show(value))
+        value = str(value)  # also of a table's cell
         if not value.strip():
             got = "only white space" if value else "an empty text"
             raise FieldError(field, "empty", "a text that is not empty", got)
@@ -158,7 +165,7 @@ class _Checker:
         return value
 
     def number(self, field: str) -> float:
-        value = self.value(field)
+        value = _spelt(self.value(field))
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise FieldError(field, "type", "a finite number", show(value))
         # Rewards live in float32; nan and infinities fail this, too.
@@ -168,7 +175,7 @@ class _Checker:
         return float(value)
 
     def label(self, field: str) -> int:
-        value = self.value(field)
+        value = _spelt(self.value(field))
         if not isinstance(value, bool | int | float) or value not in (0, 1):
             expected = "true or 1 (desirable), false or 0 (undesirable)"
             raise FieldError(field, "type", expected, show(value))
@@ -186,6 +193,7 @@ class _Checker:
                 found[name] = self.number(name)
                 continue
             values = self.value(name)
+            values = values.json() if isinstance(values, Cell) else values
             if not isinstance(values, list) or len(values) != column.size:
                 expected = f"a list of {column.size} numbers"
                 raise FieldError(name, "type", expected, show(values))
@@ -219,6 +227,11 @@ class _Checker:
         return found
 
 
+def _spelt(value: Any) -> Any:
+    """What a table's cell spells where a number or a truth value is asked for."""
+    return value.number() if isinstance(value, Cell) else value
+
+
 def examples(
     rows: Iterable[tuple[str, int, Mapping[str, Any] | BadRow]],
     schema: str,
@@ -228,12 +241,15 @@ def examples(
     require: Sequence[str] = (),
     desirable_above: float | None = None,
     columns: Sequence[str] = (),
+    chat_template: str | None = None,
 ) -> Iterator[Example | BadRow]:
     """Turns raw rows of any source into checked examples.
 
     Args:
       rows: ``(file, line, row or BadRow)``.
       transform: a data set's own function from a raw row to records.
+      chat_template: makes texts of messages; the text of a template
+        (``chat_template.resolve``), or None for the default one.
 
     Yields:
       An :class:`Example` or a :class:`BadRow` for every row. An example without
@@ -247,6 +263,9 @@ def examples(
         # Who says where completions are does not want another field's.
         "pair_serves": "completion" not in fields.mapped,
     }
+    # Nor, who says where the prompt is, a part of the answers for it.
+    implicit = transform is None and "prompt" not in fields.mapped
+    chats = Conversations(schema, chat_template, implicit=implicit)
     for file, line, raw in rows:
         if isinstance(raw, BadRow):
             yield raw
@@ -257,11 +276,15 @@ def examples(
             else:
                 found, absent = _transformed(transform, raw), {}
             records, left_out = [], sum(record is None for record in found)
+            how: frozenset[str] = frozenset()
             for i, record in enumerate(found):
                 if record is None:
                     continue
                 try:
-                    records += convert(record, schema, absent=absent, **options)
+                    plain, read = chats.read(record)
+                    how |= read
+                    for one in plain:
+                        records += convert(one, schema, absent=absent, **options)
                 except FieldError as error:
                     if len(found) > 1:
                         error.got += f" (item {i} of the row)"
@@ -269,7 +292,7 @@ def examples(
         except FieldError as error:
             yield error.at(file, line)
             continue
-        yield Example(file, line, raw, records, left_out)
+        yield Example(file, line, raw, records, left_out, how)
 
 
 def _transformed(
@@ -303,11 +326,14 @@ def load(
     field_map: Mapping[str, str] | None = None,
     on_bad_row: str = "error",
     listing: pathlib.Path | None = None,
+    chat_template: str | None = None,
 ) -> tuple[list[Example], BadRows]:
-    """Reads a whole JSON Lines file: prompts to generate from, rows to score.
+    """Reads a whole file: prompts to generate from, rows to score.
 
     Args:
+      path: JSON Lines, CSV or TSV.
       listing: a JSON Lines file for all bad rows, if there are any.
+      chat_template: what CHAT_TEMPLATE says (``chat_template.resolve``).
 
     Returns:
       The examples, each of which can be written as JSON again, and the bad rows that
@@ -319,8 +345,11 @@ def load(
     check_on_bad_row(on_bad_row)
     good, bad = [], BadRows(listing)
     file = str(path)
-    rows = ((file, n, _writable(row, file, n)) for n, row in read_jsonl(path))
-    for item in examples(rows, schema, field_map=field_map):
+    table = packed.kind(path).lower() in DELIMITERS
+    read = read_table(path) if table else read_jsonl(path)
+    rows = ((file, n, _writable(row, file, n)) for n, row in read)
+    template = resolve(chat_template)
+    for item in examples(rows, schema, field_map=field_map, chat_template=template):
         if isinstance(item, BadRow):
             bad.add(item)
         else:

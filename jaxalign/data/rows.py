@@ -113,6 +113,23 @@ class Index:
     def _pair_offsets(self) -> np.ndarray:
         return np.concatenate([[0], np.cumsum(self.num_pairs, dtype=np.int64)])
 
+    def take(self, rows: np.ndarray) -> Index:
+        """The index of some rows, in that order."""
+        arrays = {}
+        for name, lengths in (
+            ("prompt", ("prompt_lengths",)),
+            ("response", ("response_lengths", *_PER_RESPONSE)),
+        ):
+            offsets = getattr(self, f"{name}_offsets")
+            counts = np.diff(offsets)[rows]
+            starts = np.cumsum(counts) - counts
+            places = np.repeat(offsets[rows] - starts, counts)
+            places += np.arange(len(places))
+            arrays |= {n: getattr(self, n)[places] for n in lengths}
+            arrays[f"{name}_offsets"] = np.append(starts, counts.sum())
+        arrays |= {n: getattr(self, n)[rows] for n in ("prompt_hash", "num_pairs")}
+        return Index(**{n: arrays[n].astype(t, copy=False) for n, t in DTYPES.items()})
+
     def offsets(self, owner: str) -> np.ndarray:
         """Where each row's prompts, responses or pairs begin (``Column.owner``)."""
         if owner == "Q":

@@ -194,7 +194,7 @@ class SyntheticFeed(Feed):
             ids = np.arange(first, first + count)
             convert.to_arrays(
                 [cache.make(k) for k in ids.tolist()],
-                Placement(ids, decoder_rows, plan.inputs, plan.targets),
+                Placement(ids, decoder_rows, plan.inputs, plan.targets, plan.cut),
                 self.shape,
                 reward_stats=self._reward_stats,
                 prompt_ids=ids % 2**31,

@@ -214,5 +214,8 @@ def without(
     spelt += [spelt[vocabulary.unk_id]] * more
     first += [first[vocabulary.unk_id]] * more
     return constraints.from_bytes(
-        table, fine, spelt, first, unfinished=True, limit=_MOST
+        *(table, fine, spelt, first),
+        unfinished=True,
+        limit=_MOST,
+        eos_id=vocabulary.eos_id,
     )

@@ -23,7 +23,7 @@ import numpy as np
 from jaxalign.decoding import history as histories
 from jaxalign.decoding import network
 from jaxalign.decoding.checks import check_sizes
-from jaxalign.decoding.rules import EOS_ID, PAD_ID, START_ID, Constraint, Sampling
+from jaxalign.decoding.rules import PAD_ID, START_ID, Constraint, Sampling
 
 _NEVER = -1e9
 
@@ -44,8 +44,8 @@ class BeamSearch:
         Face's default); ``"never"`` when none could at the length that suits it best.
       num_groups: of diverse beam search; 1 is plain beam search.
       diversity_penalty: for each earlier group that took a token.
-      rules: the repetition penalty, bad words and ``min_new_tokens`` of a `Sampling`,
-        applied to log-probabilities; its other fields do not apply.
+      rules: the repetition penalty, bad words, ``min_new_tokens`` and ``eos_id`` of a
+        `Sampling`, applied to log-probabilities; its other fields do not apply.
 
     >>> BeamSearch(num_beams=4).normalization
     'length'
@@ -267,7 +267,7 @@ def _advance(
     parents, tokens = index // vocab, index % vocab
     sequences = network.take_rows(group.running, parents)
     sequences = jax.lax.dynamic_update_index_in_dim(sequences, tokens, position, 2)
-    ends = (tokens == EOS_ID) | (position + 1 >= length)
+    ends = (tokens == search.rules.eos_id) | (position + 1 >= length)
 
     # The best that go on.
     run_on = scores + jnp.where(ends, _NEVER, 0.0)

@@ -68,7 +68,7 @@ def check_constraint(
 
 
 def pad_prefixes(
-    prefixes: Prefixes, num_samples: int, length: int
+    prefixes: Prefixes, num_samples: int, length: int, eos_id: int = EOS_ID
 ) -> tuple[np.ndarray, np.ndarray]:
     """Arrays ``[B, N, T]`` and lengths ``[B, N]`` of forced prefixes."""
     padded = np.full((len(prefixes), num_samples, length), PAD_ID, np.int32)
@@ -84,9 +84,9 @@ def pad_prefixes(
                     f"prefixes[{b}][{n}] has {len(row)} tokens; max_new_tokens is "
                     f"{length}, prefix included."
                 )
-            if EOS_ID in list(row):
+            if eos_id in list(row):
                 raise ValueError(
-                    f"prefixes[{b}][{n}] holds EOS ({EOS_ID}), after which nothing can "
+                    f"prefixes[{b}][{n}] holds EOS ({eos_id}), after which nothing can "
                     "be sampled; leave it out."
                 )
             padded[b, n, : len(row)] = row

@@ -38,6 +38,8 @@ class Automaton(Program):
     next_state: jax.Array
     token_class: jax.Array  # int32 ``[V]``
     distance: jax.Array  # int32 ``[S]``, the fewest tokens to the end, EOS included
+    # What ends a text, the vocabulary's.
+    eos_id: int = flax.struct.field(pytree_node=False, default=EOS_ID)
 
     def init(self) -> State:
         return jnp.int32(0)
@@ -60,7 +62,7 @@ class Automaton(Program):
         for token in tokens:
             state = table[state, token_class[token]]
         # Also where a stop ended it before its EOS.
-        end = table[state, token_class[EOS_ID]]
+        end = table[state, token_class[self.eos_id]]
         return bool(distance[state] == 0 or distance[end] == 0)
 
     def allowed(self, state: jax.Array, remaining: jax.Array | int) -> jax.Array:
@@ -120,7 +122,8 @@ def must_include(
         automaton = regular.through_escapes(automaton, *vocabulary.escapes)
     spelt = [raw or None for raw in vocabulary.token_bytes()]
     spelt += [None] * ((num_tokens or 0) - len(spelt))
-    return from_bytes(*automaton, spelt, vocabulary.token_bytes(first=True))
+    first = vocabulary.token_bytes(first=True)
+    return from_bytes(*automaton, spelt, first, eos_id=vocabulary.eos_id)
 
 
 def from_bytes(
@@ -131,6 +134,7 @@ def from_bytes(
     *,
     unfinished: bool = False,
     limit: int | None = None,
+    eos_id: int = EOS_ID,
 ) -> Automaton:
     """Runs an automaton over bytes (`regular.ByteAutomaton`) over those of tokens.
 
@@ -159,7 +163,7 @@ def from_bytes(
     targets[:end, usable] = number[np.concatenate(rows)]
     targets[0, usable[[not raw for raw in begin]]] = 0
     ends = np.concatenate([accepting[:1], accepting[found], [True]])
-    targets[:end, EOS_ID] = np.where(ends[:end], end, regular.DEAD)
+    targets[:end, eos_id] = np.where(ends[:end], end, regular.DEAD)
     _, kept, token_class = np.unique(
         np.ascontiguousarray(targets.T).view(f"V{4 * len(targets)}").ravel(),
         return_index=True,
@@ -184,6 +188,7 @@ def from_bytes(
         jnp.asarray(np.pad(columns, more, constant_values=regular.DEAD)),
         jnp.asarray(token_class.astype(np.int32)),
         jnp.asarray(np.pad(distance, more[0], constant_values=_FAR)),
+        eos_id,
     )
 
 

@@ -41,6 +41,7 @@ def contrastive_search(
     max_new_tokens: int,
     top_k: int = 4,
     penalty_alpha: float = 0.6,
+    eos_id: int = EOS_ID,
 ) -> Samples:
     """One response to each prompt, probable and unlike what it has said already.
 
@@ -49,6 +50,7 @@ def contrastive_search(
     Args:
       top_k: candidates ``k`` at each step; 1 is greedy.
       penalty_alpha: weight of the degeneration penalty, in ``[0, 1]``.
+      eos_id: the token that ends a response, the vocabulary's.
 
     Returns:
       ``Samples`` with ``N = 1``; ``sampler_logps`` are 0, nothing is drawn.
@@ -63,10 +65,11 @@ def contrastive_search(
         jnp.float32(penalty_alpha),
         length=int(max_new_tokens),
         top_k=int(top_k),
+        eos_id=int(eos_id),
     )
 
 
-@functools.partial(jax.jit, static_argnames=("model", "length", "top_k"))
+@functools.partial(jax.jit, static_argnames=("model", "length", "top_k", "eos_id"))
 def _search(
     model: Any,
     params: Any,
@@ -75,6 +78,7 @@ def _search(
     *,
     length: int,
     top_k: int,
+    eos_id: int,
 ) -> Samples:
     chex.assert_rank(encoder_input_tokens, 2)
     batch = encoder_input_tokens.shape[0]
@@ -114,7 +118,7 @@ def _search(
         return _Carry(
             position=carry.position + 1,
             logits=logits,
-            ended=carry.ended | (tokens == EOS_ID),
+            ended=carry.ended | (tokens == eos_id),
             states=carry.states.at[:, carry.position + 1].set(states),
             samples=samples,
             cache=network.take_rows(cache, jnp.repeat(choice, top_k, axis=1)),

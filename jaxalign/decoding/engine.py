@@ -199,7 +199,9 @@ class Engine:
         if len(prefixes):
             if not self._prefixes:
                 raise ValueError("Prefixes need an Engine made with prefixes=True.")
-            checks.pad_prefixes([prefixes], plan.num_samples, max_new_tokens)
+            checks.pad_prefixes(
+                [prefixes], plan.num_samples, max_new_tokens, plan.rules.eos_id
+            )
         if len(prefixes) or max_new_tokens not in self._checked:
             checks.check_constraint(self._constraint, max_new_tokens, [prefixes])
             self._checked.add(max_new_tokens)
@@ -330,7 +332,9 @@ class Engine:
         if self._prefixes:
             rows = [request.prefixes for request in batch]
             rows += [()] * (size - len(rows))
-            planned, lengths = checks.pad_prefixes(rows, plan.num_samples, plan.length)
+            planned, lengths = checks.pad_prefixes(
+                rows, plan.num_samples, plan.length, plan.rules.eos_id
+            )
         if self._per_prompt:
             settings = RowSettings(
                 column("temperature", np.float32, 1), column("top_p", np.float32, 1)

@@ -72,7 +72,9 @@ def generate(
     chex.assert_equal_shape_prefix([tokens, prompt_ids], 1)
     planned = lengths = None
     if prefixes is not None:
-        planned, lengths = pad_prefixes(prefixes, num_samples, max_new_tokens)
+        planned, lengths = pad_prefixes(
+            prefixes, num_samples, max_new_tokens, sampling.eos_id
+        )
         chex.assert_equal_shape_prefix([tokens, planned], 1)
     check_constraint(constraint, max_new_tokens, prefixes or ())
     plan = Plan(model, sampling, slots, num_samples, max_new_tokens, entropy)

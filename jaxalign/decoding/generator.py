@@ -13,7 +13,7 @@ import tqdm
 
 from jaxalign.decoding.checks import check_constraint, check_sizes, check_uint32
 from jaxalign.decoding.engine import Engine, Finished
-from jaxalign.decoding.rules import EOS_ID, PAD_ID, Constraint, Sampling
+from jaxalign.decoding.rules import PAD_ID, Constraint, Sampling
 from jaxalign.decoding.stops import LOOK, Cut, Stops
 
 # The smallest padded prompt length, and how many batches are sorted together: enough to
@@ -106,6 +106,7 @@ class Generator:
             num_samples=num_samples,
             batch_size=batch_size,
         )
+        sampling = dataclasses.replace(sampling or Sampling(), eos_id=vocabulary.eos_id)
         self._engine = functools.partial(
             Engine,
             model,
@@ -194,7 +195,7 @@ class Generator:
         if truncated:
             last = tokens[-1]
             tokens = tokens[: self._max_prompt_length].copy()
-            if last == EOS_ID:
+            if last == self._vocabulary.eos_id:
                 tokens[-1] = last
         return tokens, truncated
 

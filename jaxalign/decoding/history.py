@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign.decoding import network
-from jaxalign.decoding.rules import EOS_ID, START_ID, Sampling
+from jaxalign.decoding.rules import START_ID, Sampling
 
 
 class History(NamedTuple):
@@ -105,16 +105,16 @@ def apply_rules(
         logits = jnp.where(completed & (tokens == last), -jnp.inf, logits)
     if rules.min_new_tokens:
         early = jnp.asarray(position < rules.min_new_tokens)[..., None]
-        logits = jnp.where(early & (tokens == EOS_ID), -jnp.inf, logits)
+        logits = jnp.where(early & (tokens == rules.eos_id), -jnp.inf, logits)
     if allowed is not None:
         some = jnp.any(allowed & (logits > -jnp.inf), axis=-1, keepdims=True)
-        only_eos = jnp.where(tokens == EOS_ID, 0.0, -jnp.inf)
+        only_eos = jnp.where(tokens == rules.eos_id, 0.0, -jnp.inf)
         logits = jnp.where(some, jnp.where(allowed, logits, -jnp.inf), only_eos)
     if rules.length_penalty is not None:
         start, factor = rules.length_penalty
         over = jnp.maximum(position - start, 0)[..., None].astype(jnp.float32)
         more = logits + jnp.abs(logits) * (jnp.float32(factor) ** over - 1.0)
         # -inf times 0 is NaN: what is ruled out stays so.
-        raised = (tokens == EOS_ID) & (over > 0) & (logits > -jnp.inf)
+        raised = (tokens == rules.eos_id) & (over > 0) & (logits > -jnp.inf)
         logits = jnp.where(raised, more, logits)
     return logits

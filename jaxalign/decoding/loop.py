@@ -17,7 +17,7 @@ from jaxalign.decoding import groups as grouping
 from jaxalign.decoding import history as histories
 from jaxalign.decoding import network
 from jaxalign.decoding.groups import Groups, Plan, Samples
-from jaxalign.decoding.rules import EOS_ID, PAD_ID, Constraint
+from jaxalign.decoding.rules import PAD_ID, Constraint
 from jaxalign.decoding.sampling import sample
 
 
@@ -129,7 +129,7 @@ def _step(
         entropies=write(old.entropies, draw.entropies) if plan.entropy else None,
     )
     history = histories.extend(groups.history, tokens)
-    ends = (tokens == EOS_ID) | histories.stopped(history, rules)
+    ends = (tokens == rules.eos_id) | histories.stopped(history, rules)
     if forced is not None:
         ends &= forced < 0
     position = groups.position + alive

@@ -53,6 +53,7 @@ class Context(NamedTuple):
     position: jax.Array  # int32 scalar, how many there are
     remaining: jax.Array  # int32 scalar, how many may follow, EOS included
     prompt_id: jax.Array  # uint32 scalar, as given to ``smc``
+    eos_id: jax.Array | int = EOS_ID  # what ends a text
 
 
 @flax.struct.dataclass
@@ -75,7 +76,7 @@ class Program:
 
 def only_eos_at_last(logits: jax.Array, context: Context) -> jax.Array:
     """Leaves EOS alone where no other token could still be followed by it."""
-    allowed = (context.remaining > 1) | (jnp.arange(logits.shape[-1]) == EOS_ID)
+    allowed = (context.remaining > 1) | (jnp.arange(logits.shape[-1]) == context.eos_id)
     return jnp.where(allowed, logits, -jnp.inf)
 
 
@@ -98,7 +99,7 @@ class Infilling(Program):
         at, begins = state
         wanted = self.template[at]
         ids = jnp.arange(context.logps.shape[-1])
-        allowed = jnp.where(wanted < 0, ids != EOS_ID, ids == wanted)
+        allowed = jnp.where(wanted < 0, ids != context.eos_id, ids == wanted)
         if self.spaced is not None:
             allowed &= self.spaced | ~begins | (wanted != SPACED_BLANK)
         enough = context.remaining >= self.template.size - at
@@ -119,6 +120,7 @@ def infilling(
     parts: Sequence[Sequence[int] | None],
     spaced_blanks: Sequence[int] = (),
     spaced: jax.Array | None = None,
+    eos_id: int = EOS_ID,
 ) -> Infilling:
     """An :class:`Infilling` from token ids and ``None`` for each blank.
 
@@ -137,9 +139,9 @@ def infilling(
         if i and parts[i - 1] is None and not begins:
             raise ValueError(f"parts[{i - 1}] and parts[{i}] are both blank; use one.")
         flat.append(SPACED_BLANK if begins else BLANK)
-    if PAD_ID in flat or EOS_ID in flat:
-        raise ValueError("Fixed text may hold neither padding (0) nor EOS (1).")
-    return Infilling(jnp.array([*flat, EOS_ID], jnp.int32), spaced)
+    if PAD_ID in flat or eos_id in flat:
+        raise ValueError("Fixed text may hold neither padding (0) nor EOS.")
+    return Infilling(jnp.array([*flat, eos_id], jnp.int32), spaced)
 
 
 @flax.struct.dataclass
@@ -169,7 +171,7 @@ class Potential(Program):
 
     def step(self, state, context, token, key):
         tokens = context.tokens.at[context.position].set(token)
-        done = token == EOS_ID
+        done = token == context.eos_id
         length = context.position + 1
         value = self.function(tokens, length, done, context.prompt_id)
         return state, jnp.where(done, value, 0.0), False

@@ -33,6 +33,7 @@ class Sampling:
       stop_sequences: sequences of token ids that end a response, besides EOS; they
         stay part of it.
       min_new_tokens: no EOS before so many tokens.
+      eos_id: the token that ends a response, the vocabulary's.
 
     >>> Sampling(temperature=0.7, top_p=0.9).top_p
     0.9
@@ -48,6 +49,7 @@ class Sampling:
     bad_words: tuple[tuple[int, ...], ...] = ()
     stop_sequences: tuple[tuple[int, ...], ...] = ()
     min_new_tokens: int = 0
+    eos_id: int = EOS_ID
 
     def __post_init__(self):
         def check(name: str, fits: bool, what: str) -> None:
@@ -74,9 +76,9 @@ class Sampling:
             if () in sequences:
                 raise ValueError(f"{name} holds an empty sequence of token ids.")
             object.__setattr__(self, name, sequences)
-        if (EOS_ID,) in self.bad_words:
+        if (self.eos_id,) in self.bad_words:
             raise ValueError(
-                f"bad_words forbids EOS ({EOS_ID}): no response could end. Use "
+                f"bad_words forbids EOS ({self.eos_id}): no response could end. Use "
                 "min_new_tokens to make responses longer."
             )
 

@@ -63,6 +63,7 @@ def smc(
     temperature: float = 1.0,
     vocab_size: int | None = None,
     merge: bool = False,
+    eos_id: int = EOS_ID,
 ) -> Particles:
     """Samples from the model conditioned on a program, and on EOS within ``T`` tokens.
 
@@ -90,6 +91,7 @@ def smc(
       vocab_size: ids from here on, padding of the embedding, are impossible.
       merge: add up equal children (parent, token and program state) before resampling;
         the estimate stays unbiased and varies less.
+      eos_id: the token that ends a response, the vocabulary's.
     """
     encoder_input_tokens = jnp.asarray(encoder_input_tokens, jnp.int32)
     if encoder_input_tokens.ndim == 2:
@@ -126,7 +128,15 @@ def smc(
         jnp.asarray(prompt_ids, jnp.uint32),
         jnp.float32(temperature),
         jnp.float32(ess_threshold),
-        (num_particles, max_new_tokens, expansion, resampling, vocab_size, merge),
+        (
+            num_particles,
+            max_new_tokens,
+            expansion,
+            resampling,
+            vocab_size,
+            merge,
+            eos_id,
+        ),
     )
 
 
@@ -177,7 +187,7 @@ def _expand(
     log_g = jnp.where(possible, log_g + logps - log_q[tokens], -jnp.inf)
     log_g = jnp.where(log_g < jnp.inf, log_g, -jnp.inf)  # NaN is not below either
     weights = log_weight + log_g - jnp.log(expansion)
-    ended = ends | (tokens == EOS_ID)
+    ended = ends | (tokens == context.eos_id)
     if merge and expansion > 1:
         weights = _merge(tokens, (states, ended), weights)
     first = jnp.arange(expansion) == 0
@@ -236,12 +246,12 @@ def _smc(
     settings: tuple[Any, ...],
 ) -> Particles:
     b, m, length = encoder_input_tokens.shape
-    n, t, expansion, resampling, vocab_size, merge = settings
+    n, t, expansion, resampling, vocab_size, merge, eos_id = settings
     flat = encoder_input_tokens.reshape(b * m, length)
     encoder_mask, cross_kv = network.encode(model, params, flat)
     keys = prompt_keys(key, prompt_ids)
     expand = functools.partial(_expand, program, expansion, merge)
-    axes = Context(0, 0, None, None, None)
+    axes = Context(0, 0, None, None, None, None)
     over_particles = jax.vmap(expand, (axes, 0, 0, 0, 0))
     axes = axes._replace(prompt_id=0)
     over_prompts = jax.vmap(over_particles, (axes, 0, 0, 0, 0))
@@ -261,7 +271,9 @@ def _smc(
         logps = jax.nn.log_softmax(logits).reshape(b, m, n, -1).swapaxes(1, 2)
         old = carry.particles
         remaining = t - carry.position
-        context = Context(logps, old.tokens, carry.position, remaining, prompt_ids)
+        context = Context(
+            logps, old.tokens, carry.position, remaining, prompt_ids, eos_id
+        )
 
         step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, carry.position)
         # Children and survivors never share randomness.

@@ -24,6 +24,7 @@ from jax.experimental import multihost_utils
 from jaxalign import files, remote, user_code
 from jaxalign.cluster import exclusive
 from jaxalign.cluster import mesh as meshes
+from jaxalign.data import chat_template as chat_templates
 from jaxalign.data import jsonl, records
 from jaxalign.decoding import (
     BeamSearch,
@@ -73,12 +74,13 @@ def generate(
     mesh: Mapping[str, int] | None = None,
     field_map: Mapping[str, str] | None = None,
     on_bad_row: str = "error",
+    chat_template: str | None = None,
 ) -> int:
-    """Samples responses to the prompts of a JSON Lines file, resumably.
+    """Samples responses to the prompts of a file, resumably.
 
     Args:
       checkpoint: a run directory or one of its checkpoints.
-      prompts: rows with a ``prompt``.
+      prompts: JSON Lines, CSV or TSV: rows with a ``prompt``, or with ``messages``.
       output: a JSON Lines file: each row as it was read, once per sample, with
         ``response``, ``sample`` (its index), ``logp`` (sum under the model's full
         distribution, EOS included) and ``num_tokens``. A response that other rules
@@ -115,6 +117,7 @@ def generate(
         all devices of a job of several processes, which must divide `batch_size`.
       field_map: our field names to the file's.
       on_bad_row: ``"error"`` or ``"skip"``.
+      chat_template: makes texts of chat messages, as CHAT_TEMPLATE did in training.
 
     Returns:
       The number of lines in the file.
@@ -124,6 +127,9 @@ def generate(
         or no response of `max_new_tokens` meets `regex`, `include` and `bad_words`.
     """
     asked = {k: v for k, v in locals().items() if k != "output"}
+    del asked["chat_template"]  # outputs made before there was one have none
+    if (template := chat_templates.resolve(chat_template)) is not None:
+        asked["chat_template"] = template
     searching.check(asked)
     # Lines are appended to it, which an object store cannot do.
     local_output = remote.local_only(output, "--output, which grows line by line,")
@@ -154,7 +160,7 @@ def generate(
         repetition_penalty,
         min_new_tokens=min_new_tokens,
     )
-    rows = read_rows(prompts, "prompts", output, field_map, on_bad_row)
+    rows = read_rows(prompts, "prompts", output, field_map, on_bad_row, template)
     asked["checkpoint"] = policy.fingerprint
     per_prompt = 1 if mbr else num_samples
     with _appending(local_output, asked) as (there, write):
@@ -258,6 +264,7 @@ def read_rows(
     output: str | None,
     field_map: Mapping[str, str] | None,
     on_bad_row: str,
+    chat_template: str | None = None,
 ) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """Rows of an input as they were read, and as the schema has them.
 
@@ -268,7 +275,12 @@ def read_rows(
         beside = Path(output).expanduser()
         listing = beside.with_name(f"{beside.name}.bad_rows.jsonl")
     examples, _ = records.load(
-        path, schema, field_map=field_map, on_bad_row=on_bad_row, listing=listing
+        path,
+        schema,
+        field_map=field_map,
+        on_bad_row=on_bad_row,
+        listing=listing,
+        chat_template=chat_template,
     )
     return [(e.raw, record) for e in examples for record in e.records]
 

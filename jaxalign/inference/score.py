@@ -17,6 +17,7 @@ import numpy as np
 from jaxalign import batch as batches
 from jaxalign import models, remote
 from jaxalign.cluster import exclusive
+from jaxalign.data import chat_template as chat_templates
 from jaxalign.files import json_sha256
 from jaxalign.inference import generation, outputs
 from jaxalign.inference.evaluation import write_jsonl
@@ -33,12 +34,13 @@ def score(
     mesh: Mapping[str, int] | None = None,
     field_map: Mapping[str, str] | None = None,
     on_bad_row: str = "error",
+    chat_template: str | None = None,
 ) -> int:
-    """Scores the completions of a JSON Lines file.
+    """Scores the completions of a file.
 
     Args:
       checkpoint: a run directory or one of its checkpoints.
-      data: rows with ``prompt`` and ``completion``.
+      data: JSON Lines, CSV or TSV: rows with ``prompt`` and ``completion``.
       output: a JSON Lines file: each row as it was read, with ``logp`` (the summed
         log-probability of the completion, EOS included) and ``num_tokens``. Nothing is
         truncated. An unfinished one goes on, a finished one is kept.
@@ -47,6 +49,7 @@ def score(
         all devices of a job of several processes, which must divide `batch_size`.
       field_map: our field names to the file's.
       on_bad_row: ``"error"`` or ``"skip"``.
+      chat_template: makes texts of chat messages, as CHAT_TEMPLATE did in training.
 
     Returns:
       The number of lines in the file.
@@ -56,11 +59,15 @@ def score(
     """
     asked = {"verb": "score", "field_map": field_map, "on_bad_row": on_bad_row}
     asked["data"] = outputs.input_key(data)
+    if (template := chat_templates.resolve(chat_template)) is not None:
+        asked["chat_template"] = template
     count = outputs.kept(output, asked, checkpoint=checkpoint)
     if count >= 0:
         return count
     policy, sharding = generation.load(checkpoint, mesh)
-    rows = generation.read_rows(data, "supervised", output, field_map, on_bad_row)
+    rows = generation.read_rows(
+        data, "supervised", output, field_map, on_bad_row, template
+    )
     key = {**asked, "checkpoint": policy.fingerprint}
     unfinished = _unfinished(output, key)
     logps, lengths = score_pairs(

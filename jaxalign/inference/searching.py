@@ -83,13 +83,17 @@ def search(
     alpha)``. Longer prompts are cut and keep their EOS. Which of them share a batch,
     and so every bit of the result, does not depend on `start`.
     """
+    vocabulary, eos = policy.vocabulary, policy.vocabulary.eos_id
     if beams:
-        rules = {"search": beams, "num_return": num_samples, "constraint": constraint}
-        method = functools.partial(beam_search, **rules)
+        rules = dataclasses.replace(beams.rules, eos_id=eos)
+        beams = dataclasses.replace(beams, rules=rules)
+        asked = {"search": beams, "num_return": num_samples, "constraint": constraint}
+        method = functools.partial(beam_search, **asked)
     else:
         k, alpha = contrastive
-        method = functools.partial(contrastive_search, top_k=k, penalty_alpha=alpha)
-    vocabulary, eos = policy.vocabulary, policy.vocabulary.eos_id
+        method = functools.partial(
+            contrastive_search, top_k=k, penalty_alpha=alpha, eos_id=eos
+        )
     tokens = [[*vocabulary.encode(text), eos] for text in prompts]
     limit = max_prompt_length or max(map(len, tokens), default=1)
     tokens = [t if len(t) <= limit else [*t[: limit - 1], eos] for t in tokens]

@@ -148,6 +148,7 @@ def steer(
         temperature=temperature,
         max_new_tokens=max_new_tokens,
         vocab_size=policy.vocabulary.vocab_size,
+        eos_id=policy.vocabulary.eos_id,
     )
     found: dict[int, list[dict[str, Any]]] = {}
     with tqdm(total=len(rows), desc="steer", unit="prompt", disable=None) as bar:
@@ -307,7 +308,7 @@ def _template(template: str, vocabulary: Any, num_tokens: int) -> programs.Progr
     spelt = [raw or b"" for raw in vocabulary.token_bytes()]
     spelt += [b""] * (num_tokens - len(spelt))
     spaced = jnp.array([raw.startswith(b" ") for raw in spelt])
-    filling = programs.infilling(parts, spaced_blanks, spaced)
+    filling = programs.infilling(parts, spaced_blanks, spaced, vocabulary.eos_id)
     # What a blank ends with may still change the text behind it: an open escape, a
     # line's end that takes a space along. Such responses have no weight.
     kept = re.compile("(?s:.*)".join(map(re.escape, texts)))

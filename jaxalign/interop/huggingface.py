@@ -1,343 +1,333 @@
-"""Hugging Face T5 checkpoints: names, layouts and folders, in both directions.
+"""Hugging Face folders of T5s: what they hold, and one written from parameters.
 
-Covers T5, T5 1.1, Flan-T5, ByT5 and mT5, whose layers share one relative bias per
-stack; not umT5, whose layers have their own. PyTorch keeps a linear layer's weight as
-``[out, in]``, this library as ``[in, out]``; the embedding is the same in both.
-
-Importing this module needs neither PyTorch nor transformers.
+Covers T5 1.0 and 1.1 (LM-adapted, Flan-T5, T0, Tk-Instruct), mT5 (Aya-101, MetricX),
+umT5, ByT5, UL2, MADLAD-400, CodeT5 and CodeT5+ up to 770M, and the encoders Sentence-T5
+and GTR. Importing this module needs neither PyTorch nor transformers.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import json
-import pathlib
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
+import jax
 import numpy as np
-import safetensors.numpy
-from flax import traverse_util
 
+from jaxalign import remote
+from jaxalign.interop import huggingface_config as configs
+from jaxalign.interop import tensor_files, tokenizer_files
+from jaxalign.interop.folders import Foreign, Source, place, unstack
+from jaxalign.interop.leaves import Leaf
+from jaxalign.interop.new_folder import new_folder
+from jaxalign.interop.tensor_files import read_json
 from jaxalign.models import networks
-from jaxalign.models.config import T5Config
-from jaxalign.models.conversion import stack_layers, unstack_layers
-from jaxalign.models.networks import Params
-from jaxalign.models.t5 import T5
+from jaxalign.models.config import T5Config, T5Shape
+from jaxalign.vocabularies import Vocabulary
 
-# feed_forward_proj -> mlp_activations. T5's "gelu" is "gelu_new", the tanh form.
-_ACTIVATIONS = {
-    "relu": ("relu",),
-    "gelu_new": ("gelu",),
-    "silu": ("silu",),
-    "gated-gelu": ("gelu", "linear"),
-    "gated-relu": ("relu", "linear"),
-    "gated-silu": ("silu", "linear"),
-}
-
-# What this network always does, by config.json's key: any other value is another
-# function.
-_FIXED = {
-    "layer_norm_epsilon": 1e-6,
-    "decoder_start_token_id": 0,
-    "is_encoder_decoder": True,
-    "is_decoder": False,
-    "tie_encoder_decoder": False,
-}
-
-# T5Config field -> key of Hugging Face's config.json.
-_FIELDS = {
-    "vocab_size": "vocab_size",
-    "emb_dim": "d_model",
-    "num_heads": "num_heads",
-    "head_dim": "d_kv",
-    "mlp_dim": "d_ff",
-    "num_encoder_layers": "num_layers",
-    "num_decoder_layers": "num_decoder_layers",
-    "relative_attention_num_buckets": "relative_attention_num_buckets",
-    "relative_attention_max_distance": "relative_attention_max_distance",
-}
-
-# Names of shared.weight that old checkpoints repeat, and a bias that they store and no
-# model reads.
-_ALIASES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
-_UNREAD = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
-
-_ENCODER_BLOCK = (("SelfAttention", "attention", "pre_attention_layer_norm"),)
-_DECODER_BLOCK = (
-    ("SelfAttention", "self_attention", "pre_self_attention_layer_norm"),
-    ("EncDecAttention", "encoder_decoder_attention", "pre_cross_attention_layer_norm"),
-)
+CONFIG, GENERATION, MODULES = "config.json", "generation_config.json", "modules.json"
+_DENSE = "linear.weight"
+_ROWS = 4096  # of two embeddings, compared at a time
 
 
-def config_from_huggingface(config: Mapping[str, Any], **overrides: Any) -> T5Config:
-    """A :class:`T5Config` from the contents of a ``config.json``.
+def is_folder(path: str | os.PathLike[str]) -> bool:
+    """Whether a path, local or in a bucket, is a model folder of Hugging Face."""
+    if remote.is_remote(path):
+        return remote.holds(os.fspath(path), CONFIG, MODULES)
+    return any(Path(path, name).is_file() for name in (CONFIG, MODULES))
+
+
+def open_folder(path: str | os.PathLike[str]) -> Foreign:
+    """What a folder holds; of its tensors, names and shapes are read and checked.
 
     Args:
-      config: the parsed file. ``tie_word_embeddings``, true by default, means a tied
-        and scaled vocabulary head (T5 1.0) where transformers 4 wrote it; transformers
-        5 says ``scale_decoder_outputs``, and never scales for an mT5.
-      **overrides: ``T5Config`` fields such as ``dtype`` or ``scan_layers``. Dropout
-        is 0 unless given.
-
-    Returns:
-      The configuration.
+      path: with ``config.json``, ``*.safetensors`` and a tokenizer's files, or a
+        Sentence-Transformers folder with ``modules.json``. Of one in a bucket a local
+        copy is taken.
 
     Raises:
-      ValueError: another architecture, a key that is missing, or one whose value asks
-        for another function than this network's.
-
-    >>> config_from_huggingface(dict(vocab_size=384, d_model=64, num_heads=4, d_kv=16,
-    ...     d_ff=128, num_layers=2, feed_forward_proj="relu")).mlp_activations
-    ('relu',)
+      FileNotFoundError: no such folder, or no safetensors in it.
+      ValueError: another architecture, tensors that do not fit ``config.json``, a
+        tokenizer that does not fit the embedding, damaged files.
     """
-    kind = config.get("model_type", "t5")
-    if kind not in ("t5", "mt5"):
-        raise ValueError(
-            f"config.json must have model_type 't5' or 'mt5', got {kind!r}; other "
-            "architectures, umT5's per-layer biases included, have other parameters."
+    folder = remote.copy_folder(path, _wanted)
+    modules = _modules(folder)
+    folder = modules.get("Transformer", folder)
+    if not (folder / CONFIG).is_file():
+        raise FileNotFoundError(
+            f"{folder} must be a local Hugging Face model folder with a config.json; "
+            "download it first (hf download NAME --local-dir FOLDER)."
         )
-    values = {
-        "num_decoder_layers": config.get("num_layers"),
-        "relative_attention_num_buckets": 32,
-        "relative_attention_max_distance": 128,
-    }
-    for field, key in _FIELDS.items():
-        if config.get(key) is not None:
-            values[field] = config[key]
-        elif values.get(field) is None:
-            raise ValueError(f"config.json lacks {key!r}; it has {sorted(config)}.")
-    proj = config.get("feed_forward_proj", "relu" if kind == "t5" else "gated-gelu")
-    if proj not in _ACTIVATIONS:
+    config = read_json(folder / CONFIG)
+    shape = configs.shape_of(config)
+    generation = folder / GENERATION
+    generation = read_json(generation) if generation.is_file() else {}
+    ids = tokenizer_files.ids_of(config, generation)
+    kind, options = "T5", {}
+    architectures = config.get("architectures") or [""]
+    if modules or architectures[0].endswith("EncoderModel"):
+        kind, options = "EmbeddingModel", {"normalize": "Normalize" in modules}
+    elif config.get("is_encoder_decoder") is False:
         raise ValueError(
-            f"feed_forward_proj must be one of {sorted(_ACTIVATIONS)}, got {proj!r}."
+            f"{folder}: config.json must have is_encoder_decoder=true, or name an "
+            f"EncoderModel among its architectures, got {architectures}."
         )
-    values["mlp_activations"] = _ACTIVATIONS[proj]
-    values["logits_via_embedding"] = _scales(config, kind)
-    implied = {
-        **_FIXED,
-        "is_gated_act": len(values["mlp_activations"]) == 2,
-        "dense_act_fn": "gelu_new" if proj == "gated-gelu" else proj.split("-")[-1],
-    }
-    for key, value in implied.items():
-        if config.get(key) not in (None, value):
-            of = "" if key in _FIXED else f" with feed_forward_proj={proj!r}"
-            raise ValueError(
-                f"config.json must have {key}={value!r}{of}, got {config[key]!r}: it "
-                "would be another function than the one this network computes."
-            )
-    return T5Config(**{**values, **overrides})
-
-
-def _scales(config: Mapping[str, Any], kind: str) -> bool:
-    """Whether the head is the embedding, its inputs scaled by ``d_model ** -0.5``."""
-    if config.get("scale_decoder_outputs") is not None:
-        return bool(config["scale_decoder_outputs"])
-    version = str(config.get("transformers_version") or "4").split(".")[0]
-    if kind == "mt5" and version.isdecimal() and int(version) >= 5:
-        return False  # it writes tie_word_embeddings=true whatever it was
-    return bool(config.get("tie_word_embeddings", kind == "t5"))
-
-
-def config_to_huggingface(config: T5Config) -> dict[str, Any]:
-    """The contents of a ``config.json`` for ``T5ForConditionalGeneration``."""
-    names = {activations: name for name, activations in _ACTIVATIONS.items()}
-    if config.mlp_activations not in names:
-        raise ValueError(
-            f"mlp_activations {config.mlp_activations} has no Hugging Face name; "
-            f"these have: {sorted(names)}."
-        )
-    return {
-        "architectures": ["T5ForConditionalGeneration"],
-        "model_type": "t5",
-        **{key: getattr(config, field) for field, key in _FIELDS.items()},
-        **_FIXED,
-        "feed_forward_proj": names[config.mlp_activations],
-        "tie_word_embeddings": config.logits_via_embedding,
-        "dropout_rate": config.dropout_rate,
-        "pad_token_id": 0,
-        "eos_token_id": 1,
-    }
-
-
-def parameter_names(config: T5Config) -> Iterator[tuple[str, str, bool]]:
-    """Yields ``(our name, Hugging Face name, transposed)`` for every parameter.
-
-    Our names are those of the unscanned layout, joined by ``/``.
-    """
-    yield "token_embedder/embedding", "shared.weight", False
-    if not config.logits_via_embedding:
-        yield "decoder/logits_dense/kernel", "lm_head.weight", True
-    wi = ["wi"] if len(config.mlp_activations) == 1 else ["wi_0", "wi_1"]
-    for stack, depth, block in (
-        ("encoder", config.num_encoder_layers, _ENCODER_BLOCK),
-        ("decoder", config.num_decoder_layers, _DECODER_BLOCK),
-    ):
-        bias = f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
-        yield f"{stack}/relpos_bias/rel_embedding", bias, True
-        yield f"{stack}/{stack}_norm/scale", f"{stack}.final_layer_norm.weight", False
-        for i in range(depth):
-            ours, theirs = f"{stack}/layers_{i}", f"{stack}.block.{i}.layer"
-            names = [("query", "q"), ("key", "k"), ("value", "v"), ("out", "o")]
-            parts = [(*part, names) for part in block]
-            dense = [(name, name) for name in (*wi, "wo")]
-            parts.append(("DenseReluDense", "mlp", "pre_mlp_layer_norm", dense))
-            for j, (their_part, our_part, norm, names) in enumerate(parts):
-                yield f"{ours}/{norm}/scale", f"{theirs}.{j}.layer_norm.weight", False
-                for our, their in names:
-                    kernel = f"{ours}/{our_part}/{our}/kernel"
-                    yield kernel, f"{theirs}.{j}.{their_part}.{their}.weight", True
-
-
-def params_from_huggingface(
-    state: Mapping[str, np.ndarray], config: T5Config
-) -> Params:
-    """Turns a ``T5ForConditionalGeneration`` state dict into parameters.
-
-    Args:
-      state: arrays by name, any float dtype.
-      config: the network's; with ``scan_layers`` the result is stacked.
-
-    Returns:
-      Float32 numpy parameters in ``init_params``'s structure.
-
-    Raises:
-      ValueError: a name that is missing or unknown, a shape that does not fit, or a
-        second embedding or head that this network would leave unused.
-    """
-    unscanned = T5(dataclasses.replace(config, scan_layers=False))
-    shapes = traverse_util.flatten_dict(networks.shapes(unscanned), sep="/")
-    state = dict(state)
-    aliases = _ALIASES
-    if config.logits_via_embedding:
-        aliases = (*aliases, "lm_head.weight")
-    # What files hold in place of shared.weight, or beside it.
-    embedding = next(
-        (state[n] for n in ("shared.weight", *aliases) if n in state), None
+    encoder_only = kind == "EmbeddingModel"
+    names = dict(configs.names_of(shape, encoder_only))
+    tensors = tensor_files.read_folder(folder)
+    if "Dense" in modules:
+        dense = _dense(modules["Dense"], shape)
+        options["features"] = dense.shape[0]
+        names["projection/kernel"] = Source(_DENSE, True)
+        tensors[_DENSE] = dense
+    shared = configs.head_is_shared(config)
+    tensors, left_over = _resolved(tensors, shape, encoder_only, shared)
+    model = networks.KINDS[kind](config=T5Config(**vars(shape)), **options)
+    return Foreign(
+        kind=kind,
+        shape=shape,
+        vocabulary=tokenizer_files.read(folder, config, ids),
+        names=names,
+        leaves=_leaves(folder, tensors, names, model, left_over),
+        options=options,
+        left_over=left_over,
     )
-    if embedding is not None:
-        state.setdefault("shared.weight", embedding)
-        if not config.logits_via_embedding:  # a tied but unscaled head is stored once
-            state.setdefault("lm_head.weight", embedding)
-    for name in aliases:
-        if name in state and not np.array_equal(
-            np.asarray(state[name]), np.asarray(state["shared.weight"])
-        ):
+
+
+def read(
+    path: str | os.PathLike[str],
+    shardings: Any = None,
+    dtype: Any = None,
+    *,
+    scan_layers: bool = False,
+) -> dict[str, Any]:
+    """The parameters of a folder, each read straight onto its devices; see `place`."""
+    leaves = open_folder(path).leaves
+    return place(leaves, shardings, dtype, scan_layers=scan_layers)
+
+
+def _wanted(name: str) -> bool:
+    return name.endswith((".json", ".safetensors", ".txt", tokenizer_files.SPIECE))
+
+
+def _modules(folder: Path) -> dict[str, Path]:
+    """The parts of a Sentence-Transformers folder by kind; empty for other folders."""
+    file = folder / MODULES
+    if not file.is_file():
+        return {}
+    try:
+        listed = json.loads(file.read_text("utf-8"))
+        parts = [(str(m["type"]).split(".")[-1], m["path"]) for m in listed]
+    except (ValueError, TypeError, KeyError) as error:
+        raise tensor_files.DamagedFolderError(f"{file} is damaged: {error}") from error
+    known = {"Transformer", "Pooling", "Dense", "Normalize"}
+    found = {k: remote.below(folder, p) if p else folder for k, p in parts}
+    pooling = found.get("Pooling")
+    how = read_json(pooling / CONFIG) if pooling else {}
+    modes = sorted(k for k, on in how.items() if k.startswith("pooling_mode") and on)
+    mean = modes == ["pooling_mode_mean_tokens"] or how.get("pooling_mode") == "mean"
+    if not set(found) <= known or len(parts) != len(found) or not mean:
+        raise ValueError(
+            f"{file} must list a Transformer, Pooling by the mean, and at most one "
+            f"Dense and Normalize, got {[k for k, _ in parts]} with {modes or how}."
+        )
+    return found
+
+
+def _dense(folder: Path, shape: T5Shape) -> Leaf:
+    """The weight ``[features, E]`` of a projection without bias or activation."""
+    config = read_json(folder / CONFIG)
+    activation = str(config.get("activation_function", "Identity")).split(".")[-1]
+    tensors = tensor_files.read_folder(folder)
+    if activation != "Identity" or config.get("bias") or set(tensors) != {_DENSE}:
+        raise ValueError(
+            f"{folder} must be a projection without bias or activation, got "
+            f"{activation} and the tensors {sorted(tensors)}."
+        )
+    if tensors[_DENSE].shape[1:] != (shape.emb_dim,):
+        raise ValueError(
+            f"{folder}: {_DENSE} must have shape [features, {shape.emb_dim}], got "
+            f"{tensors[_DENSE].shape}."
+        )
+    return tensors[_DENSE]
+
+
+def _resolved(
+    tensors: Mapping[str, Leaf], shape: T5Shape, encoder_only: bool, shared: bool
+) -> tuple[dict[str, Leaf], tuple[str, ...]]:
+    """Tensors with one embedding under its own name, and those no parameter takes."""
+    tensors, embedding = dict(tensors), "shared.weight"
+    aliases = [*configs.ALIASES, *["lm_head.weight"] * shape.logits_via_embedding]
+    held = [name for name in (embedding, *aliases) if name in tensors]
+    if held:
+        tensors.setdefault(embedding, tensors[held[0]])
+        if shared and not shape.logits_via_embedding and not encoder_only:
+            # A head that is tied but not scaled is stored once.
+            tensors.setdefault("lm_head.weight", tensors[embedding])
+    for name in held[1:]:
+        if not _same(tensors[name], tensors[embedding]):
             raise ValueError(
                 f"{name!r} differs from 'shared.weight', of which this network takes "
                 "it for another name, and would be lost; does the config belong to "
                 "this checkpoint? (tie_word_embeddings, scale_decoder_outputs)"
             )
-    flat, used = {}, {*aliases, _UNREAD}
-    for ours, theirs, transposed in parameter_names(config):
-        if theirs not in state:
-            near = difflib.get_close_matches(theirs, state, n=1)
-            hint = f"; nearest: {near[0]!r}" if near else ""
-            raise ValueError(f"The state dict lacks {theirs!r} (for {ours}){hint}.")
-        value = np.asarray(state[theirs]).astype(np.float32)
-        value = value.T if transposed else value
-        if value.shape != shapes[ours].shape:
-            raise ValueError(
-                f"{ours} must have shape {shapes[ours].shape}, but {theirs!r} gives "
-                f"{value.shape}; does the config belong to this checkpoint?"
-            )
-        flat[ours] = np.ascontiguousarray(value)
-        used.add(theirs)
-    unknown = sorted(set(state) - used)
-    if unknown:
-        raise ValueError(
-            f"The state dict has {len(unknown)} names that this T5 has no place for, "
-            f"such as {unknown[:3]}; does the config belong to this checkpoint?"
+    dropped = [n for n in (*aliases, configs.UNREAD) if n in tensors]
+    if encoder_only:  # the encoder of a whole T5 is one, too
+        whole = ("decoder.", "lm_head.")
+        dropped += [n for n in tensors if n.startswith(whole) and n not in dropped]
+    return {n: x for n, x in tensors.items() if n not in dropped}, tuple(dropped)
+
+
+def _same(a: Leaf, b: Leaf) -> bool:
+    def rows(leaf, start):
+        return leaf.read((slice(start, start + _ROWS), slice(None)))
+
+    return (
+        a is b
+        or a.shape == b.shape
+        and all(
+            np.array_equal(rows(a, i), rows(b, i)) for i in range(0, a.shape[0], _ROWS)
         )
-    params = traverse_util.unflatten_dict(flat, sep="/")
-    return stack_layers(params) if config.scan_layers else params
-
-
-def params_to_huggingface(params: Params, config: T5Config) -> dict[str, np.ndarray]:
-    """The inverse of :func:`params_from_huggingface`.
-
-    Returns:
-      Float32 arrays by Hugging Face name, aliases of ``shared.weight`` left out.
-    """
-    if config.scan_layers:
-        params = unstack_layers(params)
-    flat = traverse_util.flatten_dict(params, sep="/")
-    out = {}
-    for ours, theirs, transposed in parameter_names(config):
-        value = np.asarray(flat[ours], np.float32)
-        out[theirs] = np.ascontiguousarray(value.T if transposed else value)
-    return out
-
-
-def load_huggingface(
-    folder: str | pathlib.Path, **overrides: Any
-) -> tuple[T5Config, Params]:
-    """Reads a local Hugging Face model folder.
-
-    Args:
-      folder: holds ``config.json`` and ``*.safetensors`` or ``pytorch_model*.bin``
-        files, sharded or not. safetensors files win where both are there.
-      **overrides: ``T5Config`` fields, e.g. ``dtype="bfloat16"``.
-
-    Returns:
-      The configuration and float32 numpy parameters.
-
-    Raises:
-      FileNotFoundError: no such folder, or no weights in it.
-      ImportError: without PyTorch, which reads ``.bin`` files.
-    """
-    folder = pathlib.Path(folder)
-    path = folder / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{folder} must be a local Hugging Face model folder with a config.json; "
-            "download it first (huggingface-cli download NAME --local-dir FOLDER)."
-        )
-    config = config_from_huggingface(json.loads(path.read_text("utf-8")), **overrides)
-    state: dict[str, np.ndarray] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        state |= safetensors.numpy.load_file(file)
-    if not state:
-        state = _read_torch(sorted(folder.glob("pytorch_model*.bin")))
-    if not state:
-        raise FileNotFoundError(
-            f"{folder} has no *.safetensors and no pytorch_model*.bin file."
-        )
-    return config, params_from_huggingface(state, config)
-
-
-def save_huggingface(
-    folder: str | pathlib.Path, config: T5Config, params: Params
-) -> None:
-    """Writes ``config.json`` and ``model.safetensors``; see :func:`load_huggingface`.
-
-    ``T5ForConditionalGeneration.from_pretrained(folder)`` reads the result.
-    """
-    folder = pathlib.Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(config_to_huggingface(config), indent=2) + "\n"
-    (folder / "config.json").write_text(text, "utf-8")
-    safetensors.numpy.save_file(
-        params_to_huggingface(params, config),
-        folder / "model.safetensors",
-        metadata={"format": "pt"},
     )
 
 
-def _read_torch(paths: list[pathlib.Path]) -> dict[str, np.ndarray]:
-    if not paths:
-        return {}
-    try:
-        import torch
-    except ImportError as error:
-        raise ImportError(
-            f"Reading {paths[0].name} needs PyTorch: pip install torch (or convert it "
-            "to safetensors elsewhere)"
-        ) from error
-    state = {}
-    for path in paths:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-        # numpy has no bfloat16.
-        state.update({name: x.float().numpy() for name, x in tensors.items()})
-    return state
+def _leaves(
+    folder: Path,
+    tensors: Mapping[str, Leaf],
+    names: Mapping[str, Source],
+    model: nn.Module,
+    left_over: tuple[str, ...],
+) -> dict[str, Leaf]:
+    """A leaf for each parameter; every name and shape is checked."""
+    wanted = unstack(networks.shapes(model))
+    hint = f"does {CONFIG} belong to these tensors?"
+    leaves = {}
+    for path, (name, transposed) in names.items():
+        if name not in tensors:
+            near = difflib.get_close_matches(name, tensors, n=1)
+            near = f"; nearest: {near[0]!r}" if near else ""
+            raise ValueError(f"{folder} lacks {name!r} (for {path}){near}; {hint}")
+        leaf = tensors[name].transposed if transposed else tensors[name]
+        if leaf.shape != wanted[path].shape:
+            raise ValueError(
+                f"{path} must have shape {wanted[path].shape}, but {name!r} gives "
+                f"{leaf.shape}; {hint}"
+            )
+        leaves[path] = leaf
+    unknown = sorted(set(tensors) - {source.name for source in names.values()})
+    if unknown:
+        raise ValueError(
+            f"{folder} has {len(unknown)} tensors that this network has no place for, "
+            f"such as {unknown[:3]}; {hint}"
+        )
+    return leaves
+
+
+def write(
+    path: str | os.PathLike[str],
+    params: Mapping[str, Any],
+    model: nn.Module,
+    vocabulary: Vocabulary | None,
+    *,
+    dtype: Any = None,
+    card: str = "",
+    shard: int = 5 << 30,
+) -> None:
+    """Writes a folder that ``from_pretrained`` reads, tensor by tensor.
+
+    It gets its name when it is whole. Of several processes all have to call this, and
+    the first writes.
+
+    Args:
+      path: that does not exist or is an empty folder; it may be in a bucket.
+      params: nested, or flat by path, in either layout; arrays or `leaves.Leaf`.
+      model: a ``T5`` or an ``EmbeddingModel``.
+      vocabulary: whose tokenizer and ids are written; None writes a T5's ids and no
+        tokenizer.
+      dtype: of the tensors, ``"float32"`` or ``"bfloat16"``; None keeps each one's.
+      card: Markdown, written as ``README.md``.
+      shard: bytes of a file before another is begun.
+
+    Raises:
+      FileExistsError: where something is there already.
+      OSError: where the folder cannot be written.
+      ValueError: for a network that Hugging Face has no architecture of.
+    """
+    kind = type(model).__name__
+    if kind not in ("T5", "EmbeddingModel"):
+        raise ValueError(
+            f"A network of the kind {kind!r} has no Hugging Face architecture; those "
+            "of the kinds 'T5' and 'EmbeddingModel' have."
+        )
+    if dtype is not None and str(np.dtype(dtype)) not in ("float32", "bfloat16"):
+        raise ValueError(f"dtype must be 'float32' or 'bfloat16', got {dtype!r}.")
+    shape, alone = model.config, kind == "EmbeddingModel"
+    config = configs.config_of(shape, alone)
+    leaves, names = unstack(params), dict(configs.names_of(shape, alone))
+    dense = leaves.pop("projection/kernel", None)
+    if set(leaves) != set(names):
+        raise ValueError(
+            f"The parameters are not those of {networks.describe(model)}: "
+            f"{sorted(set(leaves) ^ set(names))[:4]} differ."
+        )
+    tensors = {
+        names[path].name: leaf.transposed if names[path].transposed else leaf
+        for path, leaf in leaves.items()
+    }
+    ids = {
+        "pad_token_id": vocabulary.pad_id if vocabulary else 0,
+        "eos_token_id": vocabulary.eos_id if vocabulary else 1,
+        "decoder_start_token_id": vocabulary.start_id if vocabulary else 0,
+    }
+    if jax.process_index():
+        for leaf in (*tensors.values(), *([dense] if dense else ())):
+            leaf.read()  # the first process gathers it
+        return
+    with new_folder(path, CONFIG) as folder:
+        tensor_files.write_folder(folder, tensors, dtype, shard)
+        if alone:
+            _write_modules(folder, model, dense, dtype)
+        else:
+            _write_json(folder / GENERATION, ids)
+        if vocabulary is not None:
+            tokenizer_files.write(folder, vocabulary, config["model_type"])
+        if card:
+            (folder / "README.md").write_text(card, "utf-8")
+        _write_json(folder / CONFIG, config | ids)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(value, indent=2) + "\n", "utf-8")
+
+
+def _write_modules(folder: Path, model: Any, dense: Leaf | None, dtype: Any) -> None:
+    """What Sentence-Transformers reads of an encoder, beside its weights."""
+    kinds = ["Transformer", "Pooling", *["Dense"] * bool(dense)]
+    kinds += ["Normalize"] * model.normalize
+    places = ["", *(f"{i}_{kind}" for i, kind in enumerate(kinds) if i)]
+    width = model.config.emb_dim
+    pooling = {"word_embedding_dimension": width, "pooling_mode_mean_tokens": True}
+    _write_json(folder / places[1] / CONFIG, pooling)
+    if dense is not None:
+        settings = {
+            "in_features": width,
+            "out_features": model.features,
+            "bias": False,
+            "activation_function": "torch.nn.modules.linear.Identity",
+        }
+        _write_json(folder / places[2] / CONFIG, settings)
+        one = {_DENSE: dense.transposed}
+        tensor_files.write_folder(folder / places[2], one, dtype)
+    if model.normalize:
+        (folder / places[-1]).mkdir()
+    package = "sentence_transformers.models"
+    listed = [
+        {"idx": i, "name": str(i), "path": place, "type": f"{package}.{kind}"}
+        for i, (kind, place) in enumerate(zip(kinds, places, strict=True))
+    ]
+    _write_json(folder / MODULES, listed)

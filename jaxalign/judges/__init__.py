@@ -7,6 +7,7 @@ One string names a judge on the command line and in gin:
 * ``reward:runs/rm``: a scalar network of a checkpoint;
 * ``likelihood:runs/dpo``: log-probability of the response; ``#mean`` per token;
 * ``token:runs/metricx#250089``: logit of one token, first of the decoder's;
+  ``token:monot5#1176,6136``: probability of the first of two (`first_step`);
 * ``text:TEACHER#rubric.md``: a teacher (`jaxalign.teachers`) asked with a rubric;
 * ``0.7*my_judge.py:score + 0.3*reward:runs/rm``: sums and differences of them.
 """
@@ -27,7 +28,7 @@ from jaxalign.evaluation.judging import (
     scores,
     verdicts,
 )
-from jaxalign.judges import network, text
+from jaxalign.judges import first_step, network, text
 from jaxalign.judges.functions import from_function
 from jaxalign.judges.text import TextJudge, TextPreference
 
@@ -78,12 +79,13 @@ class WeightedSum:
 KINDS: dict[str, Callable[[str], Judge | PairwiseJudge]] = {
     "reward": network.reward,
     "likelihood": network.likelihood,
-    "token": network.token,
+    "token": first_step.token,
     "text": text.judge,
 }
 _FORMS = (
     "A judge is file.py:function, package.module:function, reward:RUN_DIR, "
-    "likelihood:RUN_DIR, token:RUN_DIR#ID, text:TEACHER#RUBRIC.md, or a sum such as "
+    "likelihood:RUN_DIR, token:RUN_DIR[?clip=0,25]#ID[,ID], text:TEACHER#RUBRIC.md, "
+    "or a sum such as "
     "'0.7*file.py:function + 0.3*reward:RUN_DIR'."
 )
 _SIGN = re.compile(r"\s+([+-])\s+")  # a path may hold either, with no space about it

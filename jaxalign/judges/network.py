@@ -1,4 +1,4 @@
-"""Judges that are networks of a checkpoint: rewards, likelihoods, logits of a token."""
+"""Judges that are networks of a checkpoint: rewards and likelihoods of responses."""
 
 from __future__ import annotations
 
@@ -17,9 +17,6 @@ from jaxalign.training import checkpoints, scoring
 
 _BATCH_SIZE = 16
 
-# The encoder's text of MetricX without a reference; it ends without EOS.
-_METRICX = Template("source: {prompt} candidate: {response}", "the token judge's text")
-
 _Forward = Callable[[Any, Any, batches.Batch], jax.Array]
 
 
@@ -33,6 +30,8 @@ class NetworkJudge:
       template: what the encoder reads instead of the prompt, without EOS unless it
         says ``eos: 1`` at its head; then the decoder is given nothing to read.
       network: of the checkpoint; None: its main one.
+      max_length: tokens of the template's text, EOS counted whether it is kept or not;
+        longer texts are cut at their end. 0: none is.
 
     Raises:
       FileNotFoundError: for a checkpoint that is not there.
@@ -45,9 +44,10 @@ class NetworkJudge:
         forward: _Forward,
         template: Template | None = None,
         network: str | None = "policy",
+        max_length: int = 0,
     ):
         self._path, self._function, self._template = path, forward, template
-        self._network = network
+        self._network, self._max_length = network, max_length
         self._loaded: Any = None
         self._forward: Any = None  # the function of what is loaded, compiled once
         self.fingerprint = f"{kind}:{checkpoints.fingerprint(path, network)}"
@@ -60,7 +60,7 @@ class NetworkJudge:
         responses: Sequence[str],
         metadata: Metadata | None = None,
     ) -> np.ndarray:
-        """Float32 ``[n]``; nothing is truncated.
+        """Float32 ``[n]``; nothing is truncated, but for a template's `max_length`.
 
         Raises:
           ValueError: when a number is not finite: the parameters are damaged.
@@ -91,8 +91,10 @@ class NetworkJudge:
         vocabulary = self._loaded.vocabulary
         eos = [vocabulary.eos_id]
         text = self._template.fill(more, prompt=prompt, response=response)
-        end = eos if self._template.number("eos", 0) else []
-        return vocabulary.encode(text) + end, eos
+        ids = vocabulary.encode(text)
+        if self._max_length:
+            ids = ids[: self._max_length - 1]
+        return ids + (eos if self._template.number("eos", 0) else []), eos
 
 
 def reward(path: str) -> NetworkJudge:
@@ -132,40 +134,3 @@ def likelihood(text: str) -> NetworkJudge:
 
     kind = "mean likelihood" if read == "mean" else "likelihood"
     return NetworkJudge(path, kind, forward)
-
-
-def token(text: str) -> NetworkJudge:
-    """``token:PATH#ID[#TEMPLATE]``: the logit of a token at the decoder's first step.
-
-    The encoder reads prompt and response, by default as MetricX does. MetricX counts
-    errors: a smaller number is better, so ask for ``-1*token:PATH#250089``.
-
-    Raises:
-      ValueError: for what is no id; when first asked, for one the network lacks.
-    """
-    path, _, rest = text.partition("#")
-    number, _, file = rest.partition("#")
-    if not number.isdigit():
-        raise ValueError(
-            f"token:{text} names no token: expected token:RUN_DIR#ID, such as "
-            f"token:{path}#250089."
-        )
-    template = Template.read(file, ("eos",)) if file else _METRICX
-
-    def forward(model: Any, params: Any, batch: batches.Batch) -> jax.Array:
-        states, kernel, _ = models.final_states(model, params, batch)
-        if int(number) >= kernel.shape[-1]:
-            raise ValueError(
-                f"token:{text}: the network of {path} has {kernel.shape[-1]} tokens, "
-                f"numbered from 0; there is no {number}."
-            )
-        column = kernel[:, int(number)].astype(states.dtype)
-        logits = jnp.einsum(
-            "bkde,e->bkd", states, column, preferred_element_type=jnp.float32
-        )
-        segments = batch["decoder_segment_ids"]
-        before = jnp.pad(segments[..., :-1], ((0, 0), (0, 0), (1, 0)))
-        first = jnp.where(segments != before, logits, 0.0)
-        return batches.sum_by_response(first, segments, batch["response_mask"].shape[1])
-
-    return NetworkJudge(path, f"token {number}", forward, template)

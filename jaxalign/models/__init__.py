@@ -2,6 +2,7 @@
 
 from jaxalign.models.config import T5Config
 from jaxalign.models.conversion import relayout, stack_layers, unstack_layers
+from jaxalign.models.embedding import EmbeddingModel
 from jaxalign.models.heads import ScalarModel
 from jaxalign.models.networks import (
     EncoderDecoder,
@@ -24,6 +25,7 @@ from jaxalign.models.t5 import T5
 from jaxalign.models.vocabulary import HeadOutputs, head_outputs, mean_logits
 
 __all__ = [
+    "EmbeddingModel",
     "EncoderDecoder",
     "ScalarModel",
     "graft",

@@ -60,6 +60,8 @@ class T5Shape:
       relative_attention_num_buckets: of the position bias, at least 4.
       relative_attention_max_distance: beyond which positions share a bucket; more
         than half the buckets.
+      relative_bias_per_layer: every layer has a position bias of its own (umT5), where
+        a T5's share their stack's.
     """
 
     vocab_size: int
@@ -74,6 +76,7 @@ class T5Shape:
     logits_via_embedding: bool = False
     relative_attention_num_buckets: int = 32
     relative_attention_max_distance: int = 128
+    relative_bias_per_layer: bool = False
 
     def __post_init__(self):
         # A gin list must not make the configuration unhashable.
@@ -177,6 +180,8 @@ class T5Config(Execution, T5Shape):
         (False, 'chunked')
         """
         found = {f.name: getattr(self, f.name) for f in dataclasses.fields(T5Shape)}
+        if not self.relative_bias_per_layer:  # checkpoints older than the field lack it
+            del found["relative_bias_per_layer"]
         return {**found, "mlp_activations": list(self.mlp_activations)}
 
     def execution(self) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxalign.models.adapted import adapted
 from jaxalign.models.config import T5Config
 
 _ACTIVATIONS = {
@@ -63,7 +64,7 @@ matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 class Dense(nn.Module):
-    """``x @ kernel`` without bias, computed in ``dtype``."""
+    """``x @ kernel`` without bias, computed in ``dtype``; takes an adapter."""
 
     features: int
     axes: tuple[str, str]
@@ -74,7 +75,8 @@ class Dense(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         shape = (x.shape[-1], self.features)
         kernel = parameter(self, "kernel", self.kernel_init, self.axes, shape)
-        return matmul(x.astype(self.dtype), kernel.astype(self.dtype))
+        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
+        return adapted(self, x, matmul, kernel)
 
 
 class RMSNorm(nn.Module):

@@ -46,13 +46,14 @@ def final_states(
       that each token attends to, ``[B, K, Ld]``, 0 for none.
     """
     rngs = {}
-    if not deterministic and model.config.dropout_rate > 0.0:
-        if dropout_key is None:
+    if not deterministic:
+        if dropout_key is not None:  # an adapter may drop where the network does not
+            rngs = {"dropout": dropout_key}
+        elif model.config.dropout_rate > 0.0:
             raise ValueError(
                 f"deterministic=False with dropout_rate={model.config.dropout_rate} "
                 "needs dropout_key; pass a PRNG key or deterministic=True."
             )
-        rngs = {"dropout": dropout_key}
     if prompt is None:
         prompt = batch["response_prompt"]
     asked = prompt_of_tokens(batch["decoder_segment_ids"], prompt)

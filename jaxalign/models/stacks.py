@@ -49,6 +49,8 @@ class EncoderLayer(nn.Module):
         self.pre_mlp_layer_norm = RMSNorm(cfg.activation_dtype)
         self.mlp = MlpBlock(cfg)
         self.dropout = Dropout(cfg.dropout_rate)
+        if cfg.relative_bias_per_layer:
+            self.relpos_bias = RelativePositionBias(cfg, bidirectional=True)
 
     def __call__(
         self, x: jax.Array, segments: Segments, bias: jax.Array, deterministic: bool
@@ -77,6 +79,8 @@ class DecoderLayer(nn.Module):
         self.pre_mlp_layer_norm = RMSNorm(cfg.activation_dtype)
         self.mlp = MlpBlock(cfg)
         self.dropout = Dropout(cfg.dropout_rate)
+        if cfg.relative_bias_per_layer:
+            self.relpos_bias = RelativePositionBias(cfg, bidirectional=False)
 
     def cross_key_values(self, encoded: jax.Array) -> KeyValues:
         """Keys and values ``[B, H, Le, D]`` of the encoder states, for `step`."""
@@ -186,6 +190,16 @@ def _run(
     return carry, tuple(ys)
 
 
+def _bias_of(
+    stack: nn.Module, look_up: Callable[[RelativePositionBias], jax.Array]
+) -> Callable[[nn.Module], jax.Array]:
+    """The bias of a layer: looked up once for its stack, or in a table of its own."""
+    if stack.config.relative_bias_per_layer:
+        return lambda layer: look_up(layer.relpos_bias)
+    bias = look_up(stack.relpos_bias)
+    return lambda layer: bias
+
+
 class Encoder(nn.Module):
     """The encoder stack; ``layers_0 ...``, or ``encoder`` when scanned (T5X names)."""
 
@@ -193,7 +207,8 @@ class Encoder(nn.Module):
 
     def setup(self):
         cfg = self.config
-        self.relpos_bias = RelativePositionBias(cfg, bidirectional=True)
+        if not cfg.relative_bias_per_layer:
+            self.relpos_bias = RelativePositionBias(cfg, bidirectional=True)
         if cfg.scan_layers:
             self.encoder = EncoderLayer(cfg)
         else:
@@ -207,12 +222,16 @@ class Encoder(nn.Module):
         """``embedded [B, L, E]``, ``segment_ids [B, L]`` -> states ``[B, L, E]``."""
         cfg = self.config
         segments = Segments(segment_ids, segment_ids)
-        bias = self.relpos_bias(segment_ids.shape[1])
+        bias_of = _bias_of(self, lambda table: table(segment_ids.shape[1]))
+
+        def body(layer, x):
+            return layer(x, segments, bias_of(layer), deterministic), None
+
         x = self.dropout(embedded, deterministic)
         x, _ = _run(
             self.encoder if cfg.scan_layers else self.layers,
             cfg,
-            lambda layer, x: (layer(x, segments, bias, deterministic), None),
+            body,
             constrain(x, "batch", "length", "embed"),
             remat=True,
         )
@@ -237,7 +256,8 @@ class Decoder(nn.Module):
 
     def setup(self):
         cfg = self.config
-        self.relpos_bias = RelativePositionBias(cfg, bidirectional=False)
+        if not cfg.relative_bias_per_layer:
+            self.relpos_bias = RelativePositionBias(cfg, bidirectional=False)
         if cfg.scan_layers:
             self.decoder = DecoderLayer(cfg)
         else:
@@ -265,10 +285,11 @@ class Decoder(nn.Module):
         own = Segments(rows, rows, causal=True)
         asked = prompt_segment_ids.reshape(b, k * length)
         prompts = Segments(asked, encoder_segment_ids)
-        bias = self.relpos_bias(length)
+        bias_of = _bias_of(self, lambda table: table(length))
 
         def body(layer, y):
-            return layer(y, encoded, own, prompts, bias, deterministic), None
+            y = layer(y, encoded, own, prompts, bias_of(layer), deterministic)
+            return y, None
 
         y = self.dropout(embedded, deterministic)
         y = constrain(y, "batch", None, "length", "embed")
@@ -297,25 +318,29 @@ class Decoder(nn.Module):
     ) -> tuple[jax.Array, Any]:
         """States ``[B, N, E]`` of the tokens at ``position`` and the new cache."""
         length = jax.tree.leaves(cache)[0].shape[-2]
+
+        def rows(bias):
+            return bias[None, None] if bias.ndim == 2 else bias
+
         if cursor is None:
             # [T] for a scalar position, [B, N, T] for one per continuation.
             self_mask = jnp.arange(length) <= position[..., None]
-            bias = self.relpos_bias.at(position, length)
+            at = position
+            bias_of = _bias_of(self, lambda table: rows(table.at(at, length)))
         else:
             # A ring: the column behind the cursor by `age` holds the token that many
             # positions before the query, in every row. T5's bias depends on that
             # distance only, so rows at different positions share the write and bias.
             age = jnp.mod(cursor - jnp.arange(length), length)
             self_mask = age <= position[..., None]
-            bias = self.relpos_bias.by_distance(-age)
+            bias_of = _bias_of(self, lambda table: rows(table.by_distance(-age)))
             position = jnp.mod(cursor, length)
         if self_mask.ndim == 1:
             self_mask = self_mask[None, None]
-        if bias.ndim == 2:
-            bias = bias[None, None]
         cross_mask = (encoder_mask != 0)[:, None]
 
         def body(layer, y, own, cross):
+            bias = bias_of(layer)
             return layer.step(y, own, cross, position, self_mask, cross_mask, bias)
 
         y, cache = _run(

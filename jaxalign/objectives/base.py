@@ -8,11 +8,13 @@ from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from jaxalign import batch as batches
 from jaxalign import models
 from jaxalign.batch import Batch
 from jaxalign.objectives.metrics import Metrics
+from jaxalign.objectives.reference import reference_columns
 
 Params = dict[str, Any]
 Statistics = dict[str, tuple[jax.Array, jax.Array]]
@@ -162,6 +164,33 @@ class Objective(abc.ABC):
         """
         found = join(self.statistics(params, step.batch))
         return self.loss(params, step._replace(statistics=found)), found
+
+    def batch_loss(
+        self, params: Params, batch: Batch, key: jax.Array | None = None
+    ) -> tuple[jax.Array, Metrics]:
+        """The loss of a global batch in one piece, and its metrics.
+
+        What a training loop that is not this library's differentiates.
+
+        Args:
+          params: of the networks; ``"reference"`` scores a batch that lacks the
+            reference's columns.
+          batch: the global batch.
+          key: of dropout; it does nothing for an objective without.
+        """
+        if self.uses_reference and "response_ref_logps" not in batch:
+            scored = reference_columns(
+                self.model, params["reference"], batch, mismatched=self.uses_mismatched
+            )
+            batch = {**batch, **scored}
+        step = Step(batch, key=key if self.dropout else None)
+        out, _ = self.whole(params, step, lambda found: found)
+        counts = self.denominators(batch)
+        parts = {
+            name: out.sums[name] / jnp.where(counts[name] > 0, counts[name], 1.0)
+            for name in sorted(out.sums)
+        }
+        return sum(parts.values()), out.metrics
 
     def response_logps(
         self, params: Params, batch: Batch, key: jax.Array | None = None

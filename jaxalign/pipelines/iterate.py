@@ -89,7 +89,8 @@ def run(
         raise ValueError(f"--reference must be one of {REFERENCES}, got {reference!r}.")
     if num_samples < 2:
         raise ValueError(f"--num_samples must be at least 2, got {num_samples}.")
-    schema, mesh, batch_size = _described(gin_files, bindings, search_paths, batch_size)
+    given = gin_files, bindings, search_paths
+    schema, mesh, batch_size = _described(*given, initial, batch_size)
     judging = judges.resolve(judge)
     examples, _ = records.load(prompts, "prompts")
     texts = [record["prompt"] for e in examples for record in e.records]
@@ -154,6 +155,7 @@ def _described(
     gin_files: Sequence[str],
     bindings: Sequence[str],
     search_paths: Sequence[str | Path],
+    initial: str,
     batch_size: int,
 ) -> tuple[str, Mapping[str, int] | None, int]:
     """The schema of the run's objective, the mesh to sample on, and its batch."""
@@ -163,7 +165,8 @@ def _described(
             "describes one, such as --gin_file=runs/dpo.gin; `jaxalign tasks` lists "
             "all."
         )
-    later = [f"{name} = 'set later'" for name in _OWN]
+    # The network may be the checkpoint's; the rest is set later.
+    later = [f"{name} = {initial!r}" for name in _OWN]
     configs.parse(gin_files, [*bindings, *later], search_paths)
     described = runs.from_gin()
     objective = described.objective(model=described.model)

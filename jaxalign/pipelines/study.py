@@ -204,14 +204,14 @@ class Study:
         spelt = [*bindings, *(f"{k} = {v!r}" for k, v in values.items())]
         place = f"MODEL_DIR = {str(self.folder / name)!r}"
         read = configs.parse(gin_files, [*spelt, place], search_paths)
-        text = configs.config_str()
 
         def make(path: Path) -> None:
             flags = [f"--gin_file={file}" for file in gin_files]
             flags += ["--gin." + b.replace(" = ", "=", 1) for b in spelt]
             command = ["jaxalign", "train", *flags, f"--run_dir={path}"]
             self._say(f"$ {shlex.join(command)}")
-            loop.train(runs.from_gin(), text)
+            run = runs.from_gin()  # which may take the network from the checkpoint
+            loop.train(run, configs.config_str())
 
         # In order: of a user's own files a later one overrides an earlier one.
         key: dict[str, Any] = {"gin files": [[p.name, file_sha256(p)] for p in read]}

@@ -97,7 +97,7 @@ def candidate(
     for step in steps:
         held = state.networks, state.opt_state
         if step != "train":
-            held = state.params["policy"], ()
+            held = state.networks["policy"], ()
         sizes = map(bytes_per_device, held)
         held = dict(zip(("parameters", "optimizer"), sizes, strict=True))
         found["programs"][step] = _program(ready, topology, step, held)

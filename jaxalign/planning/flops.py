@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 from jax.extend import core
+from jax.interpreters import partial_eval
 
 
 def matmul_flops(function: Callable[..., Any], *args: Any, loop_trips: int = 1) -> int:
@@ -22,7 +23,10 @@ def matmul_flops(function: Callable[..., Any], *args: Any, loop_trips: int = 1) 
     >>> matmul_flops(lambda x: x @ x.T, x)
     256
     """
-    return _count(jax.make_jaxpr(function)(*args).jaxpr, loop_trips)
+    jaxpr = jax.make_jaxpr(function)(*args).jaxpr
+    # What nobody reads, such as the gradient of a kernel that rests, is not computed.
+    jaxpr, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    return _count(jaxpr, loop_trips)
 
 
 def _count(jaxpr: core.Jaxpr, loop_trips: int) -> int:

@@ -18,10 +18,10 @@ from jaxalign.cluster import mesh as meshes
 from jaxalign.data import convert
 from jaxalign.data.plan import RowShape
 from jaxalign.decoding import Sampling, generate
+from jaxalign.models import adapters
 from jaxalign.objectives import Objective
 from jaxalign.training import reference_cache, scoring
 from jaxalign.training import run as runs
-from jaxalign.training.step import REFERENCE
 
 STEPS = ("train", "score", "decode")
 
@@ -80,18 +80,17 @@ def program(ready: runs.Setup, step: str) -> Program:
     ``score`` is the reference pass: every response under the policy. ``decode`` samples
     one full-length response to each of ``BATCH_SIZE`` prompts with the run's sampler.
     """
-    policy = ready.abstract_state.params["policy"]
+    policy = ready.abstract_state.networks["policy"]
     key = jax.eval_shape(lambda: jax.random.key(0))
     if step == "train":
         key = jax.eval_shape(lambda: jax.random.key(0))
-        carried = REFERENCE in ready.networks
-        batch = abstract_batch(ready, reference=not carried)
+        batch = abstract_batch(ready, reference=ready.run.reference == "cached")
         return Program(ready.train_step(), (ready.abstract_state, batch, key))
     if step == "score":
         batch = abstract_batch(ready, reference=False)
         function = reference_cache.scorer(ready.objective)
         score = scoring.compiled(function, ready.mesh)
-        return Program(score, (policy, batch))
+        return Program(score, (adapters.plain(policy), batch))
     sampler, lengths = ready.run.sampler, ready.run.dataset.feature_lengths
     numbers = (sampler.temperature, sampler.top_k, sampler.top_p) if sampler else ()
     sampling = Sampling(*numbers)

@@ -1,8 +1,8 @@
 """From DATA to a tokenised cache on disk, made once and found again.
 
 The folder's name ends in a fingerprint of everything that decides its rows: the
-source's content, schema, field map, task code, vocabulary and split. Whoever asks for
-the same gets the folder that is there; a change makes another one.
+source's content, schema, field map, chat template, task code, vocabulary and split.
+Whoever asks for the same gets the folder that is there; a change makes another one.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from jaxalign import batch, remote, user_code
+from jaxalign.data import chat_template as chat_templates
 from jaxalign.data import records as records_lib
+from jaxalign.data import too_long
 from jaxalign.data.cache import TokenizedCache
 from jaxalign.data.field_map import FieldMap
 from jaxalign.files import json_sha256
@@ -26,6 +28,11 @@ from jaxalign.vocabularies import Vocabulary
 # Part of every fingerprint: raise it when the same source must give other rows.
 VERSION = 2
 SPLITS = ("train", "validation")
+# A cache without the rows that were skipped tells how many formats its maker knew: 1,
+# those of TRL. An older one is made again if it skipped what may be one of them.
+FORMATS = 1
+_FIELDS = ("prompt", "completion", "chosen", "rejected")
+_READ_BY_NOW = {f"{f}: {problem}" for f in _FIELDS for problem in ("missing", "type")}
 
 
 def prepare(
@@ -47,15 +54,16 @@ def prepare(
     seed: int = 0,
     max_rows: int | None = None,
     beam_options: str | None = None,
+    chat_template: str | None = None,
 ) -> dict[str, pathlib.Path]:
     """Prepares DATA for the feed, or finds what an earlier call prepared.
 
     Args:
-      data: a file or glob of files (``.jsonl``, ``.jsonl.gz``, ``.parquet``,
-        ``.tfrecord``); the name of a data set in ``jaxalign.tasks``, alone or as
-        ``name:file`` for an exported file of it; ``tfds:builder``; a registered seqio
-        task or mixture; or a prepared folder, which is used as it is. Files and
-        prepared folders may be in a bucket.
+      data: a file, a glob of files or a folder of them (``.jsonl``, ``.csv``, ``.tsv``,
+        each also ``.gz`` and ``.zst``; ``.parquet``, ``.tfrecord``); the name of a data
+        set in ``jaxalign.tasks``, alone or as ``name:file`` for an exported file of it;
+        ``tfds:builder``; a registered seqio task or mixture; or a prepared folder,
+        which is used as it is. Files and prepared folders may be in a bucket.
       schema: ``supervised``, ``trajectory``, ``preference`` or ``rationale``.
       vocabulary: turns text into ids. None is allowed for a prepared folder and for a
         seqio task, which bring their own.
@@ -81,6 +89,8 @@ def prepare(
         options, such as ``"--direct_num_workers=4
         --direct_running_mode=multi_processing"``; the cache is the same bytes. None:
         in this process.
+      chat_template: what makes texts of chat messages: a name, a file or the text of
+        a Jinja2 template (``data.chat_template``). None: the default one.
 
     Returns:
       ``{"train": folder}``, with ``"validation"`` when ``eval_fraction`` is positive.
@@ -103,7 +113,8 @@ def prepare(
             "with a glob, 'part-*.jsonl', or as a mixture, {'a.jsonl': 1.0, 'b.jsonl': "
             "1.0}."
         )
-    prepared = _already_prepared(data, schema, vocabulary)
+    template = chat_templates.resolve(chat_template)
+    prepared = _already_prepared(data, schema, vocabulary, template)
     if prepared:
         return prepared
     code = user_code.fingerprint(user_code.load_module(module)) if module else None
@@ -155,6 +166,10 @@ def prepare(
         max_rows=max_rows,
         sequence_length={},  # folders keep the names that they had with it
     )
+    if source.seqio_name:
+        template = None  # its rows are ids
+    if template is not None:
+        parts["chat_template"] = template
     if columns:
         parts["columns"] = {n: repr(batch.COLUMNS[n]) for n in columns}
     fingerprint = json_sha256(parts)
@@ -164,6 +179,9 @@ def prepare(
     targets = {name: folder / name for name in splits}
     if all(_is_current(path, fingerprint) for path in targets.values()):
         return targets
+    told: dict[str, Any] = {"formats": FORMATS} if on_bad_row == "skip" else {}
+    if template is not None:
+        told["chat_template"] = template
 
     recipe = rows_lib.Recipe(
         schema,
@@ -174,6 +192,7 @@ def prepare(
             "require": require,
             "desirable_above": desirable_above,
             "columns": columns,
+            "chat_template": template,
         },
         frozenset(source.identity.get("names", ())),
         seed,
@@ -209,6 +228,7 @@ def prepare(
                 "source": {
                     "data": data,
                     **source.identity,
+                    **told,
                     "split": {"eval_fraction": eval_fraction, "seed": seed},
                 },
             },
@@ -224,13 +244,21 @@ def prepare(
 def _is_current(path: pathlib.Path, fingerprint: str) -> bool:
     """Whether an undamaged cache with that fingerprint stands at ``path``."""
     try:
-        return TokenizedCache(path).fingerprint == fingerprint
+        cache = TokenizedCache(path)
     except (FileNotFoundError, ValueError):
         return False
+    return cache.fingerprint == fingerprint and not _lacks_formats(cache)
+
+
+def _lacks_formats(cache: TokenizedCache) -> bool:
+    """Whether rows were skipped that are read by now: messages, implicit prompts."""
+    skipped = cache.summary.get("source", {}).get("rejected_by_problem", {})
+    known = dict(cache.source or {}).get("formats", 0)
+    return known < FORMATS and not _READ_BY_NOW.isdisjoint(skipped)
 
 
 def _already_prepared(
-    data: str, schema: str, vocabulary: Vocabulary | None
+    data: str, schema: str, vocabulary: Vocabulary | None, template: str | None
 ) -> dict[str, pathlib.Path]:
     """The caches in the folder ``data``; empty when it is no prepared folder.
 
@@ -242,10 +270,10 @@ def _already_prepared(
     found = {n: folder / n for n in SPLITS if (folder / n / "cache.json").is_file()}
     if (folder / "cache.json").is_file():
         found = {"train": folder}
-    if folder.is_dir() and not found:
+    if folder.is_dir() and not found and not sources.in_folder(folder):
         raise FileNotFoundError(
-            f"The folder {data} holds no cache.json (nor train/cache.json): name a "
-            "data file in it, or a folder that was prepared."
+            f"The folder {data} holds no cache.json (nor train/cache.json) and no data "
+            "files: name one that does, or a data file."
         )
     for path in found.values():
         cache = TokenizedCache(path)
@@ -260,5 +288,14 @@ def _already_prepared(
                 f"{path} was prepared with {cache.vocabulary!r}, and {vocabulary!r} "
                 "is asked for: set VOCABULARY to the former or prepare its source "
                 "again."
+            )
+        source = dict(cache.source or {})
+        if too_long.is_chat(cache) and template not in (
+            None,
+            source.get("chat_template"),
+        ):
+            raise ValueError(
+                f"{path} was prepared with another CHAT_TEMPLATE: leave it out, or "
+                "prepare its source again."
             )
     return found

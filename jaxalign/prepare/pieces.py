@@ -1,8 +1,8 @@
 """Files cut into pieces that can be read apart, and give the rows of the whole.
 
 JSON Lines are cut behind a line that is not blank: whether a blank line is a row
-depends on what follows it. Parquet is cut into its row groups. Packed JSON Lines cannot
-be entered in the middle and stay whole.
+depends on what follows it. Parquet is cut into its row groups. Packed files and tables,
+whose cells may hold line breaks, cannot be entered in the middle and stay whole.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ import dataclasses
 import pathlib
 from collections.abc import Iterable, Iterator
 
-from jaxalign.data.jsonl import parse_lines, read_jsonl
-from jaxalign.prepare.sources import RawRow, read_parquet
+from jaxalign.data import packed
+from jaxalign.data.jsonl import parse_lines
+from jaxalign.data.tables import DELIMITERS
+from jaxalign.prepare.sources import RawRow, read_parquet, reader
 
 # Some seconds of tokenising: small enough to share out evenly among many workers,
 # large enough that starting on one costs nothing beside it.
@@ -26,7 +28,8 @@ class Piece:
     Attributes:
       file: its path.
       start: the first byte of JSON Lines, the first row group of Parquet.
-      stop: the first that is not in it; None stands for the end of a packed file.
+      stop: the first that is not in it; None stands for the end of a file that is
+        read as a whole.
       before: how many lines of the file, or rows of Parquet, stand before it.
     """
 
@@ -40,14 +43,15 @@ def cut(files: Iterable[pathlib.Path], size: int | None = None) -> Iterator[Piec
     """The pieces of files, in order; JSON Lines are read once to count their lines.
 
     Args:
-      files: ``.jsonl``, ``.jsonl.gz`` (or ``.json``, ``.ndjson``) and ``.parquet``.
+      files: JSON Lines, CSV and TSV, each packed or not, and ``.parquet``.
       size: bytes of a piece of JSON Lines at least; None: ``PIECE_BYTES``.
 
     Raises:
       ValueError: for a file of another kind.
     """
     for path in files:
-        if path.suffix == ".gz":
+        table = packed.kind(path).lower() in DELIMITERS
+        if table or path.suffix in packed.PACKED:
             yield Piece(str(path), 0, None)
         elif path.suffix == ".parquet":
             yield from _row_groups(str(path))
@@ -55,8 +59,9 @@ def cut(files: Iterable[pathlib.Path], size: int | None = None) -> Iterator[Piec
             yield from _ranges(str(path), size or PIECE_BYTES)
         else:
             raise ValueError(
-                f"{path} cannot be prepared in pieces: expected .jsonl, .jsonl.gz or "
-                ".parquet, got another kind. Leave out beam_options, or convert it."
+                f"{path} cannot be prepared in pieces: expected .jsonl, .csv, .tsv "
+                "(also .gz, .zst) or .parquet, got another kind. Leave out "
+                "beam_options, or convert it."
             )
 
 
@@ -85,7 +90,7 @@ def _ranges(file: str, size: int) -> Iterator[Piece]:
 def rows(piece: Piece) -> Iterator[RawRow]:
     """The rows of a piece, as reading the whole file gives them."""
     if piece.stop is None:
-        numbered = read_jsonl(piece.file)
+        numbered = reader(piece.file)(piece.file)
     elif piece.file.endswith(".parquet"):
         numbered = read_parquet(piece.file, [piece.start], piece.before)
     else:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import msgpack
@@ -34,6 +34,7 @@ class Encoded:
 
     rows: list[Row]
     left_out: int  # how many of its responses a transform left out on purpose
+    how: frozenset[str] = frozenset()  # it was read, as of an `Example`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,8 +74,7 @@ class Recipe:
 
     def build(self, example: Example) -> list[Row]:
         """Tokenises an example."""
-        name = pathlib.Path(example.file).name
-        key = f"{name if name in self.names else example.file}:{example.line}"
+        key = row_key(example.file, example.line, self.names)
         return build_rows(
             example.records, self.schema, self.vocabulary, key=key, seed=self.seed
         )
@@ -87,7 +87,30 @@ class Recipe:
             if isinstance(item, BadRow):
                 yield item
             else:
-                yield Encoded(self.build(item), item.left_out)
+                yield Encoded(self.build(item), item.left_out, item.how)
+
+
+def row_key(file: str, line: int, names: Collection[str]) -> str:
+    """What a source row is called: a file that lies elsewhere has the same rows.
+
+    >>> row_key("/data/pairs.jsonl", 3, {"pairs.jsonl"})
+    'pairs.jsonl:3'
+    """
+    name = pathlib.Path(file).name
+    return f"{name if name in names else file}:{line}"
+
+
+def by_prompt(
+    records: Sequence[Record], key: str
+) -> dict[str, tuple[str, list[Record]]]:
+    """The records of one source row by prompt, each group with its row's key."""
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        groups.setdefault(record["prompt"], []).append(record)
+    return {
+        prompt: (f"{key}#{i}" if i else key, group)
+        for i, (prompt, group) in enumerate(groups.items())
+    }
 
 
 def build_rows(
@@ -110,12 +133,9 @@ def build_rows(
       where the ids do not give it back, or where the row's own metadata has a
       ``prompt``, which is then kept as ``metadata["metadata.prompt"]``.
     """
-    groups: dict[str, list[Record]] = {}
-    for record in records:
-        groups.setdefault(record["prompt"], []).append(record)
     return [
-        _build_row(prompt, group, schema, vocabulary, f"{key}#{i}" if i else key, seed)
-        for i, (prompt, group) in enumerate(groups.items())
+        _build_row(prompt, group, schema, vocabulary, own, seed)
+        for prompt, (own, group) in by_prompt(records, key).items()
     ]
 
 

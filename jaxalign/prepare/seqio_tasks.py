@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from jaxalign.data.bad_rows import BadRow, BadRows, DataError, FieldError, neare
 from jaxalign.data.rows import Row
 from jaxalign.prepare import late_imports, rationales, sources
 from jaxalign.prepare import tasks as tasks_lib
-from jaxalign.prepare.rows import Encoded
+from jaxalign.prepare.rows import Encoded, by_prompt, row_key
 from jaxalign.vocabularies import ByteVocabulary, SentencePieceVocabulary, Vocabulary
 
 # The token features a seqio task needs to serve a schema.
@@ -220,17 +220,17 @@ def register(
 
         def generate() -> Iterator[dict[str, Any]]:
             rows = source.rows()
+            names = source.identity.get("names", ())
             for item in records_lib.examples(rows, schema, transform=transform):
                 if isinstance(item, BadRow):
                     bad = BadRows()
                     bad.add(item)
                     raise DataError(bad)
+                orders = _orders(item, names) if schema == "rationale" else {}
                 for i, record in enumerate(item.records):
                     if schema == "rationale":
-                        key = f"{item.file}:{item.line}"
-                        swap = rationales.chosen_comes_second(key, i, 0)
-                        why = rationales.rationale_text(record["rationale"], swap)
-                        asked = rationales.rationale_prompt(record, swap)
+                        why = rationales.rationale_text(record["rationale"], orders[i])
+                        asked = rationales.rationale_prompt(record, orders[i])
                         record = {**record, "rationale_prompt": asked, "rationale": why}
                     row = {f: escape(record[w]) for w, f in words.items()}
                     for feature, (_, default) in numbers.items():
@@ -241,6 +241,13 @@ def register(
 
     if isinstance(vocabulary, ByteVocabulary):
         theirs, escape = seqio.ByteVocabulary(vocabulary.extra_ids), str
+    elif (vocabulary.pad_id, vocabulary.eos_id) != (0, 1) or not hasattr(
+        vocabulary, "model_bytes"
+    ):
+        raise ValueError(
+            f"seqio has no vocabulary with the ids of {vocabulary!r}; read files of "
+            "rows (DATA='file.jsonl') in place of a seqio task."
+        )
     else:
         escape = vocabulary.escape_text
         theirs = seqio.SentencePieceVocabulary(vocabulary.path, vocabulary.extra_ids)
@@ -263,3 +270,14 @@ def register(
     )
     _REGISTERED[name] = vocabulary
     return name
+
+
+def _orders(example: records_lib.Example, names: Collection[str]) -> dict[int, bool]:
+    """Whether each record shows its chosen answer second, as rows of a cache do."""
+    key = row_key(example.file, example.line, names)
+    numbered = [{**r, "number": i} for i, r in enumerate(example.records)]
+    return {
+        record["number"]: rationales.chosen_comes_second(own, i, 0)
+        for own, group in by_prompt(numbered, key).values()
+        for i, record in enumerate(group)
+    }

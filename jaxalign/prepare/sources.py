@@ -1,7 +1,7 @@
 """Raw rows from files and builders, as ``(file, line, dict or BadRow)``.
 
-JSON Lines and Parquet are read without TensorFlow; TFRecord and TFDS import it when
-they are asked for.
+JSON Lines, CSV, TSV and Parquet are read without TensorFlow; TFRecord and TFDS import
+it when they are asked for.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from jaxalign import remote
+from jaxalign.data import packed
 from jaxalign.data.bad_rows import BadRow, FieldError, nearest
 from jaxalign.data.jsonl import TABLES, check_format, read_jsonl
+from jaxalign.data.tables import read_table
 from jaxalign.files import file_sha256
 from jaxalign.prepare import late_imports
 from jaxalign.prepare import tasks as tasks_lib
@@ -78,7 +80,7 @@ def find_source(data: str, split: str = "train", task: str | None = None) -> Sou
     exported = None if task is None else tasks_lib.get_task(task)
     if exported and (files := _expand(data)):
         return _files(files, exported)
-    suffix = pathlib.Path(data.removesuffix(".gz")).suffix
+    suffix = packed.kind(data)
     if exported or "/" in data or suffix in _READERS or suffix.lower() in TABLES:
         raise FileNotFoundError(_no_file(data))
     known = tasks_lib.known_tasks()
@@ -120,15 +122,17 @@ def _code(task: tasks_lib.Task | None) -> dict[str, str]:
 
 def _files(files: list[str], task: tasks_lib.Task | None) -> Source:
     for file in files:
-        if _reader(file) is read_jsonl:
+        if reader(file) is read_jsonl:
             check_format(file)
+        elif reader(file) is read_table:
+            packed.check(file)
     # Row keys carry the short name where it tells the files apart.
     names = [pathlib.PurePath(file).name for file in files]
     short = len(set(names)) == len(names)
 
     def rows() -> Iterator[RawRow]:
         for file in files:
-            for line, row in _reader(file)(file):
+            for line, row in reader(file)(file):
                 yield file, line, row
 
     identity = {
@@ -150,12 +154,38 @@ def _expand(pattern: str) -> list[str]:
         found = remote.expand(pattern)
     elif path.is_file():
         found = [pattern]
+    elif path.is_dir():
+        return in_folder(path)
     elif glob.has_magic(pattern):
-        paths = sorted(map(pathlib.Path, glob.glob(str(path))))
+        paths = sorted(map(pathlib.Path, glob.glob(str(path), recursive=True)))
         found = [str(path) for path in paths if path.is_file()]
     if found == [pattern]:  # asked for by its name
         return [pattern if remote.is_remote(pattern) else str(path)]
     return [file for file in found if not file.endswith(_BESIDE)]
+
+
+def in_folder(folder: pathlib.Path) -> list[str]:
+    """The data files that lie in a folder, by name; empty if there are none.
+
+    Raises:
+      ValueError: when they are of several kinds, which may be the same rows twice.
+    """
+    found = [
+        path
+        for path in sorted(folder.iterdir())
+        if path.is_file()
+        and packed.kind(path).lower() in _READERS
+        and not path.name.startswith(".")
+        and not f".{path.name}".endswith(_BESIDE)
+    ]
+    kinds = sorted({packed.kind(path).lower() for path in found})
+    if len(kinds) > 1:
+        names = [next(p.name for p in found if p.suffix and k in p.name) for k in kinds]
+        raise ValueError(
+            f"The folder {folder} holds data files of several kinds, {', '.join(names)}"
+            f": name those that are meant with a glob, '{folder}/*{kinds[0]}'."
+        )
+    return [str(path) for path in found]
 
 
 # What `generate` and others leave beside a file of rows: no rows, whatever a glob says.
@@ -164,26 +194,35 @@ _BESIDE = (".settings.json", ".bad_rows.jsonl", ".partial", ".partial.json")
 
 def _no_file(data: str) -> str:
     if remote.is_remote(data):
-        return f"No file {data!r}. Check the address; a glob takes *, ? and [...]."
+        return (
+            f"No file {data!r}. Check the address; files in a folder of a bucket are "
+            "named by a glob, with *, ? and [...]."
+        )
     path = pathlib.Path(data).expanduser()
-    beside = sorted(p.name for p in path.parent.glob("*") if p.suffix in _READERS)
+    beside = sorted(
+        p.name for p in path.parent.glob("*") if packed.kind(p).lower() in _READERS
+    )
     if hint := nearest(path.name, beside):
         return f"No file {data!r}{hint}."
     return f"No file {data!r}; data files in that folder: {beside[:8] or 'none'}."
 
 
-def _reader(file: str) -> Callable[[str], Iterator[Any]]:
-    path = pathlib.PurePath(file)
-    suffix = path.suffix if path.suffix != ".gz" else pathlib.PurePath(path.stem).suffix
+def reader(file: str) -> Callable[[str], Iterator[Any]]:
+    """What reads a file, by its name.
+
+    Raises:
+      ValueError: for a file of no known kind.
+    """
+    suffix = packed.kind(file)
     if suffix.lower() in TABLES:
-        check_format(file)  # says what to do with a table
-    reader = _READERS.get(suffix)
-    if reader is None or (path.suffix == ".gz" and reader is not read_jsonl):
+        check_format(file)  # says what to do with a spreadsheet
+    found = _READERS.get(suffix) or _TABLES.get(suffix.lower())
+    if found is None or (file.endswith(packed.PACKED) and found not in _UNPACKING):
         raise ValueError(
             f"{file} is of no known kind; expected one of {sorted(_READERS)}"
             f"{nearest(suffix, _READERS)}."
         )
-    return reader
+    return found
 
 
 def read_parquet(
@@ -222,7 +261,8 @@ def _read_tfrecord(path: str) -> Iterator[tuple[int, Any]]:
         yield line, plain_row(row, path, line)
 
 
-_READERS = {
+_TABLES = {".csv": read_table, ".tsv": read_table}
+_READERS = _TABLES | {
     ".jsonl": read_jsonl,
     ".json": read_jsonl,
     ".ndjson": read_jsonl,
@@ -230,6 +270,7 @@ _READERS = {
     ".tfrecord": _read_tfrecord,
     ".tfrecords": _read_tfrecord,
 }
+_UNPACKING = (read_jsonl, read_table)
 
 
 def _tfds(name: str, split: str, task: tasks_lib.Task | None) -> Source:

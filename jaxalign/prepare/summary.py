@@ -8,13 +8,20 @@ from typing import Any
 
 import numpy as np
 
-from jaxalign.data import cuts, plan
+from jaxalign.data import cuts, plan, too_long
 from jaxalign.data.bad_rows import quoted
 from jaxalign.data.cache import TokenizedCache
+from jaxalign.data.conversations import CHAT, DIALOGUE, IMPLICIT
 from jaxalign.data.rows import Index, Row
 from jaxalign.vocabularies import UNK_ID
 
 _SHOWN_PROBLEMS = 20
+# In the table, of how rows were read (`data.conversations`).
+_READ_AS = {
+    CHAT: "chat messages",
+    DIALOGUE: "dialogues",
+    IMPLICIT: "prompt from chosen",
+}
 
 
 def unknown_tokens(row: Row) -> dict[str, int]:
@@ -39,8 +46,8 @@ def summarise(
         "rows": index.num_rows,
         "responses": index.num_responses,
         "pairs": int(index.num_pairs.sum()),
-        "prompt_tokens": lengths_summary(index.prompt_lengths),
-        "response_tokens": lengths_summary(index.response_lengths),
+        "prompt_tokens": mostsummary(index.prompt_lengths),
+        "response_tokens": mostsummary(index.response_lengths),
         "unknown_token_rate": {
             name: unknown[name] / max(int(lengths.sum()), 1)
             for name, lengths in tokens.items()
@@ -48,7 +55,7 @@ def summarise(
     }
 
 
-def lengths_summary(lengths: np.ndarray) -> dict[str, int]:
+def mostsummary(lengths: np.ndarray) -> dict[str, int]:
     """Percentiles, maximum and total of token counts, EOS included."""
     found = {
         f"p{p}": int(np.percentile(lengths, p, method="higher")) for p in (50, 90, 99)
@@ -63,12 +70,17 @@ def describe(
     targets: int | None = None,
     packing: int | None = None,
     decoder_rows: int | None = None,
+    truncate: too_long.Truncate = None,
+    on_too_long: str = "truncate",
 ) -> str:
     """The summary of a cache as a table.
 
     Args:
       inputs: the length prompts are cut to (TASK_FEATURE_LENGTHS); with ``targets``
         the table also says what is truncated and how full packed rows are.
+      truncate: on which side (`data.too_long.sides`).
+      on_too_long: what becomes of rows that are longer: ``truncate``, ``skip``, or
+        ``error``, a ValueError that lists them.
     """
     source = cache.summary.get("source", {})
     lines = [
@@ -84,15 +96,21 @@ def describe(
         if source["responses_left_out"]:
             count = f"{source['responses_left_out']:,} of rows kept"
             lines.append(("  responses left out", count))
+        for name, count in sorted(source.get("read_as", {}).items()):
+            lines.append((f"  {_READ_AS.get(name, name)}", f"{count:,} rows"))
         problems = sorted(source["rejected_by_problem"].items(), key=lambda p: -p[1])
         for problem, count in problems[:_SHOWN_PROBLEMS]:
             lines.append(("  rejected", f"{count:,} x {quoted(problem)}"))
         if len(problems) > _SHOWN_PROBLEMS:
             lines.append(("  rejected", f"for {len(problems):,} reasons in all"))
     index = cache.index
-    equal = {"prompts": 0, "pairs": 0}
+    equal, keep = {"prompts": 0, "pairs": 0}, None
+    sides = too_long.sides(truncate, cache)
     if inputs and targets:
-        equal = cuts.seen(cache, inputs=inputs, targets=targets).equal
+        most = {"inputs": inputs, "targets": targets}
+        keep = too_long.keep(cache, **most, on_too_long=on_too_long)
+        if keep is None:
+            equal = cuts.seen(cache, **most, cut=sides).equal
     pairs = int(index.num_pairs.sum()) - equal["pairs"]
     lines.append(("rows in this split", f"{len(cache):,}"))
     count = f"{index.num_responses:,}"
@@ -105,7 +123,7 @@ def describe(
         lines.append(("desirable", f"{labels.mean():.1%} of {len(labels):,} labels"))
     lengths = {"prompt": index.prompt_lengths, "response": index.response_lengths}
     for name, values in lengths.items():
-        text = "  ".join(f"{k} {v:,}" for k, v in lengths_summary(values).items())
+        text = "  ".join(f"{k} {v:,}" for k, v in mostsummary(values).items())
         lines.append((f"{name} tokens", text))
     for name, rate in cache.summary.get("unknown_token_rate", {}).items():
         lines.append((f"unknown in {name}", f"{rate:.4%}"))
@@ -116,10 +134,21 @@ def describe(
             targets=targets,
             packing=packing,
             decoder_rows=decoder_rows,
+            cut=sides,
+            keep=keep,
         )
         full = packed.occupancy()
-        for (name, values), cut in zip(lengths.items(), (inputs, targets), strict=True):
+        if left_out := packed.left_out["rows"]:
+            count = f"{left_out:,} of {len(cache):,} rows, all of each"
+            lines.append(("left out as too long", count))
+        for (name, values), cut, side in zip(
+            lengths.items(),
+            (inputs, targets),
+            (sides.inputs, sides.targets),
+            strict=True,
+        ):
             count = f"{packed.truncated[f'{name}s']:,} of {len(values):,} at {cut}"
+            count += ", at their start" if side == "start" else ""
             lines.append((f"truncated {name}s", count))
         shares = (
             f"encoder {full['encoder']:.1%}, {packed.shape.decoder_rows} decoder rows "

@@ -6,6 +6,7 @@ import collections
 import contextlib
 import hashlib
 import itertools
+import logging
 import pathlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -14,10 +15,13 @@ from tqdm import tqdm
 
 from jaxalign.data.bad_rows import BadRow, BadRows, DataError
 from jaxalign.data.cache_writer import CacheWriter
+from jaxalign.data.conversations import CHAT, DIALOGUE, IMPLICIT
 from jaxalign.data.records import Example
 from jaxalign.data.rows import Row, prompt_hash
 from jaxalign.prepare.rows import Encoded
 from jaxalign.prepare.summary import summarise, unknown_tokens
+
+_log = logging.getLogger(__name__)
 
 Item = Example | Encoded | BadRow
 
@@ -55,6 +59,7 @@ def write_splits(
         bad = BadRows(listing)
         unknown = {name: collections.Counter() for name in targets}
         read = kept = left_out = responses_left_out = 0
+        how: collections.Counter[str] = collections.Counter()
         lowest, highest = 1.0, 0.0
         with contextlib.ExitStack() as stack:
             stack.callback(bad.close)
@@ -75,11 +80,15 @@ def write_splits(
                 rows = item.rows if isinstance(item, Encoded) else build(item)
                 if rows:
                     kept += 1
+                    how.update(_counted(item.how))
                     responses_left_out += item.left_out
                 else:
                     left_out += 1
+                # The answers of a dialogue share prompts in part: by its first one
+                # all of it goes to one side.
+                together = DIALOGUE in item.how
                 for row in rows:
-                    fraction = prompt_fraction(row, seed)
+                    fraction = prompt_fraction(rows[0] if together else row, seed)
                     lowest, highest = min(lowest, fraction), max(highest, fraction)
                     name = "validation" if fraction < cut else "train"
                     writers[name].write(row)
@@ -105,6 +114,9 @@ def write_splits(
                 "first_rejected": [str(row) for row in bad.first],
                 "rejected_rows": listing.name if bad.total else None,
             }
+            if how:
+                counts["read_as"] = dict(how)
+                _tell_implicit(how, cache["source"].get("data"))
             for name, index in indices.items():
                 writers[name].summary = summarise(index, unknown[name], counts)
 
@@ -127,3 +139,19 @@ def prompt_fraction(row: Row, seed: int) -> float:
     text = f"{seed}:{prompt_hash(row.prompts[0])}".encode()
     head = hashlib.sha256(text).digest()[:6]
     return int.from_bytes(head, "big") / 2**48
+
+
+def _counted(how: frozenset[str]) -> list[str]:
+    """What to count of how a row was read: prompts taken out of texts apart."""
+    return [name for name in how if name != IMPLICIT or CHAT not in how]
+
+
+def _tell_implicit(how: Mapping[str, int], data: Any) -> None:
+    if count := how.get(IMPLICIT):
+        _log.warning(
+            "%d rows of %s have no 'prompt': what their 'chosen' and 'rejected' share "
+            "at the beginning is taken for it. If the prompt is another field, name it "
+            "in FIELD_MAP.",
+            count,
+            data,
+        )

@@ -7,7 +7,6 @@ import time
 import uuid
 from typing import Any
 
-from jaxalign.decoding.rules import EOS_ID
 from jaxalign.serving.batching import Samples, Work
 
 
@@ -46,7 +45,7 @@ class Answer:
             return cut.text[: cut.start], "stop"
         text = self._vocabulary.decode(tokens, final=complete)
         if complete:
-            return text, "stop" if EOS_ID in tokens else "length"
+            return text, "stop" if work.eos_id in tokens else "length"
         held = work.stops.held(text) if work.stops else 0
         return text[: len(text) - held], None
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from jaxalign.decoding.engine import Engine
 from jaxalign.decoding.generator import prompt_bucket
+from jaxalign.decoding.rules import Sampling
 from jaxalign.serving.batching import Samples, Settings
 
 _TOKENS_PER_STEP = 8  # between two looks at who came and who left
@@ -56,6 +57,7 @@ class EngineBackend:
             max_new_tokens=max_new_tokens,
             groups=batch_size,
             admit=1,
+            sampling=Sampling(eos_id=policy.vocabulary.eos_id),
             per_prompt=True,
         )
         self._max_prompt_tokens = max_prompt_tokens

@@ -78,6 +78,7 @@ class Work:
     include_usage: bool = False  # and how many they were
     # texts that end a response; its tokens are those up to the stop's last
     stops: Stops | None = None
+    eos_id: int = EOS_ID  # the token that ends a sample, the vocabulary's
     tickets: list[int] = dataclasses.field(init=False, default_factory=list)
     answers: dict[int, Samples] = dataclasses.field(init=False, default_factory=dict)
     # From the worker: samples so far, at last (True, samples) or an exception.
@@ -87,7 +88,7 @@ class Work:
 
     def ended(self, tokens: list[int]) -> bool:
         """Whether a sample that has these tokens gets no more."""
-        return EOS_ID in tokens or len(tokens) >= self.max_new_tokens
+        return self.eos_id in tokens or len(tokens) >= self.max_new_tokens
 
 
 class Batcher:

@@ -7,7 +7,6 @@ import secrets
 from collections.abc import Mapping
 from typing import Any
 
-from jaxalign.decoding.rules import EOS_ID
 from jaxalign.decoding.stops import Stops
 from jaxalign.serving.batching import Settings, Work
 from jaxalign.serving.refusals import Refusal, name_of, shown, wrong
@@ -112,6 +111,7 @@ def parse(
         stream=_typed(body, "stream", bool, False),
         include_usage=_include_usage(body),
         stops=Stops(_stops(body), vocabulary),
+        eos_id=vocabulary.eos_id,
     )
 
 
@@ -275,11 +275,12 @@ def _content(content: Any, where: str) -> str:
 def _tokens(
     i: int, prompt: Any, field: str, vocabulary: Any, limits: Limits
 ) -> list[int]:
+    eos = vocabulary.eos_id
     # Far too long texts are not worth encoding: no token spells that many characters.
     if isinstance(prompt, str) and len(prompt) <= 64 * limits.prompt_tokens:
-        tokens = [*vocabulary.encode(prompt), EOS_ID]
+        tokens = [*vocabulary.encode(prompt), eos]
     elif isinstance(prompt, str):
-        tokens = [EOS_ID] * len(prompt)
+        tokens = [eos] * len(prompt)
     else:
         size = vocabulary.vocab_size
         bad = [t for t in prompt if not 0 < t < size]
@@ -287,7 +288,7 @@ def _tokens(
             raise wrong(
                 "prompt", f"holds the id {shown(bad[0])}; expected ids in [1, {size})."
             )
-        tokens = prompt if prompt[-1] == EOS_ID else [*prompt, EOS_ID]
+        tokens = prompt if prompt[-1] == eos else [*prompt, eos]
     if len(tokens) > limits.prompt_tokens:
         raise Refusal(
             f"Prompt {i} is longer than the {limits.prompt_tokens} tokens that this "

@@ -70,6 +70,8 @@ def describe(run: Any, ready: Any, step: int) -> list[str]:
             else "; no evaluation data"
         ),
     ]
+    if not ready.partition.whole:
+        lines.append(_trained(run, ready))
     start = run.initial_checkpoint_path or "random weights"
     if step:
         start = f"this run's checkpoint of step {step}"
@@ -86,6 +88,17 @@ def describe(run: Any, ready: Any, step: int) -> list[str]:
     return lines
 
 
+def _trained(run: Any, ready: Any) -> str:
+    """What trains of a run's networks, and what stands beside them."""
+    state = ready.abstract_state
+    train, rest = (
+        sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+        for tree in (state.params, state.frozen)
+    )
+    adapter = f", with {run.adapter}" if run.adapter else ""
+    return f"Trains: {train:,} of {train + rest:,} parameters{adapter}"
+
+
 def _data(feed: Any) -> str:
     if getattr(feed, "endless", False):
         return "rows made on the fly"
@@ -93,7 +106,10 @@ def _data(feed: Any) -> str:
     indices = [cache.index for cache in feed.caches]
     prompts = sum(int(index.prompt_lengths.sum()) for index in indices)
     responses = sum(int(index.response_lengths.sum()) for index in indices)
-    return f"{rows:,} rows ({prompts:,} + {responses:,} tokens)"
+    text = f"{rows:,} rows ({prompts:,} + {responses:,} tokens)"
+    if left_out := sum(plan.left_out["rows"] for plan in feed.plans):
+        text += f", {left_out:,} of them left out as too long"
+    return text
 
 
 @contextlib.contextmanager

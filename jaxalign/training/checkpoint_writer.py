@@ -26,7 +26,8 @@ import orbax.checkpoint as ocp
 from jaxalign.cluster import distributed
 from jaxalign.training import checkpoints, damage, format_2
 from jaxalign.training.damage import DamagedCheckpointError
-from jaxalign.training.fingerprints import fingerprints
+from jaxalign.training.fingerprints import fingerprints, of_network
+from jaxalign.training.partition import parted
 from jaxalign.training.remote_checkpoints import FOLDER
 from jaxalign.training.step import TrainState
 
@@ -100,7 +101,8 @@ class Checkpoints:
         Args:
           state: may be donated as soon as this returns.
           meta: what is saved with it; fingerprints are added. Its ``networks``
-            describe them; one that comes ``from`` a checkpoint is not written.
+            describe them; one that comes ``from`` a checkpoint is not written, and of
+            one with a ``base`` what trains.
           then: called with the whole meta, in another thread, when all is on disk.
 
         Raises:
@@ -110,9 +112,7 @@ class Checkpoints:
         self.settle()
         self._step = int(state.step)
         about = meta.get("networks", {})
-        held = {
-            n: t for n, t in state.networks.items() if "from" not in about.get(n, {})
-        }
+        held = _held(state, about)
         trained = tuple(state.params)  # the writer keeps no state alive
         alone = jax.process_count() == 1
         if not alone:
@@ -271,9 +271,11 @@ class Checkpoints:
         before = meta.get("format", 1) < 3
         state = (format_2.restore if before else _restored)(folder, meta, like)
         # Later formats know the fingerprint of each network: none is hashed twice.
-        found = fingerprints(state.networks, state.params if before else ())
+        about = meta["networks"]
+        found = fingerprints(_held(state, about), state.params if before else ())
         for name, print_ in found["networks"].items():
-            written = meta["networks"].get(name, {}).get("fingerprint")
+            written = about.get(name, {}).get("fingerprint")
+            print_ = of_network(about.get(name, {}), print_)
             damage.compare(folder, meta, name, written, print_)
         if before:
             written = meta.get("params_fingerprint")
@@ -330,10 +332,25 @@ def _with_fingerprints(
     found = fingerprints(held, trained)
     about = meta.get("networks", {})
     described = {
-        name: {**about.get(name, {}), "fingerprint": print_}
+        name: {
+            **about.get(name, {}),
+            "fingerprint": of_network(about.get(name, {}), print_),
+        }
         for name, print_ in found["networks"].items()
     }
     return {**meta, **found, "networks": {**about, **described}}
+
+
+def _held(state: TrainState, about: dict[str, Any]) -> dict[str, Any]:
+    """Of each network what a checkpoint holds: all, what trains, or nothing."""
+    found = {}
+    for name, tree in state.networks.items():
+        told = about.get(name, {})
+        if "base" in told:
+            found[name] = state.params[name]
+        elif "from" not in told:
+            found[name] = tree
+    return found
 
 
 def _rest(state: TrainState) -> dict[str, Any]:
@@ -346,18 +363,19 @@ def _rest(state: TrainState) -> dict[str, Any]:
 
 
 def _restored(folder: Path, meta: dict[str, Any], like: TrainState) -> TrainState:
-    def read(tree: dict[str, Any]) -> dict[str, Any]:
-        held = {name for name, it in meta["networks"].items() if "from" not in it}
-        return {
-            name: checkpoints.read_item(folder, meta, name, own)
-            for name, own in tree.items()
-            if name in held or name in like.params
-        }
-
+    about = meta["networks"]
+    written = {name for name, told in about.items() if "from" not in told}
+    params, frozen = {}, {}
+    for name, tree in _held(like, about).items():
+        if name in written or name in like.params:
+            found = checkpoints.read_item(folder, meta, name, tree)
+            trained, resting = parted(found, like.params.get(name, {}))
+            params |= {name: trained} if trained else {}
+            frozen |= {name: resting} if resting else {}
     rest = checkpoints.read_item(folder, meta, STATE, _rest(like))
     return TrainState(
-        params=read(like.params),
-        frozen=read(like.frozen),
+        params=params,
+        frozen=frozen,
         finite=jax.device_put(np.array(True), like.finite.sharding),
         **rest,
     )

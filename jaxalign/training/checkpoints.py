@@ -5,7 +5,8 @@ optimizer's state, the step, running statistics) and ``meta``: JSON with the ste
 position and fingerprint, reward statistics, the vocabulary, fingerprints of files
 (`jaxalign.training.damage`), which network is the ``main`` one, and of each its kind,
 shape and fingerprint. A frozen network that came from a checkpoint is described, and
-read from there again. `jaxalign.training.checkpoint_writer` writes them.
+read from there again; so is the ``base`` of an adapter, beside which a checkpoint holds
+what trains. `jaxalign.training.checkpoint_writer` writes them.
 """
 
 from __future__ import annotations
@@ -14,17 +15,18 @@ import dataclasses
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
 
 from jaxalign import models, remote, user_code, vocabularies
 from jaxalign.cluster import mesh as meshes
-from jaxalign.training import damage, remote_checkpoints
+from jaxalign.models import adapters
+from jaxalign.training import damage, foreign, remote_checkpoints
 from jaxalign.training.damage import DamagedCheckpointError
-from jaxalign.training.fingerprints import params_fingerprint
-from jaxalign.training.step import REFERENCE
+from jaxalign.training.fingerprints import of_network, params_fingerprint
+from jaxalign.training.partition import REFERENCE, Partition, parted
 
 _log = logging.getLogger(__name__)
 _FOLDER = remote_checkpoints.FOLDER
@@ -62,10 +64,11 @@ def load(
     network: str | None = "policy",
     mesh: jax.sharding.Mesh | None = None,
 ) -> Network:
-    """Loads a network of a checkpoint.
+    """Loads a network of a checkpoint; an adapter is merged into its base.
 
     Args:
-      path: a run directory (its newest checkpoint is taken) or a checkpoint.
+      path: a run directory (its newest checkpoint is taken) or a checkpoint; a Hugging
+        Face folder; a T5X checkpoint; told by content.
       network: its name; None: the checkpoint's main one.
       mesh: where its parameters are spread; one device by default.
 
@@ -80,8 +83,8 @@ def load(
         policy = checkpoints.load("runs/dpo")
         policy.model.apply({"params": policy.params}, batch)
     """
-    folder = resolve(path)
-    meta = damage.read_meta(folder)
+    other = foreign.opened(path)
+    meta = foreign.meta(other) if other else read_meta(path)
     name = network or meta["main"]
     about = description(meta, name, path)
     if "from" in about:
@@ -89,13 +92,93 @@ def load(
     model = models.restored(about)
     _log.info("Network of %s: %s", path, models.describe(model))
     like = on_mesh(model, mesh)
+    if other:
+        params, vocabulary = other.params(like), other.foreign.vocabulary
+        return Network(model, params, vocabulary, meta, other.path, name)
+    folder = resolve(path)
     # Before it is decoded: decoders of damaged files print, wait or crash.
     damage.check_files(folder, meta, name)
-    params = patiently(lambda: read_item(folder, meta, name, like))
-    found = params_fingerprint(params)
-    damage.compare(folder, meta, name, about["fingerprint"], found)
+    if "adapter" in about:
+        params = adapters.merge_in_place(*_with_adapter(path, folder, meta, name, mesh))
+    else:
+        params = _read_network(folder, meta, name, like)
     vocabulary = vocabularies.from_json(meta["vocabulary"], folder.parents[1])
     return Network(model, params, vocabulary, meta, folder, name)
+
+
+def _read_network(folder: Path, meta: dict[str, Any], name: str, like: Any) -> Any:
+    """What a checkpoint holds of a network, compared with what was written."""
+    params = patiently(lambda: read_item(folder, meta, name, like))
+    about = meta["networks"][name]
+    found = of_network(about, params_fingerprint(params))
+    damage.compare(folder, meta, name, about["fingerprint"], found)
+    return params
+
+
+class Adapted(NamedTuple):
+    """A network with an adapter, apart.
+
+    Attributes:
+      adapter: its kind and settings.
+      base: the network's own parameters.
+      own: the adapter's, and whatever else was trained.
+    """
+
+    adapter: adapters.Adapter
+    base: Any
+    own: Any
+
+
+def load_adapter(
+    path: str | Path, network: str | None = None, mesh: jax.sharding.Mesh | None = None
+) -> Adapted:
+    """An adapter of a checkpoint and its base, not merged.
+
+    Raises:
+      ValueError: when the network has no adapter, or its base is another one now.
+      FileNotFoundError: when the base is gone.
+    """
+    meta, folder = read_meta(path), resolve(path)
+    name = network or meta["main"]
+    if "adapter" not in description(meta, name, path):
+        raise ValueError(f"The network {name!r} of {path} has no adapter.")
+    damage.check_files(folder, meta, name)
+    return _with_adapter(path, folder, meta, name, mesh)
+
+
+def _with_adapter(
+    path: str | Path, folder: Path, meta: dict[str, Any], name: str, mesh: Any
+) -> Adapted:
+    about = meta["networks"][name]
+    partition = Partition.restored(name, about)
+    model = models.restored(about)
+    base_like = on_mesh(model, mesh)
+    like = on_mesh(model, mesh, partition)
+    trained, resting = partition.split({name: like})
+    if "base" not in about:
+        found = _read_network(folder, meta, name, like)
+        own, base = parted(found, trained[name])
+        return Adapted(partition.adapter, base, own)
+    own = _read_network(folder, meta, name, trained[name])
+    told = about["base"]
+    try:
+        found = load(told["from"], source(read_meta(told["from"]), name), mesh)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{path} holds an adapter of {told['from']}, which is gone: put it back, "
+            f"or a link to where it is. {damage.first_line(error)}"
+        ) from error
+    if found.fingerprint != told["fingerprint"]:
+        raise ValueError(
+            f"{path} holds an adapter of {told['from']}, which holds other parameters "
+            f"now: expected the fingerprint {told['fingerprint'][:12]}, found "
+            f"{found.fingerprint[:12]}. Put back what the adapter was trained on."
+        )
+    base = found.params
+    if found.model.config.scan_layers != model.config.scan_layers:
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, base_like)
+        base = jax.device_put(models.relayout(base, base_like), shardings)
+    return Adapted(partition.adapter, base, own)
 
 
 def newest(
@@ -160,14 +243,56 @@ def source(meta: Mapping[str, Any], name: str) -> str:
     return wanted if wanted in meta["networks"] else meta["main"]
 
 
-def on_mesh(model: Any, mesh: jax.sharding.Mesh | None) -> Any:
-    """A network's parameters as shapes with shardings; on one device without a mesh."""
-    shapes = models.shapes(model)
+def network_in_gin(path: str | Path) -> str | None:
+    """Gin statements that make a run's network and vocabulary those of a checkpoint.
+
+    None where it says nothing of its vocabulary.
+    """
+    meta = read_meta(path)
+    if meta["vocabulary"] is None:
+        return None
+    shape = meta["networks"][meta["main"]]["shape"]
+    fields = {name: value for name, value in shape.items() if name != "dropout_rate"}
+    lines = (f"  {name} = {value!r}" for name, value in fields.items())
+    return "\n".join(
+        (
+            "from __gin__ import dynamic_registration",
+            "from jaxalign import models",
+            "from jaxalign.training import checkpoints",
+            "VOCABULARY = @checkpoints.vocabulary()",
+            f"checkpoints.vocabulary.path = {str(path)!r}",
+            "models.T5Config:",
+            *lines,
+            "",
+        )
+    )
+
+
+def vocabulary(path: str) -> Any:
+    """The vocabulary of a checkpoint of any format."""
+    if other := foreign.opened(path):
+        return other.foreign.vocabulary
+    folder = resolve(path)
+    return vocabularies.from_json(read_meta(path)["vocabulary"], folder.parents[1])
+
+
+def on_mesh(
+    model: Any, mesh: jax.sharding.Mesh | None, partition: Partition | None = None
+) -> Any:
+    """A network's parameters as shapes with shardings; on one device without a mesh.
+
+    With those of an adapter, if the partition has one.
+    """
+    shapes, axes = models.shapes(model), models.logical_axes(model)
+    if partition is not None:
+        main, key = partition.main, jax.random.key(0)
+        shapes = jax.eval_shape(partition.with_adapter, {main: shapes}, key)[main]
+        axes = partition.with_axes({main: axes})[main]
     if mesh is None:
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         shardings = jax.tree.map(lambda _: device, shapes)
     else:
-        shardings = meshes.param_shardings(mesh, models.logical_axes(model), shapes)
+        shardings = meshes.param_shardings(mesh, axes, shapes)
     return jax.tree.map(
         lambda s, sh: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sh),
         shapes,
@@ -214,9 +339,19 @@ def resolve(path: str | Path) -> Path:
     if not steps:
         raise FileNotFoundError(
             f"No checkpoint at {path}: expected a run directory with "
-            f"{_FOLDER}/<step>/, or one of those steps."
+            f"{_FOLDER}/<step>/, or one of those steps; a Hugging Face folder; or a "
+            f"T5X checkpoint. {_held(path)}"
         )
     return path / _FOLDER / str(steps[-1])
+
+
+def _held(path: Path) -> str:
+    if not path.exists():
+        return "There is no such path."
+    if path.is_file():
+        return "It is a file."
+    names = sorted(child.name for child in path.iterdir())
+    return f"It holds {', '.join(names[:5]) or 'nothing'}{', ...' * (len(names) > 5)}."
 
 
 def saved_steps(run_dir: str | Path) -> list[int]:
@@ -231,17 +366,26 @@ def read_meta(path: str | Path) -> dict[str, Any]:
     Raises:
       DamagedCheckpointError: when it is not what was written.
     """
+    if other := foreign.opened(path):
+        return foreign.meta(other)
     return damage.read_meta(resolve(path))
 
 
-def verify(path: str | Path, network: str = "policy") -> None:
+def verify(path: str | Path, network: str = REFERENCE) -> None:
     """Compares a network's files with what was written, without loading them.
+
+    Args:
+      path: a run directory or a checkpoint.
+      network: of the run that starts with it; see `source`.
 
     Raises:
       DamagedCheckpointError: naming the file that differs.
     """
+    if foreign.opened(path):
+        return  # which lists no SHA-256 of its files
     folder = resolve(path)
-    damage.check_files(folder, damage.read_meta(folder), network)
+    meta = damage.read_meta(folder)
+    damage.check_files(folder, meta, source(meta, network))
 
 
 def run_meta(run_dir: str | Path) -> dict[str, Any] | None:

@@ -14,7 +14,6 @@ from jaxalign.cluster import mesh as meshes
 from jaxalign.training import announce, inputs
 from jaxalign.training import run as runs
 from jaxalign.training.fingerprints import leaf_names
-from jaxalign.training.step import REFERENCE
 
 
 def describe(run: runs.Run) -> str:
@@ -25,7 +24,7 @@ def describe(run: runs.Run) -> str:
     """
     ready = runs.setup(run)
     shapes = dict(ready.inputs.train.shapes)
-    if ready.objective.uses_reference and REFERENCE not in ready.networks:
+    if ready.objective.uses_reference and run.reference == "cached":
         columns = batch_lib.extra(ready.objective.columns, "pass")
         responses = shapes["response_mask"]
         shapes |= {name: responses for name in columns}
@@ -69,8 +68,12 @@ def describe_data(run: runs.Run) -> str:
                 **lengths,
                 packing=run.dataset.packing,
                 decoder_rows=run.dataset.decoder_rows,
+                truncate=run.dataset.truncate,
+                on_too_long=run.dataset.on_too_long,
             )
             texts.append(f"{split}\n{table}")
+    if not run.dataset.synthetic and (told := inputs.shared_prompts(caches)):
+        texts.append(told)
     return "\n\n".join(texts)
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,20 @@ def fingerprints(networks: dict[str, Any], trained: Iterable[str]) -> dict[str, 
         "params_fingerprint": everything.hexdigest(),
         "networks": {name: digest.hexdigest() for name, digest in own.items()},
     }
+
+
+def of_network(about: Mapping[str, Any], held: str) -> str:
+    """The fingerprint of a network, of which a checkpoint may hold an adapter alone.
+
+    Args:
+      about: what the checkpoint says of it.
+      held: the fingerprint of the parameters that it holds.
+    """
+    if "adapter" not in about:
+        return held
+    base = about.get("base", {}).get("fingerprint")
+    told = json.dumps([about["adapter"], base, held], sort_keys=True)
+    return hashlib.sha256(told.encode()).hexdigest()
 
 
 def _update(digest: Any, name: str, content: np.ndarray) -> None:

@@ -29,6 +29,8 @@ _CONSEQUENCES = {
         "feature_lengths",
         "packing",
         "decoder_rows",
+        "truncate",
+        "on_too_long",
     ),
     "reward_stats": ("data_fingerprint",),
 }
@@ -67,6 +69,13 @@ def of(ready: Setup, parents: Mapping[str, str | None]) -> dict[str, Any]:
         "described_by": f"jaxalign {jaxalign.__version__}, optax {optax.__version__}",
         "initial_checkpoint": parents.get("initial"),
     }
+    if run.dataset.truncate is not None:
+        found["truncate"] = run.dataset.truncate
+    if run.dataset.on_too_long != "truncate":
+        found["on_too_long"] = run.dataset.on_too_long
+    for name in ("adapter", "trainable", "untrained"):
+        if (value := getattr(run, name)) is not None:
+            found[name] = description.describe(value)
     if feed.augment is not None:
         found["augment"] = augment.identity(feed.augment)
     if objective.uses_reference:

@@ -14,7 +14,7 @@ import numpy as np
 from jaxalign import batch as batches
 from jaxalign import configs, remote, vocabularies
 from jaxalign import data as data_lib
-from jaxalign.data import synthetic
+from jaxalign.data import synthetic, too_long
 from jaxalign.data.augment import Augment
 from jaxalign.objectives import Objective
 
@@ -26,9 +26,10 @@ class Dataset:
     """Where the examples come from and how they are cut into rows.
 
     Attributes:
-      data: a JSONL, Parquet or TFRecord file, here or in a bucket, a registered task,
-        ``task:file``, a prepared folder, ``synthetic:TASK`` (`jaxalign.data.synthetic`)
-        or a mixture ``{any of these: rate}``.
+      data: a file of rows, a folder or a glob of them (JSONL, CSV, TSV, Parquet,
+        TFRecord), here or in a bucket, a registered task, ``task:file``, a prepared
+        folder, ``synthetic:TASK`` (`jaxalign.data.synthetic`) or a mixture
+        ``{any of these: rate}``.
       mixture_or_task_name: T5X's name for a registered task; in place of `data`.
       feature_lengths: ``{"inputs": ..., "targets": ...}``, the longest prompt and
         response in tokens; longer ones are truncated and counted.
@@ -56,6 +57,12 @@ class Dataset:
       beam_options: of Apache Beam, to tokenise files on it; None: in this process.
       augment: ``augment(row, rng) -> row`` of the same lengths, called each time a row
         is fed (`jaxalign.data.augment`).
+      chat_template: makes texts of rows of chat messages: a name, a file or the text of
+        a Jinja2 template (`jaxalign.data.chat_template`); None: the default one.
+      truncate: which side of what is too long is cut off, ``"start"`` or ``"end"``, or
+        ``{"inputs": side, "targets": side}``; None: the end, of dialogues the start.
+      on_too_long: ``"truncate"``; ``"skip"`` leaves out rows with a prompt or response
+        longer than `feature_lengths`; ``"error"`` lists them and stops.
     """
 
     data: str | Mapping[str, float] | None = None
@@ -82,6 +89,9 @@ class Dataset:
     split_seed: int = 0
     beam_options: str | None = None
     augment: Augment | None = None
+    chat_template: str | None = None
+    truncate: too_long.Truncate = None
+    on_too_long: str = "truncate"
 
     def __post_init__(self) -> None:
         if (self.data is None) == (self.mixture_or_task_name is None):
@@ -103,6 +113,7 @@ class Dataset:
                 "TASK_FEATURE_LENGTHS must be {'inputs': n, 'targets': m} with "
                 f"n, m >= 2; got {lengths}."
             )
+        too_long.check(self.truncate, self.on_too_long)
 
     @property
     def cache_folder(self) -> Path:
@@ -156,6 +167,11 @@ def prepare(
                 f"{dataset.data} makes its evaluation data itself, and its rows are "
                 "new ones always: leave out EVAL_DATA and Dataset.augment."
             )
+        if dataset.on_too_long != "truncate":
+            raise ValueError(
+                f"{dataset.data} makes rows without end, of which none can be left out "
+                "beforehand: leave ON_TOO_LONG at 'truncate'."
+            )
         return synthetic.caches(
             dataset.data,
             objective.schema,
@@ -170,7 +186,8 @@ def prepare(
     held_out = dataset.eval_data is None and dataset.eval_split is None
     sources = dataset.sources()
     given = ("on_bad_row", "desirable_above", "task_options", "module", "max_rows")
-    common = {name: getattr(dataset, name) for name in (*given, "beam_options")} | {
+    given = (*given, "beam_options", "chat_template")
+    common = {name: getattr(dataset, name) for name in given} | {
         "schema": objective.schema,
         "vocabulary": vocabulary,
         "cache_dir": dataset.cache_folder,
@@ -221,30 +238,19 @@ def build(
     for cache in [*caches["train"], *caches["validation"]]:
         _check_cache(cache, objective, vocabulary)
     plans = {
-        split: [
-            data_lib.pack(
-                cache.index,
-                **dataset.feature_lengths,
-                packing=dataset.packing,
-                decoder_rows=dataset.decoder_rows,
-                min_prompts=objective.min_prompts,
-                seen=data_lib.seen(
-                    cache, **dataset.feature_lengths, prompts=objective.min_prompts > 1
-                ),
-            )
-            for cache in of_split
-            if len(cache)
-        ]
+        split: [_plan(cache, dataset, objective) for cache in of_split if len(cache)]
         for split, of_split in caches.items()
     }
     _tell_equal(caches, plans)
+    if not dataset.synthetic and (told := shared_prompts(caches)):
+        _log.warning("%s", told)
     if "response_label" in objective.columns:
         _tell_one_sided_labels(caches["train"], objective)
     rates = list(dataset.sources().values())
     if not objective.uses_rewards:
         reward_stats = None
     elif reward_stats is None:
-        reward_stats = _reward_stats(caches["train"], rates)
+        reward_stats = _reward_stats(caches["train"], rates, plans["train"])
 
     def feed(split: str) -> data_lib.Feed:
         train = split == "train"
@@ -269,16 +275,45 @@ def build(
     )
 
 
+def _plan(
+    cache: data_lib.TokenizedCache, dataset: Dataset, objective: Objective
+) -> data_lib.Plan:
+    """Which rows of a cache are fed, and with which others."""
+    lengths = dataset.feature_lengths
+    cut = too_long.sides(dataset.truncate, cache)
+    keep = too_long.keep(cache, **lengths, on_too_long=dataset.on_too_long)
+    seen = None
+    if keep is None:
+        several = objective.min_prompts > 1
+        seen = data_lib.seen(cache, **lengths, prompts=several, cut=cut)
+    return data_lib.pack(
+        cache.index,
+        **lengths,
+        packing=dataset.packing,
+        decoder_rows=dataset.decoder_rows,
+        min_prompts=objective.min_prompts,
+        seen=seen,
+        cut=cut,
+        keep=keep,
+    )
+
+
 def _reward_stats(
-    caches: list[data_lib.TokenizedCache], rates: Sequence[float] = (1.0,)
+    caches: Sequence[data_lib.TokenizedCache],
+    rates: Sequence[float] = (1.0,),
+    plans: Sequence[data_lib.Plan] = (),
 ) -> tuple[float, float]:
     """Mean and deviation of the rewards as training meets them, at mixing rates."""
-    found = [np.asarray(c.index.response_reward, np.float64) for c in caches]
+    indices = [cache.index for cache in caches]
+    for i, plan in enumerate(plans):
+        if plan.left_out["rows"]:
+            indices[i] = indices[i].take(np.sort(plan.row_ids))
+    found = [np.asarray(index.response_reward, np.float64) for index in indices]
     found = [rewards[np.isfinite(rewards)] for rewards in found]
     rewards, weights = np.concatenate(found), None
     if len(caches) > 1:
         # How often a step meets each reward of a source.
-        rows = [max(cache.index.num_rows, 1) for cache in caches]
+        rows = [max(index.num_rows, 1) for index in indices]
         often = [rate / n for rate, n in zip(rates, rows, strict=True)]
         weights = np.repeat(often, [len(r) for r in found])
     with np.errstate(over="ignore", invalid="ignore"):
@@ -296,6 +331,28 @@ def _reward_stats(
             "a standard deviation. Check FIELD_MAP's 'reward'."
         )
     return float(mean), float(deviation)
+
+
+def shared_prompts(caches: Mapping[str, Sequence[data_lib.TokenizedCache]]) -> str:
+    """A sentence on validation prompts that are trained on; empty if there are none."""
+    hashes = {
+        split: [np.asarray(cache.index.prompt_hash) for cache in of_split]
+        for split, of_split in caches.items()
+    }
+    if not (hashes["train"] and hashes["validation"]):
+        return ""
+    if {c.path for c in caches["train"]} & {c.path for c in caches["validation"]}:
+        return ""  # told as a whole
+    held = np.concatenate(hashes["validation"])
+    count = int(np.isin(held, np.concatenate(hashes["train"])).sum())
+    if not count:
+        return ""
+    return (
+        f"{count:,} of {len(held):,} rows of the validation data have a prompt that is "
+        "trained on: their numbers say little of other prompts. Leave such rows out of "
+        "EVAL_DATA, or leave out EVAL_DATA, and EVAL_FRACTION of the prompts is held "
+        "out."
+    )
 
 
 def _tell_equal(

@@ -160,8 +160,9 @@ def copy_networks(path: str) -> Path:
                     f"{url} is damaged: {problem or 'it has no meta'}"
                 )
             mark.write_text(version)
-    if remote.holds(run_dir, vocabularies.MODEL_FILE):
-        remote.copy(f"{run_dir}/{vocabularies.MODEL_FILE}")
+    for name in vocabularies.FILES:
+        if remote.holds(run_dir, name):
+            remote.copy(f"{run_dir}/{name}")
     return target
 
 

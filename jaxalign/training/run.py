@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,11 +15,14 @@ from jaxalign import configs, models, user_code, vocabularies
 from jaxalign.batch import Batch
 from jaxalign.cluster import distributed
 from jaxalign.cluster import mesh as meshes
+from jaxalign.models import adapters
 from jaxalign.objectives import Objective
 from jaxalign.objectives.metrics import Metrics
+from jaxalign.training import checkpoints as ckpt
 from jaxalign.training import inputs as inputs_lib
 from jaxalign.training import sampling
 from jaxalign.training import step as steps
+from jaxalign.training.partition import Partition
 
 _log = logging.getLogger(__name__)
 
@@ -49,6 +52,13 @@ class Run:
         the policy; random if None.
       reference_checkpoint_path: the reference policy; the initial one if None.
       networks: checkpoints that other networks start from, by their names.
+      assignment: which parameters come from where in them; see
+        `jaxalign.training.partial`.
+      adapter: trains beside the objective's main network, which then rests.
+      trainable: regular expression over names such as
+        ``policy/decoder/layers_0/mlp/wo/kernel``: the parameters that train, beside an
+        adapter's; see `jaxalign.training.partition`.
+      untrained: likewise, those that do not.
       reference: ``"cached"`` scores the data once, before training; ``"online"`` does
         it in every step; ``"moving"`` does it with a reference that follows the policy.
       moving_reference: how it follows.
@@ -80,6 +90,10 @@ class Run:
     initial_checkpoint_path: str | None = None
     reference_checkpoint_path: str | None = None
     networks: Mapping[str, str] | None = None
+    assignment: Sequence[tuple[str, str | None]] | None = None
+    adapter: adapters.Adapter | None = None
+    trainable: str | None = None
+    untrained: str | None = None
     reference: str = "cached"
     moving_reference: steps.MovingReference = steps.MovingReference()
     verify_reference: bool = False
@@ -119,6 +133,12 @@ def from_gin() -> Run:
             "`jaxalign tasks` lists all."
         )
     run = make()
+    if run.initial_checkpoint_path and not configs.is_network_named():
+        # Nobody says which network: the checkpoint does.
+        path = run.initial_checkpoint_path
+        if text := ckpt.network_in_gin(path):
+            configs.set_network(text, f"as in {path}")
+            run = make()
     _log.info("Network: %s, %s", configs.network(), models.describe(run.model))
     return run
 
@@ -137,6 +157,11 @@ class Setup:
     def networks(self) -> dict[str, Any]:
         """The networks of the train state by name, the reference among them."""
         return _networks(self.run, self.objective)
+
+    @property
+    def partition(self) -> Partition:
+        """Which parameters train."""
+        return _partition(self.run, self.objective)
 
     @property
     def moving_reference(self) -> steps.MovingReference | None:
@@ -177,6 +202,7 @@ class Setup:
         def create(loaded: Any, key: jax.Array) -> Any:
             made = self.objective.start(self.objective.init_params(key), loaded)
             made[steps.REFERENCE] = loaded.get(steps.REFERENCE, made.get("policy"))
+            made = self.partition.with_adapter(made, jax.random.fold_in(key, 1))
             return {name: made[name] for name in shardings}
 
         with warnings.catch_warnings():
@@ -213,6 +239,7 @@ class Setup:
             self.run.optimizer,
             num_microbatches=self.run.num_microbatches,
             moving_reference=self.moving_reference,
+            partition=self.partition,
         )
         shardings = jax.tree.map(lambda s: s.sharding, self.abstract_state)
         return jax.jit(
@@ -225,7 +252,7 @@ class Setup:
         """The compiled evaluation step."""
         return jax.jit(
             meshes.with_activation_rules(
-                self.mesh, steps.make_eval_step(self.objective)
+                self.mesh, steps.make_eval_step(self.objective, self.partition)
             ),
             out_shardings=meshes.replicated(self.mesh),
         )
@@ -248,6 +275,7 @@ def setup(run: Run, reward_stats: tuple[float, float] | None = None) -> Setup:
         )
     steps.check_microbatches(objective, run.num_microbatches)
     _check_names(run, objective)
+    _check_partition(run, objective)
     mesh = meshes.named_mesh(run.mesh)
     meshes.check_batch(mesh, run.dataset.batch_size, run.num_microbatches)
     state = abstract_state(run, objective, mesh)
@@ -268,9 +296,11 @@ def abstract_state(
         do not divide over the mesh.
     """
     meshes.check_network(mesh, objective.model.config)
-    nets = _networks(run, objective)
+    nets, partition = _networks(run, objective), _partition(run, objective)
     shapes = {name: models.shapes(net) for name, net in nets.items()}
+    shapes = jax.eval_shape(partition.with_adapter, shapes, jax.random.key(0))
     axes = {name: models.logical_axes(net) for name, net in nets.items()}
+    axes = partition.with_axes(axes)
     state = jax.eval_shape(lambda p: _create_state(run, objective, p), shapes)
     params = meshes.param_shardings(mesh, axes, shapes)
     shardings = meshes.shardings_like(shapes, params, state, mesh)
@@ -283,13 +313,23 @@ def abstract_state(
 
 def _networks(run: Run, objective: Objective) -> dict[str, Any]:
     found = objective.networks()
-    if objective.uses_reference and run.reference != "cached":
+    # An adapter's base is at hand, and is the reference where none is named.
+    at_hand = _partition(run, objective).rests_on_base
+    at_hand &= not run.reference_checkpoint_path
+    if objective.uses_reference and run.reference != "cached" and not at_hand:
         found = {**found, steps.REFERENCE: objective.model}
     return found
 
 
+def _partition(run: Run, objective: Objective) -> Partition:
+    return Partition(
+        objective.main, objective.frozen, run.adapter, run.trainable, run.untrained
+    )
+
+
 def _create_state(run: Run, objective: Objective, networks: Any) -> steps.TrainState:
-    return steps.TrainState.create(networks, run.optimizer, objective)
+    partition = _partition(run, objective)
+    return steps.TrainState.create(networks, run.optimizer, objective, partition)
 
 
 _ITEMS = ("meta", "rest", "state")  # of checkpoints, beside their networks
@@ -322,6 +362,26 @@ def _check_names(run: Run, objective: Objective) -> None:
                 f"which {objective.main!r} starts from INITIAL_CHECKPOINT_PATH."
                 f"{user_code.hint(name, own)}"
             )
+
+
+def _check_partition(run: Run, objective: Objective) -> None:
+    """Refuses an adapter and expressions that cannot be.
+
+    Raises:
+      ValueError: saying what is wrong.
+    """
+    partition = _partition(run, objective)
+    if partition.whole:
+        return
+    moving = objective.uses_reference and run.reference == "moving"
+    if moving:
+        raise ValueError(
+            "REFERENCE='moving' is the average of whole policies: it goes with neither "
+            "ADAPTER nor TRAINABLE. Set REFERENCE='cached' or 'online'."
+        )
+    nets = objective.networks()
+    shapes = {name: models.shapes(net) for name, net in nets.items()}
+    partition.check(shapes, nets)
 
 
 def in_layout_of(like: Any, tree: Any) -> Any:

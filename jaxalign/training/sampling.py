@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from jaxalign import batch as batches
+from jaxalign.data.cuts import cut_prompt
 from jaxalign.data.jsonl import json_line
 from jaxalign.decoding import Generator, Sampling
 from jaxalign.files import write_atomically
@@ -57,7 +58,8 @@ class Sampler:
             progress=False,
         )
         lines = []
-        generations = generator(params, [row.prompts[0] for row in rows])
+        prompts = [cut_prompt(r.prompts[0], plan.inputs, plan.cut.inputs) for r in rows]
+        generations = generator(params, prompts)
         for row, generation in zip(rows, generations, strict=True):
             answer = row.responses[list(row.response_kind).index(batches.ANSWER)]
             lines.append(

@@ -11,7 +11,10 @@ from typing import Any
 import jax
 
 from jaxalign import models, remote, vocabularies
+from jaxalign.files import json_sha256
+from jaxalign.models import adapters
 from jaxalign.training import checkpoints as ckpt
+from jaxalign.training import partial
 from jaxalign.training.fingerprints import params_fingerprint
 from jaxalign.training.run import Setup, in_layout_of
 from jaxalign.training.step import REFERENCE, TrainState
@@ -22,7 +25,8 @@ _log = logging.getLogger(__name__)
 def load_network(path: str, name: str, ready: Setup) -> Any:
     """Parameters that a network starts from, on the run's mesh and in its layout.
 
-    They are those of the checkpoint's network of the same name, else of its main one.
+    They are those of the checkpoint's network of the same name, else of its main one;
+    with ``ASSIGNMENT`` some of them.
 
     Raises:
       ValueError: naming what differs: a field of the architecture, or the vocabulary.
@@ -34,10 +38,12 @@ def load_network(path: str, name: str, ready: Setup) -> Any:
     ours = ready.run.model.config.architecture()
     if name != REFERENCE:
         ours = ready.networks[name].config.architecture()
+    in_part = bool(ready.run.assignment) and name != REFERENCE
+    free = ("dropout_rate", *(partial.SHOWN if in_part else ()))
     differing = {
         field: (saved.get(field), value)
         for field, value in ours.items()
-        if field != "dropout_rate" and saved.get(field) != value
+        if field not in free and saved.get(field) != value
     }
     if differing:
         raise ValueError(
@@ -47,6 +53,11 @@ def load_network(path: str, name: str, ready: Setup) -> Any:
                 for field, (theirs, ours) in differing.items()
             )
         )
+    if in_part:
+        found = partial.load(path, name, source, ready)
+        if "embedding" in found.get("token_embedder", {}):
+            _check_vocabulary(path, meta, ready.run.vocabulary)
+        return found
     _check_vocabulary(path, meta, ready.run.vocabulary)
     found = ckpt.load(path, source, ready.mesh)
     config = found.model.config
@@ -62,6 +73,8 @@ def _check_vocabulary(
 ) -> None:
     """Refuses a checkpoint whose ids mean other text."""
     theirs = meta.get("vocabulary_fingerprint")
+    if meta["vocabulary"] is None:  # another project's, without its tokenizer
+        return
     if theirs is None:  # an older checkpoint: from the model file beside it
         folder = ckpt.resolve(path).parents[1]
         theirs = vocabularies.from_json(meta["vocabulary"], folder).fingerprint
@@ -85,14 +98,24 @@ def described(ready: Setup, fingerprints: Mapping[str, str | None]) -> dict[str,
     for name, network in ready.networks.items():
         found[name] = models.stored(network)
         begin = name if name in ready.starts else ready.objective.main
-        moves = name == REFERENCE and ready.moving_reference
-        if name in ready.abstract_state.frozen and begin in ready.starts and not moves:
-            # It can be read again where it was; a checkpoint need not repeat it.
+        # Where rules say what comes from where, no checkpoint is the network.
+        starts = begin in ready.starts and not ready.run.assignment
+        if starts:
             path = ready.starts[begin]
-            found[name] |= {
+            origin = {
                 "from": path if remote.is_remote(path) else os.path.abspath(path),
                 "fingerprint": fingerprints[_parent(ready, begin)],
             }
+        adapted = name == ready.objective.main and ready.run.adapter is not None
+        if adapted:
+            found[name] |= ready.partition.stored()
+        # What rests can be read again where it was; a checkpoint need not repeat it.
+        rests = name not in ready.abstract_state.params
+        moves = name == REFERENCE and ready.moving_reference
+        if starts and rests and not moves:
+            found[name] |= origin
+        elif starts and adapted:
+            found[name]["base"] = origin
     return found
 
 
@@ -111,7 +134,7 @@ def parents(ready: Setup, saved: Mapping[str, Any] | None) -> dict[str, str | No
     for name, path in ready.starts.items():
         if name != REFERENCE or ready.objective.uses_reference:
             parent = _parent(ready, name)
-            found[parent] = _content(path, saved, name, parent)
+            found[parent] = _content(path, saved, name, parent, ready)
     if ready.objective.uses_reference:
         found.setdefault(REFERENCE, found["initial"])
         if found[REFERENCE] is None and saved:
@@ -124,12 +147,19 @@ def _parent(ready: Setup, name: str) -> str:
 
 
 def _content(
-    path: str, saved: Mapping[str, Any] | None, name: str, parent: str
+    path: str, saved: Mapping[str, Any] | None, name: str, parent: str, ready: Setup
 ) -> str | None:
-    """The fingerprint of what a network starts from."""
+    """The fingerprint of what a network starts from.
+
+    Of a part of a checkpoint, and the seed, it is one of all that it is made of.
+    """
     try:
         meta = ckpt.read_meta(path)
-        return ckpt.description(meta, ckpt.source(meta, name), path)["fingerprint"]
+        found = ckpt.description(meta, ckpt.source(meta, name), path)["fingerprint"]
+        if ready.run.assignment and name != REFERENCE:
+            rules = [list(rule) for rule in ready.run.assignment]
+            found = json_sha256([found, rules, ready.run.seed])
+        return found
     except FileNotFoundError:
         if saved is None or saved["parents"].get(parent) is None:
             raise
@@ -144,12 +174,15 @@ def _content(
 
 def start(ready: Setup, key: jax.Array) -> TrainState:
     """The state before the first step: what checkpoints give, else random."""
-    loaded = {
+    return ready.init_state(key, _loaded(ready))
+
+
+def _loaded(ready: Setup) -> dict[str, Any]:
+    return {
         name: load_network(path, name, ready)
         for name, path in ready.starts.items()
         if name in ready.networks
     }
-    return ready.init_state(key, loaded)
 
 
 def with_frozen(ready: Setup, key: jax.Array, state: TrainState) -> TrainState:
@@ -166,6 +199,7 @@ def with_frozen(ready: Setup, key: jax.Array, state: TrainState) -> TrainState:
         if name in ready.starts
     }
     made = ready.init_networks(key, loaded, missing)
+    _, made = ready.partition.split(made)
     return state.replace(frozen={**state.frozen, **made})
 
 
@@ -187,9 +221,18 @@ def reference_policy(
     """
     written, starts = begun_with[REFERENCE], ready.starts
     held = None if ready.moving_reference else state.frozen.get(REFERENCE)
+    if held is None and not ready.run.reference_checkpoint_path:
+        held = ready.partition.reference(state.frozen)  # an adapter's base
     if held is None and new and begun_with["initial"] == written:
-        held = state.params["policy"]
+        held = adapters.plain(state.networks["policy"])
     path = starts.get(REFERENCE) or starts.get(ready.objective.main)
+    if held is None and path and ready.run.assignment and REFERENCE not in starts:
+
+        def begun() -> Any:
+            made = ready.init_networks(key, _loaded(ready), ("policy",))
+            return adapters.plain(made["policy"])
+
+        return written, begun
     if held is None and path:
         return written, lambda: load_network(path, REFERENCE, ready)
 

@@ -13,12 +13,12 @@ import optax
 
 from jaxalign import batch as batches
 from jaxalign.batch import Batch
+from jaxalign.models import adapters
 from jaxalign.objectives import Objective, reference_columns
 from jaxalign.objectives.base import Statistics, Step
 from jaxalign.objectives.metrics import Mean, Metrics
 from jaxalign.training.optimizers import gradient_norms
-
-REFERENCE = "reference"  # the network that fills the ``ref`` columns of a batch
+from jaxalign.training.partition import REFERENCE, Partition
 
 
 @flax.struct.dataclass
@@ -27,12 +27,13 @@ class TrainState:
 
     Attributes:
       step: how many steps have been taken.
-      params: of the networks that are trained, ``{name: parameters}``, float32.
+      params: those that are trained, ``{network: parameters}``, float32.
       opt_state: the optimizer's.
       finite: False once a loss or gradient was not finite. From then on no step
         changes anything, so the state stays the last good one until the host looks.
-      frozen: of the networks that no gradient reaches, ``{name: parameters}``; one of
-        them may be the reference, which rests or follows the policy by a rule.
+      frozen: those that no gradient reaches, ``{network: parameters}``: of networks
+        that rest, such as the reference, which may also follow the policy by a rule,
+        and of those that train in part.
       running: the statistics that an objective adds up over steps.
     """
 
@@ -49,6 +50,7 @@ class TrainState:
         networks: dict[str, Any],
         tx: optax.GradientTransformation,
         objective: Objective | None = None,
+        partition: Partition | None = None,
     ) -> TrainState:
         """A state before the first step.
 
@@ -57,23 +59,25 @@ class TrainState:
           tx: the optimizer.
           objective: says which networks are frozen, beside the reference, and which
             statistics add up over steps; None: none are or do.
+          partition: says which parameters train; None: all of the other networks'.
         """
-        held = {REFERENCE, *(objective.frozen if objective else ())}
-        params = {name: tree for name, tree in networks.items() if name not in held}
+        resting = objective.frozen if objective else ()
+        partition = partition or Partition(resting=resting)
+        params, frozen = partition.split(networks)
         zero = jnp.zeros((), jnp.float32)
         return cls(
             jnp.zeros((), jnp.int32),
             params,
             tx.init(params),
             jnp.array(True),
-            {name: tree for name, tree in networks.items() if name in held},
+            frozen,
             dict.fromkeys(objective.running if objective else (), (zero, zero)),
         )
 
     @property
     def networks(self) -> dict[str, Any]:
-        """The parameters of all networks by name."""
-        return {**self.frozen, **self.params}
+        """The parameters of all networks by name, an adapter's beside its base's."""
+        return adapters.overlay(self.frozen, self.params)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,6 +170,7 @@ def make_train_step(
     *,
     num_microbatches: int = 1,
     moving_reference: MovingReference | None = None,
+    partition: Partition | None = None,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """Makes ``step(state, batch, key) -> (state, metrics)``, unjitted.
 
@@ -180,33 +185,38 @@ def make_train_step(
         memory. The result does not depend on it: denominators and statistics are the
         whole batch's.
       moving_reference: how the state's reference follows the policy; None: it rests.
+      partition: which parameters train; None: all of the networks that do.
 
     Raises:
       ValueError: for microbatches of an objective that cannot be cut.
     """
     check_microbatches(objective, num_microbatches)
+    partition = partition or Partition(resting=objective.frozen)
 
     def step(
         state: TrainState, batch: Batch, key: jax.Array
     ) -> tuple[TrainState, Metrics]:
-        batch = with_reference(objective, state.frozen, batch)
+        batch = with_reference(objective, partition.reference(state.frozen), batch)
         denominators = objective.denominators(batch)
         dropout_key = jax.random.fold_in(key, state.step) if objective.dropout else None
 
+        def networks(params: Any, key: jax.Array | None) -> Any:
+            return partition.join(params, state.frozen, training=key is not None)
+
         def whole(params: Any) -> tuple[jax.Array, Any]:
             out, statistics = objective.whole(
-                {**state.frozen, **params},
+                networks(params, dropout_key),
                 Step(batch, key=dropout_key),
                 lambda found: with_running(found, state.running),
             )
             return total_loss(out.sums, denominators), (*out, statistics)
 
         def part(params: Any, piece: Step) -> Any:
-            out = objective.loss({**state.frozen, **params}, piece)
+            out = objective.loss(networks(params, piece.key), piece)
             return total_loss(out.sums, denominators), (out.sums, out.metrics)
 
         def statistics_of(piece: Batch) -> Statistics:
-            return objective.statistics(state.networks, piece)
+            return objective.statistics(networks(state.params, None), piece)
 
         if num_microbatches == 1:
             grads, (sums, metrics, statistics) = jax.grad(whole, has_aux=True)(
@@ -284,16 +294,17 @@ def make_train_step(
     return step
 
 
-def with_reference(objective: Objective, frozen: dict[str, Any], batch: Batch) -> Batch:
+def with_reference(objective: Objective, reference: Any, batch: Batch) -> Batch:
     """The batch with the reference columns an objective needs, scored now.
 
-    One that has them, or a state without a reference, leaves it as it is.
+    One that has them, or no `reference`, leaves it as it is.
     """
-    if REFERENCE not in frozen or "response_ref_logps" in batch:
+    needed = reference is not None and objective.uses_reference
+    if not needed or "response_ref_logps" in batch:
         return batch
     columns = reference_columns(
         objective.model,
-        frozen[REFERENCE],
+        reference,
         batch,
         mismatched=objective.uses_mismatched,
     )
@@ -308,7 +319,9 @@ def with_running(statistics: Statistics, running: Statistics) -> Statistics:
     }
 
 
-def make_eval_step(objective: Objective) -> Callable[..., Metrics]:
+def make_eval_step(
+    objective: Objective, partition: Partition | None = None
+) -> Callable[..., Metrics]:
     """Makes ``step(state, batch) -> metrics``, unjitted, without dropout.
 
     The training state's running statistics and its reference stand in for the batch's
@@ -317,11 +330,13 @@ def make_eval_step(objective: Objective) -> Callable[..., Metrics]:
     The objective's sums come back as ``objective/<denominator>`` metrics, so that the
     loss over a whole evaluation set is `evaluation_loss` of their summary.
     """
+    partition = partition or Partition(resting=objective.frozen)
 
     def step(state: TrainState, batch: Batch) -> Metrics:
-        batch = with_reference(objective, state.frozen, batch)
+        batch = with_reference(objective, partition.reference(state.frozen), batch)
+        networks = partition.join(state.params, state.frozen)
         out, _ = objective.whole(
-            state.networks, Step(batch), lambda found: found | state.running
+            networks, Step(batch), lambda found: found | state.running
         )
         # A batch that keeps nothing has a count of 0, and so weighs nothing.
         counts = objective.denominators(batch)

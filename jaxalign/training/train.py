@@ -255,9 +255,8 @@ def train(run: Run, config_text: str = "") -> dict[str, float]:
                 if run.sampler and can_generate:
                     path = run_dir / "samples" / f"{done}.jsonl"
                     with dog.patient(f"the samples after step {done}"):
-                        found = run.sampler.write(
-                            path, ready, state.params[main], run.seed
-                        )
+                        own = ready.partition.join(state.params, state.frozen)[main]
+                        found = run.sampler.write(path, ready, own, run.seed)
                     writer.write(done, found)
                     watched(found)
             if saving:
@@ -301,7 +300,10 @@ def restore(
     if found is None:
         return None
     state, meta = found
-    return in_layout_of(ready.abstract_state, state), meta
+    # What rests may not be in the checkpoint.
+    resting = {name: ready.abstract_state.frozen[name] for name in state.frozen}
+    like = ready.abstract_state.replace(frozen=resting)
+    return in_layout_of(like, state), meta
 
 
 def _scans(meta: dict[str, Any]) -> bool:

@@ -19,19 +19,28 @@ from jaxalign import remote
 from jaxalign.vocabularies.base import EOS_ID, PAD_ID, UNK_ID
 from jaxalign.vocabularies.byte import ByteVocabulary
 from jaxalign.vocabularies.sentence_piece import MODEL_FILE, SentencePieceVocabulary
+from jaxalign.vocabularies.tokenizer_json import (
+    TOKENIZER_FILE,
+    TokenizerVocabulary,
+    tokenizer_file,
+)
 
 __all__ = [
     "EOS_ID",
+    "FILES",
     "MODEL_FILE",
     "PAD_ID",
     "UNK_ID",
     "ByteVocabulary",
     "SentencePieceVocabulary",
+    "TokenizerVocabulary",
     "Vocabulary",
     "from_json",
+    "tokenizer_file",
 ]
 
-Vocabulary = ByteVocabulary | SentencePieceVocabulary
+FILES = (MODEL_FILE, TOKENIZER_FILE)  # that a vocabulary may save beside its JSON
+Vocabulary = ByteVocabulary | SentencePieceVocabulary | TokenizerVocabulary
 
 
 def from_json(spec: dict[str, Any], directory: str | pathlib.Path = ".") -> Vocabulary:
@@ -43,12 +52,13 @@ def from_json(spec: dict[str, Any], directory: str | pathlib.Path = ".") -> Voca
     if spec.get("kind") == "bytes":
         return ByteVocabulary(extra_ids=spec["extra_ids"])
     if spec.get("kind") == "sentencepiece":
-        return SentencePieceVocabulary(
-            str(remote.below(directory, spec["model"])),
-            extra_ids=spec["extra_ids"],
-            escape=spec["escape"],
-        )
+        path = str(remote.below(directory, spec["model"]))
+        rest = {k: v for k, v in spec.items() if k not in ("kind", "model")}
+        return SentencePieceVocabulary(path, **rest)
+    if spec.get("kind") == "tokenizer":
+        path = remote.below(directory, spec["model"])
+        return TokenizerVocabulary(path.read_text("utf-8"), **spec["ids"])
     raise ValueError(
         f"Unknown vocabulary kind {spec.get('kind')!r}; known: 'bytes', "
-        "'sentencepiece'."
+        "'sentencepiece', 'tokenizer'."
     )

@@ -13,7 +13,8 @@ PAD_ID, EOS_ID, UNK_ID = 0, 1, 2
 class BaseVocabulary:
     """The part of a vocabulary that does not depend on its kind."""
 
-    pad_id, eos_id, unk_id = PAD_ID, EOS_ID, UNK_ID
+    # start_id: what a decoder reads before the first token.
+    pad_id, eos_id, unk_id, start_id = PAD_ID, EOS_ID, UNK_ID, PAD_ID
     extra_ids: int
     vocab_size: int
     fingerprint: str
@@ -33,6 +34,6 @@ class BaseVocabulary:
     def until_eos(self, ids: Iterable[int]) -> np.ndarray:
         """The ids before the first EOS, padding left out."""
         array = np.asarray(ids if hasattr(ids, "__len__") else list(ids), np.int64)
-        stops = np.flatnonzero(array == EOS_ID)
+        stops = np.flatnonzero(array == self.eos_id)
         array = array[: stops[0]] if len(stops) else array
-        return array[array != PAD_ID]
+        return array[array != self.pad_id]

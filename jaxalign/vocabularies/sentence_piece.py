@@ -30,21 +30,32 @@ class SentencePieceVocabulary(BaseVocabulary):
         highest id, as in T5.
       escape: spell characters that the model cannot hold with ones that it can.
         Sentinels at word starts stay sentinels.
+      pad_id: of padding, where the model does not say 0 (MADLAD-400 pads with 1).
+      eos_id: that ends a text, where the model does not say 1.
 
     Raises:
-      ValueError: when the model's padding, EOS and unknown ids are not 0, 1 and 2.
+      ValueError: when the model has no padding, EOS or unknown ids, or, unless those
+        are given, others than 0, 1 and 2.
     """
 
-    def __init__(self, path: str, extra_ids: int = 100, escape: bool = True):
+    def __init__(
+        self,
+        path: str,
+        extra_ids: int = 100,
+        escape: bool = True,
+        pad_id: int = PAD_ID,
+        eos_id: int = EOS_ID,
+    ):
         self.path = str(path)
         self.extra_ids = extra_ids
         self.escape = escape
+        self.pad_id, self.eos_id = pad_id, eos_id
         self.model_bytes = _read_bytes(self.path)
         self._load()
 
     def __getstate__(self) -> dict[str, Any]:
         """What another process needs, which may not see the model's file."""
-        names = ("path", "extra_ids", "escape", "model_bytes")
+        names = ("path", "extra_ids", "escape", "pad_id", "eos_id", "model_bytes")
         return {name: getattr(self, name) for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -62,11 +73,15 @@ class SentencePieceVocabulary(BaseVocabulary):
             model_proto=self.model_bytes + sentinels
         )
         self._sentinels = sentinels
-        special = (self._model.pad_id(), self._model.eos_id(), self._model.unk_id())
-        if special != (PAD_ID, EOS_ID, UNK_ID):
+        pad, eos = self._model.pad_id(), self._model.eos_id()
+        self.unk_id = self._model.unk_id()
+        own = (self.pad_id, self.eos_id) != (PAD_ID, EOS_ID)
+        fits = eos == self.eos_id and pad in (-1, self.pad_id) and self.unk_id >= 0
+        if not (fits if own else (pad, eos, self.unk_id) == (PAD_ID, EOS_ID, UNK_ID)):
             raise ValueError(
-                f"{self.path} has (pad, EOS, unknown) ids {special}, expected (0, 1, "
-                "2) as in T5: train it with pad_id=0, eos_id=1, unk_id=2, bos_id=-1."
+                f"{self.path} has (pad, EOS, unknown) ids {(pad, eos, self.unk_id)}, "
+                f"expected ({self.pad_id}, {self.eos_id}, 2) as in T5: train it with "
+                "pad_id=0, eos_id=1, unk_id=2, bos_id=-1."
             )
         self.vocab_size = self._model.get_piece_size()
         self._escapes = None
@@ -84,6 +99,10 @@ class SentencePieceVocabulary(BaseVocabulary):
             f"SentencePieceVocabulary({self.path!r}, extra_ids={self.extra_ids}, "
             f"escape={self.escape})"
         )
+
+    def piece(self, token: int) -> str:
+        """How the model's own file writes an id."""
+        return self._model.id_to_piece(token)
 
     def encode_inside(self, text: str) -> list[int]:
         """Ids of text behind other text, to which no space is added.
@@ -124,7 +143,7 @@ class SentencePieceVocabulary(BaseVocabulary):
         return self._escapes.unescape(text, final) if self._escapes else text
 
     def decode(self, ids: Iterable[int], final: bool = True) -> str:
-        """Text up to the first EOS, escapes undone; unknown ids read `` ⁇ ``.
+        """Text up to the first EOS, escapes undone; unknown ids read as ⁇.
 
         Args:
           final: whether they are all. If not, what further ids may change is held
@@ -132,7 +151,7 @@ class SentencePieceVocabulary(BaseVocabulary):
             returned then is a prefix of the text of ``ids`` and any that follow.
         """
         kept = self.until_eos(ids)
-        kept = np.where(kept < self.vocab_size, kept, UNK_ID).tolist()
+        kept = np.where(kept < self.vocab_size, kept, self.unk_id).tolist()
         if not final:
             kept = kept[: len(kept) - self._half_a_character(kept)]
         return self.unescape_text(self._model.decode(kept), final)
@@ -174,12 +193,15 @@ class SentencePieceVocabulary(BaseVocabulary):
 
     def to_json(self) -> dict[str, Any]:
         """A JSON description for :func:`from_json`."""
-        return {
+        spec = {
             "kind": "sentencepiece",
             "model": MODEL_FILE,
             "extra_ids": self.extra_ids,
             "escape": self.escape,
         }
+        if (self.pad_id, self.eos_id) != (PAD_ID, EOS_ID):
+            spec |= {"pad_id": self.pad_id, "eos_id": self.eos_id}
+        return spec
 
     def save(self, directory: str | pathlib.Path) -> None:
         """Writes the model as ``vocabulary.model`` into ``directory``."""

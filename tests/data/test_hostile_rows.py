@@ -112,8 +112,7 @@ def test_a_field_that_no_row_has_is_told_once(tmp_path):
         ("a.json", '[\n{"prompt": "p"}\n]\n', "holds one JSON array"),
         ("a.jsonl", '[{"prompt": "p"}, {"prompt": "q"}]\n', "holds one JSON array"),
         ("a.json", '{\n  "prompt": "p"\n}\n', "an object over several lines"),
-        ("a.csv", "prompt,completion\na,b\n", "is CSV"),
-        ("a.tsv", "prompt\tcompletion\n", "is TSV"),
+        ("a.xlsx", "PK", "is a spreadsheet"),
     ],
 )
 def test_other_formats_are_refused_in_one_line(tmp_path, name, content, message):

@@ -23,6 +23,7 @@ class Pieces:
 
     pieces = [b" a", b"a", b"b", b"ab", b" ", b"\xc3", b"\xa9", b"1", b"\n"]
     vocab_size = 3 + len(pieces)
+    eos_id = 1
     escapes = None
 
     def token_bytes(self, first=False):

@@ -14,7 +14,7 @@ from jaxalign.decoding.generator import prompt_bucket
 class Letters:
     """Ids 2..23 are letters."""
 
-    vocab_size = 24
+    vocab_size, eos_id = 24, 1
 
     def decode(self, ids):
         return "".join(chr(ord("a") + i - 2) for i in ids if i > 1)
@@ -144,3 +144,26 @@ def test_bad_prompts_are_named_when_called(tiny, prompts, ids, message):
 def test_bad_sizes_are_refused(tiny):
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
         _generator(tiny[0], batch_size=0)
+
+
+def test_eos_is_the_vocabularys(tiny):
+    model, params = tiny
+
+    class Others(Letters):
+        eos_id = 2
+
+    prompts = _prompts([3, 5])
+    settings = {"max_prompt_length": 8, "max_new_tokens": 12, "num_samples": 8}
+    a, b = (
+        list(Generator(model, kind(), **settings)(params, prompts))
+        for kind in (Letters, Others)
+    )
+    found = set()
+    for ours, theirs in ((a[0], b[0]), (a[1], b[1])):
+        for x, y in zip(ours.tokens, theirs.tokens, strict=True):
+            # The same draws, cut at another id.
+            both = min(len(x), len(y))
+            np.testing.assert_array_equal(x[:both], y[:both])
+            assert 1 not in x[:-1] and 2 not in y[:-1]
+            found |= {len(y) < 12 and int(y[-1])}
+    assert found <= {2, False} and 2 in found

@@ -80,7 +80,7 @@ def test_of_stops_completed_together_the_longest_cuts():
 class Letters:
     """Ids 2..23 are letters."""
 
-    vocab_size = 24
+    vocab_size, eos_id = 24, 1
 
     def decode(self, ids, final=True):
         return "".join(chr(ord("a") + i - 2) for i in ids if i > 1)

@@ -75,3 +75,14 @@ def test_a_policy_is_no_reward_model(monkeypatch):
     loaded(monkeypatch, models.T5)
     with pytest.raises(ValueError, match="did you mean likelihood:runs/a"):
         judges.resolve("reward:runs/a")(["p"], ["r"])
+
+
+def test_settings_of_a_token_judge_are_checked():
+    for name, says in (
+        ("token:runs/a?clip=25,0#1", "clip must be LOW,HIGH"),
+        ("token:runs/a?clp=0,25#1", "'clp=0,25'; expected name=value of clip"),
+        ("token:runs/a#1,2,3", "names no token"),
+        ("token:runs/a#x", "names no token"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            judges.resolve(name)

@@ -2,6 +2,7 @@
 
 import pathlib
 
+import foreign_folders
 import gin
 import jax
 import numpy as np
@@ -43,6 +44,22 @@ FAMILIES = {
     "mt5": (T5_1_1, 250112, True, False),
     "byt5": (BYT5, 384, True, False),
 }
+# Files of one size or of odd ones: shape, vocabulary, gated, tied, and what the field
+# says of their parameters, in units of the last digit.
+OTHERS = {
+    "ul2_20b": ((4096, 16, 256, 16384, 32, 32), 32128, True, False, 19.5e9),
+    "flan_ul2": ((4096, 16, 256, 16384, 32, 32), 32128, True, False, 19.5e9),
+    "madlad400_3b": ((1024, 16, 128, 8192, 32, 32), 256000, True, False, 2.94e9),
+    "madlad400_7b": ((2048, 16, 128, 8192, 48, 48), 256000, True, False, 8.3e9),
+    "madlad400_10b": ((2048, 32, 128, 16384, 32, 32), 256000, True, False, 10.7e9),
+    "aya_101": (T5_1_1["xxl"], 250112, True, False, 12.9e9),
+    "codet5p_220m": (T5_1_0["base"], 32100, False, True, 223e6),
+    "codet5p_770m": (T5_1_0["large"], 32100, False, True, 738e6),
+    "umt5_small": (T5_1_1["small"], 256384, True, False, 307e6),
+    "umt5_base": (T5_1_1["base"], 256384, True, False, 592e6),
+    "umt5_xl": (T5_1_1["xl"], 256384, True, False, 3.77e9),
+    "umt5_xxl": (T5_1_1["xxl"], 256384, True, False, 13.0e9),
+}
 # As counted from the published checkpoints.
 PUBLISHED = {
     "t5_1_0_small": 60_506_624,
@@ -62,13 +79,13 @@ PUBLISHED = {
 }
 
 
-def count(shape, vocab, gated, tied):
-    """Parameters by hand: projections, norms, two bias tables, embedding, head."""
+def count(shape, vocab, gated, tied, tables=2):
+    """Parameters by hand: projections, norms, bias tables, embedding, head."""
     e, h, d, f, encoder, decoder = shape
     attention = 4 * e * h * d + e
     mlp = (3 if gated else 2) * e * f + e
     layers = encoder * (attention + mlp) + decoder * (2 * attention + mlp)
-    return layers + 2 * e + 2 * h * 32 + vocab * e * (1 if tied else 2)
+    return layers + 2 * e + tables * h * 32 + vocab * e * (1 if tied else 2)
 
 
 @pytest.fixture(autouse=True)
@@ -94,7 +111,7 @@ def num_parameters(model):
 def test_every_file_is_tested():
     found = {path.stem for path in (CONFIGS / "models").glob("*.gin")}
     want = {f"{family}_{size}" for family in FAMILIES for size in SIZES}
-    assert found == want | {"t5_1_1_tiny"}
+    assert found == want | {"t5_1_1_tiny", *OTHERS}
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -111,6 +128,32 @@ def test_published_shapes(family, size):
     path = gin.query_parameter("%VOCABULARY_PATH")
     assert path.startswith("gs://t5-data/vocabs/")
     assert ("mc4" in path) == (family == "mt5")
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_shapes(name):
+    shape, vocab, gated, tied, published = OTHERS[name]
+    bindings = ["models.T5Config.scan_layers = True", "VOCABULARY_PATH = 'x'"]
+    model = parse(name, bindings)
+    got = num_parameters(model)
+    umt5 = name.startswith("umt5")
+    assert got == count(shape, vocab, gated, tied, sum(shape[4:]) if umt5 else 2)
+    assert abs(got / published - 1) < 0.01
+    assert model.config.head_dim == shape[2]
+    first = "silu" if "ul2" in name else "gelu" if gated else "relu"
+    assert model.config.mlp_activations[0] == first
+
+
+def test_vocabularies_with_other_ids(tmp_path):
+    foreign_folders.write_tokenizer("madlad", tmp_path / "madlad")
+    parse("madlad400_3b", [f"VOCABULARY_PATH = '{tmp_path}/madlad/spiece.model'"])
+    found = gin.query_parameter("%VOCABULARY").scoped_configurable_fn()
+    assert (found.pad_id, found.eos_id) == (1, 2)
+    foreign_folders.write_tokenizer("bpe", tmp_path / "bpe")
+    parse("codet5p_220m", [f"VOCABULARY_PATH = '{tmp_path}/bpe/tokenizer.json'"])
+    found = gin.query_parameter("%VOCABULARY").scoped_configurable_fn()
+    assert (found.pad_id, found.eos_id, found.start_id) == (0, 2, 0)
+    assert found.decode(found.encode("x = 1")) == "x = 1"
 
 
 @pytest.mark.parametrize("name", ["t5_1_1_tiny", "byt5_small"])

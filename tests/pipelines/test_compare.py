@@ -76,6 +76,7 @@ def compare(tmp_path, monkeypatch):
     monkeypatch.setattr(quickstart.world, "write_dataset", dataset)
     monkeypatch.setattr(comparison.generation, "sample", sample)
     monkeypatch.setattr(comparison.checkpoints, "load", lambda path, *_: None)
+    monkeypatch.setattr(comparison.checkpoints, "network_in_gin", lambda path: None)
     zeros = np.zeros(100)
     monkeypatch.setattr(
         comparison.score, "score_pairs", lambda _, p, **__: (zeros[: len(p)], None)

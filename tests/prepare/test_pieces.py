@@ -7,6 +7,7 @@ import pathlib
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import zstandard
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
@@ -53,6 +54,18 @@ def test_a_line_longer_than_pieces(folder):
     for size in (3, 10, 64, 1000):
         found = list(read_in_pieces(pieces.cut([path], size)))
         assert found == [(str(path), n, row) for n, row in enumerate(rows, start=1)]
+
+
+def test_tables_and_zstandard_stay_whole(folder):
+    (folder / "t.csv").write_text('prompt,n\n"a\nb",1\nc,2\n')
+    packed = zstandard.ZstdCompressor().compress(b'{"a": 1}\n\n{"a": 2}\n')
+    (folder / "z.jsonl.zst").write_bytes(packed)
+    files = [folder / name for name in ("t.csv", "z.jsonl.zst")]
+    found = list(pieces.cut(files, 1))
+    assert [(p.start, p.stop) for p in found] == [(0, None), (0, None)]
+    rows = [(line, row) for _, line, row in read_in_pieces(found)]
+    assert rows[0] == (2, {"prompt": "a\nb", "n": "1"}) and rows[1][0] == 4
+    assert [line for line, _ in rows[2:]] == [1, 2, 3]
 
 
 def test_parquet_is_cut_into_row_groups_and_packed_files_stay_whole(folder):

@@ -273,8 +273,9 @@ def test_a_prepared_folder_is_used_as_it_is(tmp_path, file):
         run(tmp_path, folder, "preference")
     with pytest.raises(ValueError, match="set VOCABULARY to the former"):
         run(tmp_path, folder, vocabulary=ByteVocabulary(1))
-    with pytest.raises(FileNotFoundError, match="holds no cache.json"):
-        run(tmp_path, str(tmp_path))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"no cache.json .* and no data files"):
+        run(tmp_path, str(tmp_path / "empty"))
 
 
 @pytest.mark.parametrize(

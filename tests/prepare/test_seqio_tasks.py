@@ -4,7 +4,6 @@ TensorFlow is imported by the tests, not with them: collecting them is not to wa
 """
 
 import json
-import pathlib
 
 import numpy as np
 import pytest
@@ -216,16 +215,21 @@ def test_trajectories_of_ours_through_seqio(tmp_path, registry):
     assert [r.response_reward for r in rows] == [[1.0], [0.0]]
 
 
-def test_rationales_of_ours_through_seqio(tmp_path, registry, monkeypatch):
-    """Every pair has a rationale prompt of its own, and either answer may be first."""
+@pytest.mark.parametrize("folder", ["here", "elsewhere"])
+def test_rationales_of_ours_through_seqio(tmp_path, registry, folder):
+    """Every pair has a rationale prompt of its own, and either answer may be first.
+
+    Which is drawn from the file's name and line: the same file elsewhere, and the cache
+    that is made without seqio, show the same.
+    """
     samples = {f"m{i}": {"solution": f"w{i}", "is_correct": False} for i in range(12)}
     raw = {"question": "q", "ground_truth": "because", **samples}
     raw["right"] = {"solution": "s", "is_correct": True}
-    # Which answer is first is drawn from the file's path as it is given.
-    monkeypatch.chdir(tmp_path)
-    pathlib.Path("solutions.jsonl").write_text(json.dumps(raw) + "\n")
+    file = tmp_path / folder / "solutions.jsonl"
+    file.parent.mkdir()
+    file.write_text(json.dumps(raw) + "\n")
     name = seqio_tasks.register(
-        "gsm8k", "rationale", ByteVocabulary(), data="solutions.jsonl", name="why"
+        "gsm8k", "rationale", ByteVocabulary(), data=str(file), name="why"
     )
     rows = list(prepared(tmp_path, name, "rationale"))
     decode = ByteVocabulary().decode
@@ -239,6 +243,16 @@ def test_rationales_of_ours_through_seqio(tmp_path, registry, monkeypatch):
         assert row.response_prompt == [0, 0, 1] and row.pairs == [(0, 1, 0.0)]
         first.append("Response A: s" in question)
     assert 2 < sum(first) < 10
+    options = {"vocabulary": ByteVocabulary(), "task": "gsm8k"}
+    (straight,) = prepared(tmp_path, str(file), "rationale", **options)
+    assert [decode(p) for p in straight.prompts[1:]] == [
+        decode(row.prompts[1]) for row in rows
+    ]
+    assert first == FIRST
+
+
+# Drawn once: the same in every folder.
+FIRST = [i in (1, 3, 8, 10) for i in range(12)]
 
 
 def test_escapes_pass_through_seqio(tmp_path, registry):

@@ -6,16 +6,28 @@ import numpy as np
 import torch
 import transformers
 
-from jaxalign.interop import huggingface
+from jaxalign.interop import folders
+from jaxalign.interop.huggingface_config import config_of, names_of
+
+IDS = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
+
+
+def state_of(model, params) -> dict[str, np.ndarray]:
+    """Parameters under the names of a state dict."""
+    leaves, state = folders.unstack(params), {}
+    for path, (name, transposed) in names_of(model.config):
+        leaf = leaves[path].transposed if transposed else leaves[path]
+        state[name] = leaf.read()
+    return state
 
 
 def torch_model(model, params):
     theirs = transformers.T5ForConditionalGeneration(
-        transformers.T5Config(**huggingface.config_to_huggingface(model.config))
+        transformers.T5Config(**config_of(model.config), **IDS)
     ).eval()
     # A head of its own, which some versions of transformers tie whatever they are told.
     theirs.lm_head.weight = torch.nn.Parameter(theirs.lm_head.weight.detach().clone())
-    state = huggingface.params_to_huggingface(params, model.config)
+    state = state_of(model, params)
     if model.config.logits_via_embedding:
         state["lm_head.weight"] = state["shared.weight"]
     result = theirs.load_state_dict(

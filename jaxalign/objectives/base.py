@@ -46,6 +46,16 @@ class LossOutput(NamedTuple):
     metrics: Metrics
 
 
+def total_loss(
+    sums: dict[str, jax.Array], denominators: dict[str, jax.Array]
+) -> jax.Array:
+    """Sums over *global* denominators; a sum over nothing is 0."""
+    return sum(
+        sums[name] / jnp.where(denominators[name] > 0, denominators[name], 1.0)
+        for name in sorted(sums)
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Objective(abc.ABC):
     """A model's forward pass, a loss and its metrics: something the loop can step.
@@ -185,12 +195,7 @@ class Objective(abc.ABC):
             batch = {**batch, **scored}
         step = Step(batch, key=key if self.dropout else None)
         out, _ = self.whole(params, step, lambda found: found)
-        counts = self.denominators(batch)
-        parts = {
-            name: out.sums[name] / jnp.where(counts[name] > 0, counts[name], 1.0)
-            for name in sorted(out.sums)
-        }
-        return sum(parts.values()), out.metrics
+        return total_loss(out.sums, self.denominators(batch)), out.metrics
 
     def response_logps(
         self, params: Params, batch: Batch, key: jax.Array | None = None

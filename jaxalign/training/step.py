@@ -15,7 +15,7 @@ from jaxalign import batch as batches
 from jaxalign.batch import Batch
 from jaxalign.models import adapters
 from jaxalign.objectives import Objective, reference_columns
-from jaxalign.objectives.base import Statistics, Step
+from jaxalign.objectives.base import Statistics, Step, total_loss
 from jaxalign.objectives.metrics import Mean, Metrics
 from jaxalign.training.optimizers import gradient_norms
 from jaxalign.training.partition import REFERENCE, Partition
@@ -139,16 +139,6 @@ def _sum_over(microbatches: Batch, function: Callable[[Batch], Any]) -> Any:
         microbatches,
     )
     return total
-
-
-def total_loss(
-    sums: dict[str, jax.Array], denominators: dict[str, jax.Array]
-) -> jax.Array:
-    """Sums over *global* denominators; a sum over nothing is 0."""
-    return sum(
-        sums[name] / jnp.where(denominators[name] > 0, denominators[name], 1.0)
-        for name in sorted(sums)
-    )
 
 
 def check_microbatches(objective: Objective, count: int) -> None:

@@ -7,7 +7,6 @@ module needs neither PyTorch nor peft.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import os
 import re
@@ -16,14 +15,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from flax import traverse_util
 
 from jaxalign import remote
-from jaxalign.interop import huggingface, tensor_files
+from jaxalign.interop import huggingface, merging, tensor_files
 from jaxalign.interop.folders import Foreign, unstack
 from jaxalign.interop.huggingface_config import names_of
-from jaxalign.interop.leaves import Index, Leaf, of_array
+from jaxalign.interop.leaves import Leaf, of_array
 from jaxalign.models import adapters
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -71,15 +69,7 @@ class PeftAdapter:
 
     def merged(self) -> Foreign:
         """The network with the adapter merged into it, leaf by leaf as it is read."""
-        beside: dict[str, dict[str, Leaf]] = {}
-        for path, leaf in self.own.items():
-            module, _, name = path.rpartition("/")
-            beside.setdefault(f"{module}/kernel", {})[name] = leaf
-        scale = getattr(self.adapter, "scale", 1.0)
-        leaves = {
-            path: _merged(leaf, beside[path], scale) if path in beside else leaf
-            for path, leaf in self.foreign.leaves.items()
-        }
+        leaves = merging.merged(self.adapter, self.foreign.leaves, self.own)
         return dataclasses.replace(self.foreign, leaves=leaves)
 
 
@@ -343,32 +333,3 @@ def _short(modules: set[str], every: set[str]) -> list[str]:
 
 def _reshaped(leaf: Leaf, shape: tuple[int, ...]) -> Leaf:
     return of_array(leaf.read().reshape(shape))  # a vector
-
-
-def _merged(kernel: Leaf, beside: Mapping[str, Leaf], scale: float) -> Leaf:
-    """``kernel`` with what is beside it merged in, part by part."""
-
-    @functools.cache
-    def held(name: str) -> np.ndarray:
-        return np.asarray(beside[name].read(), np.float32)
-
-    @functools.cache
-    def gain() -> np.ndarray:
-        full = np.asarray(kernel.read(), np.float32)
-        updated = full + scale * (held("lora_a") @ held("lora_b"))
-        return held("magnitude") / np.linalg.norm(updated, axis=0)
-
-    def read(at: Index) -> np.ndarray:
-        values = np.asarray(kernel.read(at), np.float32)
-        if "lora_a" in beside:
-            a, b = held("lora_a")[at[0]], held("lora_b")[:, at[1]]
-            values = values + scale * (a @ b)
-        if "magnitude" in beside:
-            values = values * gain()[at[1]]
-        if "gain_in" in beside:
-            values = values * held("gain_in")[at[0], None]
-        if "gain" in beside:
-            values = values * held("gain")[at[1]]
-        return values
-
-    return Leaf(kernel.shape, np.dtype(np.float32), read)

@@ -157,28 +157,46 @@ def _with_adapter(
     trained, resting = partition.split({name: like})
     if "base" not in about:
         found = _read_network(folder, meta, name, like)
-        own, base = parted(found, trained[name])
-        return Adapted(partition.adapter, base, own)
+        own, rest = parted(found, trained[name])
+        return Adapted(partition.adapter, rest, own)
     own = _read_network(folder, meta, name, trained[name])
-    told = about["base"]
-    try:
-        found = load(told["from"], source(read_meta(told["from"]), name), mesh)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"{path} holds an adapter of {told['from']}, which is gone: put it back, "
-            f"or a link to where it is. {damage.first_line(error)}"
-        ) from error
-    if found.fingerprint != told["fingerprint"]:
-        raise ValueError(
-            f"{path} holds an adapter of {told['from']}, which holds other parameters "
-            f"now: expected the fingerprint {told['fingerprint'][:12]}, found "
-            f"{found.fingerprint[:12]}. Put back what the adapter was trained on."
-        )
-    base = found.params
+    found = load(*base(path, name, about["base"]), mesh)
+    params = found.params
     if found.model.config.scan_layers != model.config.scan_layers:
         shardings = jax.tree.map(lambda leaf: leaf.sharding, base_like)
-        base = jax.device_put(models.relayout(base, base_like), shardings)
-    return Adapted(partition.adapter, base, own)
+        params = jax.device_put(models.relayout(params, base_like), shardings)
+    return Adapted(partition.adapter, params, own)
+
+
+def base(path: str | Path, name: str, told: Mapping[str, str]) -> tuple[str, str]:
+    """The checkpoint under an adapter, and the name of the network there.
+
+    Args:
+      path: of the checkpoint that holds the adapter.
+      name: of the network that it is beside.
+      told: what ``meta`` says of its base.
+
+    Raises:
+      FileNotFoundError: when it is gone.
+      ValueError: when it holds other parameters now.
+    """
+    start = told["from"]
+    try:
+        meta = read_meta(start)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{path} holds an adapter of {start}, which is gone: put it back, "
+            f"or a link to where it is. {damage.first_line(error)}"
+        ) from error
+    named = source(meta, name)
+    found = description(meta, named, start)["fingerprint"]
+    if found != told["fingerprint"]:
+        raise ValueError(
+            f"{path} holds an adapter of {start}, which holds other parameters "
+            f"now: expected the fingerprint {told['fingerprint'][:12]}, found "
+            f"{found[:12]}. Put back what the adapter was trained on."
+        )
+    return start, named
 
 
 def newest(

@@ -16,11 +16,12 @@ import jax
 
 from jaxalign import models, vocabularies
 from jaxalign.interop import leaves as views
-from jaxalign.interop import orbax_items
-from jaxalign.interop.folders import flat
+from jaxalign.interop import merging, orbax_items
+from jaxalign.interop.folders import flat, unstack
 from jaxalign.interop.leaves import Leaf
 from jaxalign.training import checkpoints, damage, foreign
 from jaxalign.training.damage import DamagedCheckpointError
+from jaxalign.training.partition import Partition
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,14 +54,17 @@ class Stored:
 def opened(path: str | Path, network: str | None = None) -> Stored:
     """Opens a network; its files are compared with what was written.
 
+    An adapter is merged into its base as the kernels are read.
+
     Args:
       path: as of `checkpoints.load`.
       network: its name; None: the checkpoint's main one.
 
     Raises:
       DamagedCheckpointError: naming the file.
-      FileNotFoundError: when there is no checkpoint.
-      ValueError: when there is no such network, with those there are.
+      FileNotFoundError: when there is no checkpoint, or the base of an adapter is gone.
+      ValueError: when there is no such network, with those there are, or the base of an
+        adapter is another one now.
     """
     if other := foreign.opened(path):
         meta = foreign.about(other)
@@ -87,17 +91,33 @@ def opened(path: str | Path, network: str | None = None) -> Stored:
     folder = checkpoints.resolve(path)
     damage.check_files(folder, meta, name)
     model = models.restored(about)
-    shapes = models.shapes(model)
-    sizes = [leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes)]
-    keep = int(1.1 * max(sizes)) if model.config.scan_layers else 0
-    stored = orbax_items.leaves(folder / name, DamagedCheckpointError, keep)
-    leaves = dict(stored)
-    _check(folder / name, leaves, flat(shapes), model)
+    partition = Partition.restored(name, about)
+    like = checkpoints.on_mesh(model, None, partition)
+    if "base" in about:
+        like = partition.split({name: like})[0][name]
+    leaves = _read(folder / name, like, model)
     if damage.NEW_KEYS[1] not in meta:  # no list of files: older checkpoints
         found = views.fingerprint(leaves)
         damage.compare(folder, meta, name, about.get("fingerprint"), found)
+    if partition.adapter is not None:
+        base: Mapping[str, Leaf] = {}
+        if "base" in about:
+            base = opened(*checkpoints.base(path, name, about["base"])).leaves
+        config = dataclasses.replace(model.config, scan_layers=False)
+        model = model.clone(config=config)
+        own = unstack(leaves)
+        leaves = merging.merged(partition.adapter, unstack(base), own)
     vocabulary = vocabularies.from_json(meta["vocabulary"], folder.parents[1])
     return Stored("jaxalign", folder, name, model, leaves, vocabulary, meta)
+
+
+def _read(where: Path, like: Any, model: nn.Module) -> dict[str, Leaf]:
+    """The arrays of a checkpoint's item, which has to hold those of `like`."""
+    sizes = [leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(like)]
+    keep = int(1.1 * max(sizes)) if model.config.scan_layers else 0
+    leaves = dict(orbax_items.leaves(where, DamagedCheckpointError, keep))
+    _check(where, leaves, flat(like), model)
+    return leaves
 
 
 def _check(

@@ -128,13 +128,32 @@ def _batch(inputs):
     return {name: np.stack([a[name] for a in arrays]) for name in arrays[0]}
 
 
+def _quieter(folder):
+    """The folder's network with half as large matrices, written there again.
+
+    In one as loud as the folder's, a step makes ten differences of rounding's size out
+    of one, and two programs part ways before the twentieth.
+    """
+    import torch
+    import transformers
+
+    model = transformers.T5ForConditionalGeneration.from_pretrained(folder)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(0.5)
+    model.save_pretrained(folder)
+    return model
+
+
 @pytest.mark.filterwarnings("ignore")  # transformers' about TRL, and torch's
 @pytest.mark.parametrize("name", CASES)
 def test_twenty_losses_equal_trls(name, experimental, tmp_path):
     import foreign_folders
 
     kind, settings, module, theirs = CASES[name]
-    torch_model = foreign_folders.write("byt5", tmp_path)
+    foreign_folders.write("byt5", tmp_path)
+    torch_model = _quieter(tmp_path)
     foreign = huggingface.open_folder(tmp_path)
     params = huggingface.read(tmp_path)
     wanted, batches = _theirs(

@@ -14,8 +14,10 @@ import tiny_run
 
 import jaxalign
 from jaxalign import models
+from jaxalign.inference.convert import convert
+from jaxalign.interop.folders import unstack
 from jaxalign.models import adapters
-from jaxalign.training import checkpoints, fingerprints, run_directory
+from jaxalign.training import checkpoints, fingerprints, leafwise, run_directory
 from jaxalign.training import train as loop
 
 LORA = adapters.LoRA(rank=3, targets="attention/|mlp/")
@@ -101,6 +103,32 @@ def test_it_is_read_by_its_path_merged_and_starts_another_run(work):
     assert described["policy"]["base"]["fingerprint"] == found.fingerprint
 
 
+@pytest.mark.parametrize("name", ["whole", "layers_stacked", "head", "random"])
+def test_it_is_read_leaf_by_leaf_merged(work, name):
+    """For conversion, and starts with a part of it."""
+    loop.train(leaf_by_leaf_job(work, name))
+    found = leafwise.opened(work / name)
+    wanted = checkpoints.load(work / name)
+    read = {path: leaf.read() for path, leaf in found.leaves.items()}
+    close(read, {path: x.read() for path, x in unstack(wanted.params).items()})
+    assert not found.model.config.scan_layers
+    stop = convert(str(work / name), str(work / f"{name}_hf"), format="hf", verify=True)
+    assert "largest difference" in stop, stop
+
+
+def leaf_by_leaf_job(work, name):
+    if name == "layers_stacked":
+        config = dataclasses.replace(tiny_run.CONFIG, scan_layers=True)
+        dora = dataclasses.replace(LORA, dora=True)
+        return on_base(work, name, model=models.T5(config), adapter=dora, train_steps=1)
+    if name == "head":
+        kept = {"trainable": "policy/decoder/logits_dense"}
+        return on_base(work, name, adapter=adapters.IA3(), train_steps=1, **kept)
+    if name == "random":
+        return job(work, name, train_steps=1)
+    return on_base(work, name)
+
+
 def test_in_the_step_in_microbatches_and_scanned_it_is_the_same_run(work):
     """The reference comes of the base that is there; nothing is loaded for it."""
     ways = {"data": 2, "fsdp": 2, "tensor": 2}
@@ -134,21 +162,22 @@ def test_a_base_that_is_gone_or_another_is_told(work):
 
 @pytest.mark.slow
 def test_from_random_weights_it_holds_its_base_too(work):
-    loop.train(job(work, "random", train_steps=2))
-    loop.train(job(work, "random"))
+    loop.train(job(work, "from_random", train_steps=2))
+    loop.train(job(work, "from_random"))
     loop.train(job(work, "random_whole"))
-    assert prints(work / "random") == prints(work / "random_whole")
-    assert "base" not in checkpoints.read_meta(work / "random")["networks"]["policy"]
-    checkpoints.load(work / "random")
+    assert prints(work / "from_random") == prints(work / "random_whole")
+    held = checkpoints.read_meta(work / "from_random")["networks"]
+    assert "base" not in held["policy"]
+    checkpoints.load(work / "from_random")
 
 
 @pytest.mark.slow
 def test_what_trains_beside_an_adapter_is_in_its_checkpoint(work):
     changes = {"trainable": "policy/decoder/logits_dense", "train_steps": 2}
-    loop.train(on_base(work, "head", **changes))
-    found = checkpoints.load_adapter(work / "head")
+    loop.train(on_base(work, "beside", **changes))
+    found = checkpoints.load_adapter(work / "beside")
     assert "kernel" in found.own["decoder"]["logits_dense"]
-    merged = checkpoints.load(work / "head").params
+    merged = checkpoints.load(work / "beside").params
     head = found.own["decoder"]["logits_dense"]["kernel"]
     np.testing.assert_array_equal(merged["decoder"]["logits_dense"]["kernel"], head)
     base = found.base["decoder"]["logits_dense"]["kernel"]

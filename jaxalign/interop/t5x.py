@@ -11,7 +11,6 @@ All of T5X's formats are read, and the one that all of its versions restore is w
 """
 
 from jaxalign.interop.assignment import Report
-from jaxalign.interop.leaves import Leaf
 from jaxalign.interop.t5x_files import Checkpoint, open_checkpoint
 from jaxalign.interop.t5x_formats import Found, T5XError, detect, of_parameters
 from jaxalign.interop.t5x_model import as_t5x_model, start_from_t5
@@ -25,7 +24,6 @@ __all__ = [
     "Checkpoint",
     "Description",
     "Found",
-    "Leaf",
     "Report",
     "T5XError",
     "as_t5x_model",

@@ -112,7 +112,7 @@ def test_each_device_gets_its_own_part(at_once, checkpoint, params, monkeypatch)
         for name, leaf in _flat(_like()).items()
     }
     reads = []
-    read = t5x.Leaf.read
+    read = leaves.Leaf.read
 
     def recorded(leaf, index=None):
         block = read(leaf, index)
@@ -120,7 +120,7 @@ def test_each_device_gets_its_own_part(at_once, checkpoint, params, monkeypatch)
             reads.append((leaf.names[0], block.shape))
         return block
 
-    monkeypatch.setattr(t5x.Leaf, "read", recorded)
+    monkeypatch.setattr(leaves.Leaf, "read", recorded)
     found, _ = t5x.restore(checkpoint, traverse_util.unflatten_dict(like, sep="/"))
     for name, value in _flat(found).items():
         np.testing.assert_array_equal(value, params[name])

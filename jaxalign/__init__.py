@@ -31,6 +31,9 @@ def load(path: str | Path, mesh: dict[str, int] | None = None) -> Policy:
         policy = jaxalign.load("flan-t5-small")
         policy.generate(["Is it safe?"], num_samples=4)
     """
+    from jaxalign.cluster import programs
+
+    programs.keep()
     from jaxalign.inference.policy import Policy
 
     return Policy(path, mesh)
@@ -86,7 +89,9 @@ def train(
         policy.generate(["Is it safe?"])
     """
     from jaxalign.cli import verbs
+    from jaxalign.cluster import programs
 
+    programs.keep()
     settings = verbs.Settings(
         data=_text(data),
         checkpoint=_text(checkpoint),

@@ -19,6 +19,7 @@ from jaxalign import configs, user_code
 from jaxalign.cli import flags, signatures
 from jaxalign.cli.signatures import PACKAGE, Parameter
 from jaxalign.cli.table import GIN, Verb, known_verbs, parameters, takes_gin
+from jaxalign.cluster import programs
 
 _ENDING = """
 `jaxalign VERB --help` lists a verb's flags; my.module:function and file.py:function are
@@ -32,7 +33,14 @@ _MISTAKES = (ValueError, OSError, ImportError)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a verb; returns the exit status, 2 for a mistake in what was asked."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _main(list(sys.argv[1:] if argv is None else argv))
+    except BrokenPipeError:  # `jaxalign tasks | head`: nobody reads the rest
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _main(argv: list[str]) -> int:
     verbs = known_verbs()
     if not argv or argv[0] in ("-h", "--help", "help"):
         print("jaxalign VERB [--gin_file=FILE ...] [--gin.NAME=VALUE ...] [flags]\n")
@@ -54,11 +62,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"Unknown verb {name!r}. {hint}", file=sys.stderr)
         return 2
     _set_up_logging()
+    programs.keep()
     try:
         return _run(name, verb, rest)
-    except BrokenPipeError:  # `jaxalign tasks | head`: nobody reads the rest
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except BrokenPipeError:
+        raise
     except _MISTAKES as error:
         if os.environ.get("JAXALIGN_TRACEBACK"):
             raise

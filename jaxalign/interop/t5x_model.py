@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 from flax.linen import partitioning as flax_partitioning
 
-from jaxalign import decoding, models
+from jaxalign import models
 from jaxalign.batch import check
 from jaxalign.interop import t5x_features
 from jaxalign.vocabularies import ByteVocabulary
@@ -314,6 +314,8 @@ def _model_class() -> type:
             temperature: float = 0.0,
         ) -> tuple[jax.Array, dict[str, jax.Array]]:
             """Responses ``[B, Ld]`` to rows of one prompt each, greedy by default."""
+            from jaxalign import decoding
+
             tokens = batch["encoder_input_tokens"]
             key = jax.random.key(0)
             if rng is not None:

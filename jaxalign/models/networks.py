@@ -16,6 +16,7 @@ from jaxalign import user_code
 from jaxalign.batch import example
 from jaxalign.models.config import T5Config
 from jaxalign.models.conversion import unstack_layers
+from jaxalign.models.stacks import PARAM_SCAN_AXIS
 
 Params = dict[str, Any]
 _Module = TypeVar("_Module", bound=type[nn.Module])
@@ -150,12 +151,16 @@ def init_params(model: nn.Module, key: jax.Array) -> Params:
     return _init(model, key)
 
 
+def _scanned(model: nn.Module) -> nn.Module:
+    """The same network with one layer of each stack to trace instead of all of them."""
+    config = dataclasses.replace(model.config, scan_layers=True, remat_policy="none")
+    return model.clone(config=config)
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def _init(model: nn.Module, key: jax.Array) -> Params:
-    # Always through the scanned layout: one layer to compile instead of all of them.
-    config = dataclasses.replace(model.config, scan_layers=True, remat_policy="none")
-    scanned = model.clone(config=config)
-    params = nn.unbox(scanned.init({"params": key}, example())["params"])
+    # Always through the scanned layout, which also compiles one layer instead of all.
+    params = nn.unbox(_scanned(model).init({"params": key}, example())["params"])
     return params if model.config.scan_layers else unstack_layers(params)
 
 
@@ -166,19 +171,36 @@ def logical_axes(model: nn.Module) -> Params:
       Nested dict whose leaves are tuples such as ``("embed", "mlp")``; pass
       ``is_leaf=lambda x: isinstance(x, tuple)`` when mapping over it.
     """
-    boxed = jax.eval_shape(
-        lambda: model.init({"params": jax.random.key(0)}, example())["params"]
-    )
-    return jax.tree.map(
-        lambda box: tuple(box.names),
-        boxed,
-        is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned),
-    )
+    return traverse_util.unflatten_dict(_described(model)[1])
 
 
 def shapes(model: nn.Module) -> Params:
     """Shape and dtype of every parameter; nothing is computed."""
-    return jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    return traverse_util.unflatten_dict(_described(model)[0])
+
+
+@functools.lru_cache(maxsize=32)  # asked for several times in a start
+def _described(model: nn.Module) -> tuple[dict[Any, Any], dict[Any, Any]]:
+    """Shapes and logical axes of the parameters, by path."""
+    boxed = jax.eval_shape(
+        lambda: _scanned(model).init({"params": jax.random.key(0)}, example())["params"]
+    )
+    axes = {
+        path: tuple(box.names)
+        for path, box in traverse_util.flatten_dict(dict(boxed)).items()
+    }
+    stacked = nn.unbox(boxed)
+    if model.config.scan_layers:
+        return traverse_util.flatten_dict(stacked), axes
+    apart = traverse_util.flatten_dict(jax.eval_shape(unstack_layers, stacked))
+
+    def of_layer(path: tuple[str, ...]) -> tuple[str, ...]:
+        if path in axes:
+            return axes[path]
+        names = axes[path[0], path[0], *path[2:]]
+        return names[:PARAM_SCAN_AXIS] + names[PARAM_SCAN_AXIS + 1 :]
+
+    return apart, {path: of_layer(path) for path in apart}
 
 
 def describe(model: nn.Module) -> str:

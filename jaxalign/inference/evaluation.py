@@ -17,6 +17,7 @@ from jaxalign.data.jsonl import json_line
 from jaxalign.decoding import Sampling
 from jaxalign.evaluation import compare, metrics
 from jaxalign.inference import generation, outputs
+from jaxalign.training import checkpoints
 
 
 @exclusive.one_output_at_a_time
@@ -98,7 +99,8 @@ def evaluate(
     if outputs.kept(output, asked, checkpoint=checkpoint, baseline=baseline) >= 0:
         return jsonl.read_json(output) if jax.process_index() == 0 else {}
     schema = "supervised" if functions else "prompts"
-    rows = generation.read_rows(data, schema, output, field_map, on_bad_row)
+    template = checkpoints.chat_template(checkpoint)
+    rows = generation.read_rows(data, schema, output, field_map, on_bad_row, template)
     prompts = [record["prompt"] for _, record in rows]
 
     used: dict[str, str] = {}  # fingerprints of the policies

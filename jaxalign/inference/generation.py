@@ -117,7 +117,8 @@ def generate(
         all devices of a job of several processes, which must divide `batch_size`.
       field_map: our field names to the file's.
       on_bad_row: ``"error"`` or ``"skip"``.
-      chat_template: makes texts of chat messages, as CHAT_TEMPLATE did in training.
+      chat_template: makes texts of chat messages; None: the CHAT_TEMPLATE of the
+        checkpoint's training.
 
     Returns:
       The number of lines in the file.
@@ -160,6 +161,7 @@ def generate(
         repetition_penalty,
         min_new_tokens=min_new_tokens,
     )
+    template = template or policy.meta.get("chat_template")
     rows = read_rows(prompts, "prompts", output, field_map, on_bad_row, template)
     asked["checkpoint"] = policy.fingerprint
     per_prompt = 1 if mbr else num_samples

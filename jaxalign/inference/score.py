@@ -49,7 +49,8 @@ def score(
         all devices of a job of several processes, which must divide `batch_size`.
       field_map: our field names to the file's.
       on_bad_row: ``"error"`` or ``"skip"``.
-      chat_template: makes texts of chat messages, as CHAT_TEMPLATE did in training.
+      chat_template: makes texts of chat messages; None: the CHAT_TEMPLATE of the
+        checkpoint's training.
 
     Returns:
       The number of lines in the file.
@@ -65,6 +66,7 @@ def score(
     if count >= 0:
         return count
     policy, sharding = generation.load(checkpoint, mesh)
+    template = template or policy.meta.get("chat_template")
     rows = generation.read_rows(
         data, "supervised", output, field_map, on_bad_row, template
     )

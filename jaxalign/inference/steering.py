@@ -118,7 +118,10 @@ def steer(
     if count >= 0:
         return count
     policy = checkpoints.newest(checkpoint)
-    rows = generation.read_rows(prompts, "prompts", output, field_map, on_bad_row)
+    template_of_chats = policy.meta.get("chat_template")
+    rows = generation.read_rows(
+        prompts, "prompts", output, field_map, on_bad_row, template_of_chats
+    )
     default = {"regex": regex, "include": tuple(include), "template": template}
     wishes = [_wish(i, raw, default) for i, (raw, _) in enumerate(rows)]
     judge = None

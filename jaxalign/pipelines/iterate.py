@@ -24,6 +24,7 @@ from jaxalign.data import jsonl, records
 from jaxalign.inference import generation
 from jaxalign.pipelines import verdicts
 from jaxalign.pipelines.study import Study
+from jaxalign.training import checkpoints
 from jaxalign.training import run as runs
 
 REFERENCES = ("fixed", "refreshed")
@@ -92,7 +93,8 @@ def run(
     given = gin_files, bindings, search_paths
     schema, mesh, batch_size = _described(*given, initial, batch_size)
     judging = judges.resolve(judge)
-    examples, _ = records.load(prompts, "prompts")
+    template = checkpoints.chat_template(initial)
+    examples, _ = records.load(prompts, "prompts", chat_template=template)
     texts = [record["prompt"] for e in examples for record in e.records]
     first = initial if remote.is_remote(initial) else Path(initial).absolute()
     table: list[dict[str, Any]] = []

@@ -214,6 +214,13 @@ def newest(
     return _newest_intact(path, lambda path: load(path, network, mesh))
 
 
+def chat_template(path: str | Path) -> str | None:
+    """The template that a policy learnt chats by; None where it says none."""
+    if foreign.opened(path):
+        return None
+    return _newest_intact(path, lambda path: read_meta(path)).get("chat_template")
+
+
 def fingerprint(path: str | Path, network: str | None = "policy") -> str:
     """SHA-256 of the parameters that `newest` would load; only ``meta`` is read."""
     meta = _newest_intact(path, lambda path: read_meta(path))

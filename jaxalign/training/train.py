@@ -16,6 +16,7 @@ import numpy as np
 from jaxalign import files, models
 from jaxalign.cluster import distributed, exclusive, watchdog
 from jaxalign.cluster import mesh as meshes
+from jaxalign.data import chat_template
 from jaxalign.objectives.metrics import Metrics, sample_pairs, summarize
 from jaxalign.training import (
     announce,
@@ -158,6 +159,8 @@ def train(run: Run, config_text: str = "") -> dict[str, float]:
         "reward_stats": ready.inputs.reward_stats,
         "parents": parents,
     }
+    if template := chat_template.resolve(dataset.chat_template):
+        meta["chat_template"] = template
     if main_process:
         run.vocabulary.save(run_dir)
         if config_text:

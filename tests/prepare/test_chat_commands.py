@@ -123,7 +123,7 @@ def test_data_tells_what_is_too_long(capsys):
     assert status == 2 and "'start', 'end'" in err
 
 
-def test_train_and_generate_on_chats(work, capsys):
+def test_train_and_generate_on_chats(work, capsys, caplog):
     run = [
         *("train", "--gin_file=runs/sft.gin", "--data=messages.jsonl", "--steps=2"),
         *("--gin.CHAT_TEMPLATE=chatml", "--gin.ON_TOO_LONG=skip", "--run_dir=sft"),
@@ -145,12 +145,26 @@ def test_train_and_generate_on_chats(work, capsys):
     assert cli.main([*other, *TINY]) == 2
     assert "data_fingerprint" in capsys.readouterr().err
     made = ["generate", "--checkpoint=sft", "--prompts=messages.jsonl"]
-    made += ["--max_new_tokens=3", "--chat_template=chatml", "--output=out.jsonl"]
+    made += ["--max_new_tokens=3", "--output=out.jsonl"]
     assert cli.main(made) == 0, capsys.readouterr().err
+    # The checkpoint remembers its template.
+    given = [*made[:-1], "--chat_template=chatml", "--output=given.jsonl"]
+    assert cli.main(given) == 0, capsys.readouterr().err
+    assert (work / "given.jsonl").read_bytes() == (work / "out.jsonl").read_bytes()
+    given[-2:] = ["--chat_template=turns", "--output=turns.jsonl"]
+    assert cli.main(given) == 0, capsys.readouterr().err
+    assert (work / "turns.jsonl").read_bytes() != (work / "out.jsonl").read_bytes()
+    after = ["train", "--gin_file=runs/dpo.gin", "--data=pairs.jsonl", "--steps=1"]
+    after += ["--checkpoint=sft", "--run_dir=dpo", "--dry_run", "--gin.CACHE_DIR=cache"]
+    with caplog.at_level("WARNING"):
+        assert cli.main(after) == 0, capsys.readouterr().err
+    assert "sft learnt chats by CHAT_TEMPLATE='chatml', this run has 'turns'" in (
+        caplog.text
+    )
     rows = [json.loads(x) for x in (work / "out.jsonl").read_text().splitlines()]
     assert [row["messages"] for row in rows] == [
         row["messages"] for row in FILES["messages.jsonl"]
     ]
     capsys.readouterr()
-    made[4] = "--chat_template=turns"
+    made.append("--chat_template=turns")
     assert cli.main(made) == 2 and "chat_template" in capsys.readouterr().err

@@ -16,8 +16,10 @@ import flax.linen as nn
 from jaxalign import models
 from jaxalign.inference import model_card
 from jaxalign.inference import verify as verification
-from jaxalign.interop import huggingface, t5x, tokenizer_files
+from jaxalign.interop import huggingface, peft_prompt, t5x, tokenizer_files
+from jaxalign.interop.folders import flat
 from jaxalign.interop.new_folder import new_folder
+from jaxalign.models import adapted
 from jaxalign.training import checkpoints, leafwise, new_run
 from jaxalign.training.remote_checkpoints import FOLDER
 from jaxalign.vocabularies import Vocabulary
@@ -115,6 +117,8 @@ def write(
     Raises:
       ValueError: for a network that the format has no place for.
     """
+    if peft_prompt.PATH in flat(params):
+        raise ValueError(adapted.UNMERGED)
     if format == "hf":
         card = model_card.text(meta, model, name, made_from, run_dir)
         huggingface.write(path, params, model, vocabulary, dtype=dtype, card=card)

@@ -1,7 +1,7 @@
 """Adapters of PEFT (``adapter_config.json``, ``adapter_model.safetensors``), both ways.
 
-LoRA, with rsLoRA and DoRA, and IA3, of T5s whose folder is at hand. Importing this
-module needs neither PyTorch nor peft.
+LoRA, with rsLoRA and DoRA, IA3 and soft prompts (``PROMPT_TUNING``), of T5s whose
+folder is at hand. Importing this module needs neither PyTorch nor peft.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 from flax import traverse_util
 
 from jaxalign import remote
-from jaxalign.interop import huggingface, tensor_files
+from jaxalign.interop import huggingface, peft_prompt, tensor_files
 from jaxalign.interop.folders import Foreign, unstack
 from jaxalign.interop.huggingface_config import names_of
 from jaxalign.interop.leaves import Index, Leaf, of_array
@@ -70,7 +70,13 @@ class PeftAdapter:
         return traverse_util.unflatten_dict(read, sep="/")
 
     def merged(self) -> Foreign:
-        """The network with the adapter merged into it, leaf by leaf as it is read."""
+        """The network with the adapter merged into it, leaf by leaf as it is read.
+
+        A soft prompt, which cannot be, is one more leaf.
+        """
+        if not self.adapter.merges:
+            leaves = {**self.foreign.leaves, **self.own}
+            return dataclasses.replace(self.foreign, leaves=leaves)
         beside: dict[str, dict[str, Leaf]] = {}
         for path, leaf in self.own.items():
             module, _, name = path.rpartition("/")
@@ -111,6 +117,10 @@ def open_folder(path: str | os.PathLike[str]) -> PeftAdapter:
         )
     adapter = _adapter(folder, config)
     tensors = tensor_files.read_file(folder / TENSORS)
+    if isinstance(adapter, adapters.SoftPrompt):
+        width = foreign.shape.emb_dim
+        own = peft_prompt.rows(folder / TENSORS, tensors, adapter.length, width)
+        return PeftAdapter(adapter, own, base, foreign)
     own = _own(folder, tensors, adapter, foreign)
     adapter = dataclasses.replace(adapter, **_targets(folder, own, foreign))
     return PeftAdapter(adapter, own, base, foreign)
@@ -136,6 +146,35 @@ def write(
       FileExistsError: where something is there already.
       ValueError: where more was trained than the adapter.
     """
+    if isinstance(adapter, adapters.SoftPrompt):
+        tensors, settings = peft_prompt.stored(own)
+    else:
+        tensors, settings = _beside_kernels(adapter, own, model)
+    config = {
+        "task_type": "SEQ_2_SEQ_LM",
+        "base_model_name_or_path": os.fspath(base),
+        "inference_mode": True,
+        **settings,
+    }
+    target = Path(path).expanduser().absolute()
+    if target.exists():
+        raise FileExistsError(f"{target} is there already; give another name.")
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    partial.mkdir(parents=True)
+    try:
+        tensor_files.write_folder(partial, tensors, "float32", shard=1 << 62)
+        os.replace(partial / tensor_files.SINGLE, partial / TENSORS)
+        text = json.dumps(config, indent=2, sort_keys=True)
+        (partial / CONFIG).write_text(f"{text}\n", "utf-8")
+        os.replace(partial, target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _beside_kernels(
+    adapter: adapters.LoRA | adapters.IA3, own: Mapping[str, Any], model: Any
+) -> tuple[dict[str, Leaf], dict[str, Any]]:
+    """The tensors and the settings of an adapter that is beside kernels."""
     modules = {
         path.removesuffix("/kernel"): source.name.removesuffix(".weight")
         for path, source in names_of(model.config)
@@ -162,9 +201,6 @@ def write(
         tensors[f"{_PREFIX}{their}.{suffix}"] = leaf
     every = set(modules.values())
     config: dict[str, Any] = {
-        "task_type": "SEQ_2_SEQ_LM",
-        "base_model_name_or_path": os.fspath(base),
-        "inference_mode": True,
         "fan_in_fan_out": False,
         "target_modules": _short(inputs | outputs, every),
     }
@@ -184,19 +220,7 @@ def write(
             "feedforward_modules": _short(inputs, every),
             "init_ia3_weights": True,
         }
-    target = Path(path).expanduser().absolute()
-    if target.exists():
-        raise FileExistsError(f"{target} is there already; give another name.")
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    partial.mkdir(parents=True)
-    try:
-        tensor_files.write_folder(partial, tensors, "float32", shard=1 << 62)
-        os.replace(partial / tensor_files.SINGLE, partial / TENSORS)
-        text = json.dumps(config, indent=2, sort_keys=True)
-        (partial / CONFIG).write_text(f"{text}\n", "utf-8")
-        os.replace(partial, target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    return tensors, config
 
 
 def _base(folder: Path, config: Mapping[str, Any]) -> Path:
@@ -238,9 +262,12 @@ def _adapter(folder: Path, config: Mapping[str, Any]) -> adapters.Adapter:
         raise ValueError(f"{folder / CONFIG} lacks {error}.") from error
     if kind == "IA3":
         return adapters.IA3()
+    if kind == peft_prompt.KIND:
+        return peft_prompt.adapter(folder / CONFIG, config)
     raise ValueError(
-        f"{folder / CONFIG}: peft_type must be LORA or IA3, got {kind or None!r}; "
-        "where it can be merged, merge it with peft (merge_and_unload)."
+        f"{folder / CONFIG}: peft_type must be LORA, IA3 or {peft_prompt.KIND}, got "
+        f"{kind or None!r}; where it can be merged, merge it with peft "
+        "(merge_and_unload)."
     )
 
 

@@ -171,7 +171,9 @@ def test_what_cannot_be_read_is_told(base, tmp_path):
             checkpoints.load(tmp_path / "a")
 
     refused(ValueError, "modules_to_save=.*merge_and_unload", modules_to_save=["x"])
-    refused(ValueError, "must be LORA or IA3, got 'LOHA'", peft_type="LOHA")
+    refused(
+        ValueError, "must be LORA, IA3 or PROMPT_TUNING, got 'LOHA'", peft_type="LOHA"
+    )
     refused(FileNotFoundError, "no folder here", base_model_name_or_path="google/t5")
     refused(ValueError, r"must give \(16, 3\).*got \(16, 4\)", r=3)
     path.write_text(json.dumps(config))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxalign import models
-from jaxalign.decoding import Sampling, beam_search, generate
+from jaxalign.decoding import BeamSearch, Sampling, beam_search, generate
 from jaxalign.models import adapters, soft_prompt
 
 IDS = (7, 3, 21)  # whose embeddings the rows are
@@ -59,11 +59,12 @@ def test_rows_are_tokens_unpacked_and_packed(
 def test_gradients_are_those_of_the_tokens(
     model, params, prompted, packed, spelt, value_and_gradient
 ):
-    """Of all that is not the embedding, in which a token's and a row's are apart."""
+    """The rows' own are what the tokens have more than where they stand elsewhere."""
     _, found = value_and_gradient(model, prompted, packed)
     _, wanted = value_and_gradient(model, params, spelt)
     own = found["token_embedder"].pop("soft_prompt")
     table, tokens = (x["token_embedder"].pop("embedding") for x in (found, wanted))
+    table = table.copy()
     table[list(IDS)] += own
     largest = abs(tokens).max()
     np.testing.assert_allclose(table, tokens, rtol=0, atol=1e-4 * largest)
@@ -89,19 +90,19 @@ def test_states_of_tokens_stay_where_tokens_are(model, params, prompted, packed,
 
 
 def test_decoding_is_that_of_the_tokens(model, params, prompted, examples):
-    """Samples, beams, and steps in both layouts."""
+    """Samples and beams."""
     tokens = np.zeros((len(examples), 11), np.int32)
     spelt = np.zeros((len(examples), 14), np.int32)
     for i, (prompt, _) in enumerate(examples):
         tokens[i, : len(prompt)] = prompt
         spelt[i, : 3 + len(prompt)] = [*IDS, *prompt]
     settings = {"key": jax.random.key(4), "max_new_tokens": 6, "num_samples": 3}
-    settings["sampling"] = Sampling(1.0)
+    settings |= {"sampling": Sampling(1.0), "prompt_ids": np.arange(len(tokens))}
     wanted = generate(model, params, spelt, **settings)
     found = generate(model, prompted, tokens, **settings)
     np.testing.assert_array_equal(found.tokens, wanted.tokens)
     np.testing.assert_allclose(found.logps, wanted.logps, rtol=1e-4, atol=1e-5)
-    beams = {"num_beams": 3, "max_new_tokens": 6}
+    beams = {"search": BeamSearch(3), "max_new_tokens": 6}
     wanted = beam_search(model, params, spelt, **beams)
     found = beam_search(model, prompted, tokens, **beams)
     np.testing.assert_array_equal(found.tokens, wanted.tokens)

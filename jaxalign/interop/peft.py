@@ -11,7 +11,6 @@ import functools
 import json
 import os
 import re
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from jaxalign.interop import huggingface, peft_prompt, tensor_files
 from jaxalign.interop.folders import Foreign, unstack
 from jaxalign.interop.huggingface_config import names_of
 from jaxalign.interop.leaves import Index, Leaf, of_array
+from jaxalign.interop.new_folder import new_folder
 from jaxalign.models import adapters
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -136,7 +136,7 @@ def write(
     """Writes a folder that ``PeftModel.from_pretrained`` reads, whole or not at all.
 
     Args:
-      path: that does not exist.
+      path: that does not exist or is an empty folder; it may be in a bucket.
       adapter: as of `jaxalign.training.checkpoints.load_adapter`.
       own: its parameters, in either layout.
       model: the network that it adapts.
@@ -156,19 +156,11 @@ def write(
         "inference_mode": True,
         **settings,
     }
-    target = Path(path).expanduser().absolute()
-    if target.exists():
-        raise FileExistsError(f"{target} is there already; give another name.")
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    partial.mkdir(parents=True)
-    try:
-        tensor_files.write_folder(partial, tensors, "float32", shard=1 << 62)
-        os.replace(partial / tensor_files.SINGLE, partial / TENSORS)
+    with new_folder(path, CONFIG) as folder:
+        tensor_files.write_folder(folder, tensors, "float32", shard=1 << 62)
+        os.replace(folder / tensor_files.SINGLE, folder / TENSORS)
         text = json.dumps(config, indent=2, sort_keys=True)
-        (partial / CONFIG).write_text(f"{text}\n", "utf-8")
-        os.replace(partial, target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        (folder / CONFIG).write_text(f"{text}\n", "utf-8")
 
 
 def _beside_kernels(

@@ -87,7 +87,7 @@ def their_logits(base, folder=None):
 def test_peft_loads_the_adapter_of_a_run(kind, work, tmp_path):
     run = trained(work, kind, KINDS[kind], scan_layers=kind == "LoRA")
     told = convert(str(run), str(tmp_path / "out"), format="peft", verify=True)
-    assert f"(peft, beside {work / 'base'})" in told and "logits" in told
+    assert f"(peft, beside {work / 'base'})" in told and "largest difference" in told
     wanted = logits_of(run)
     found = their_logits(work / "base", tmp_path / "out")
     np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-4)

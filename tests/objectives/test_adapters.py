@@ -106,12 +106,24 @@ def with_base_reference(case, networks, batch):
     return {**batch, **jax.device_get(case._score(base, batch))}
 
 
+# Every objective with LoRA; other kinds with those whose forward passes differ.
+FAST = ("SFT", "DPO", "KTO", "DROV")
+CASES = [
+    pytest.param(
+        name,
+        kind,
+        marks=[] if kind == "LoRA" or name in FAST else [pytest.mark.slow],
+    )
+    for name in sorted(objectives.OBJECTIVES)
+    for kind in KINDS
+]
+
+
 def test_every_kind_is_here():
     assert KINDS.keys() == adapters.KINDS.keys()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", sorted(objectives.OBJECTIVES))
+@pytest.mark.parametrize(("name", "kind"), CASES)
 def test_however_it_is_cut_only_the_adapter_moves(name, kind):
     """Packed on one device with cached columns; and unpacked, in four microbatches,
     over eight devices, with the base as the reference in the step."""
@@ -133,6 +145,22 @@ def test_however_it_is_cut_only_the_adapter_moves(name, kind):
     cut = step(case, partition, placed, rows, num_microbatches=4)
     assert_same_gradients(cut[0], gradients)
     assert_same_metrics(cut[1], metrics)
+
+
+def test_a_value_that_shares_the_encoder_reads_the_tokens_of_a_prompt():
+    """Not the rows before it, whose states are there as well."""
+    case = get_case("DROV", BagWithDense, share_trunk=True)
+    partition = Partition("policy", case.objective.frozen, KINDS["SoftPrompt"])
+    networks = moved(partition.with_adapter(dict(case.params), jax.random.key(9)))
+    batches = (make_batch(case.rows, n) for n in (4, 2))
+    packed, pairs = (with_base_reference(case, networks, b) for b in batches)
+    gradients, metrics, *_ = step(case, partition, networks, packed)
+    again = step(case, partition, networks, pairs)
+    assert_same_gradients(again[0], gradients)
+    assert_same_metrics(again[1], metrics)
+    bare = step(case, Partition(), {**networks, "policy": case.params["policy"]}, packed)
+    # The mean of these encoder states is of tokens alone, and no prompt moves it.
+    np.testing.assert_allclose(bare[1]["value/mean"], metrics["value/mean"], rtol=1e-5)
 
 
 T5_LORA = adapters.LoRA(rank=2, targets="attention/|mlp/")

@@ -158,7 +158,9 @@ def test_a_value_that_shares_the_encoder_reads_the_tokens_of_a_prompt():
     again = step(case, partition, networks, pairs)
     assert_same_gradients(again[0], gradients)
     assert_same_metrics(again[1], metrics)
-    bare = step(case, Partition(), {**networks, "policy": case.params["policy"]}, packed)
+    bare = step(
+        case, Partition(), {**networks, "policy": case.params["policy"]}, packed
+    )
     # The mean of these encoder states is of tokens alone, and no prompt moves it.
     np.testing.assert_allclose(bare[1]["value/mean"], metrics["value/mean"], rtol=1e-5)
 

@@ -14,7 +14,7 @@ import jaxalign
 from jaxalign import models
 from jaxalign.inference.steering import steer
 from jaxalign.models import adapters
-from jaxalign.training import checkpoints, run_directory
+from jaxalign.training import announce, checkpoints, run_directory
 from jaxalign.training import train as loop
 
 PROMPT, NAME = adapters.SoftPrompt(length=3), "soft_prompt"
@@ -51,6 +51,9 @@ def test_its_checkpoint_holds_its_rows_alone_and_goes_on_to_the_bit(work):
     base = checkpoints.load(work / "sft").params
     jax.tree.map(np.testing.assert_array_equal, found.base, base)
     ready = loop.setup(job(work, "unused"))
+    told = "\n".join(announce.describe(ready.run, ready, 0))
+    shape = ready.inputs.train.shape
+    assert f"rows of {shape.encoder_length} tokens {3 * shape.prompts} longer" in told
     begun = loop.starts.start(ready, jax.random.key(0)).params["policy"]
     assert abs(rows(work / "whole") - begun["token_embedder"][NAME]).max() > 1e-4
     loop.train(job(work, "twice", train_steps=2))

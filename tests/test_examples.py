@@ -51,10 +51,18 @@ def summed(found, folder):
     assert policy.network.meta["step"] == 30
 
 
+def planned(found, folder):
+    assert 10 * 2**30 < found["needed"] < found["limit"] == 80 * 2**30
+    assert found["plan"]["candidates"][0]["fits"]
+    assert found["after"] > found["before"]
+    assert (folder / "runs/examples/lora_peft/adapter_config.json").is_file()
+
+
 # What an example has to have shown, beside ending well.
 SHOWN = {
     "align_with_dpo": aligned,
     "dro_v_on_thumbs": liked,
+    "lora_on_xl": planned,
     "reward_from_python": judged,
     "seqio_task": summed,
 }

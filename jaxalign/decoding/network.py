@@ -12,17 +12,19 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign.decoding.rules import PAD_ID
+from jaxalign.models import soft_prompt
 
 
-def apply(model: Any, params: Any, method: str, *args: Any) -> Any:
+def apply(model: Any, params: Any, method: str, *args: Any, **settings: Any) -> Any:
     """Calls one of the model's decoding methods."""
-    return model.apply({"params": params}, *args, method=method)
+    return model.apply({"params": params}, *args, method=method, **settings)
 
 
 def encode(model: Any, params: Any, tokens: jax.Array) -> tuple[jax.Array, Any]:
     """The mask ``[B, Le]`` and the cross-attention keys and values of prompts."""
     mask = (tokens != PAD_ID).astype(jnp.int32)
-    encoded = apply(model, params, "encode", tokens, mask)
+    settings = {"prompts": 1} if soft_prompt.held(params) else {}
+    encoded = apply(model, params, "encode", tokens, mask, **settings)
     return mask, apply(model, params, "cross_key_values", encoded)
 
 

@@ -14,10 +14,12 @@ from typing import Any, Literal
 import flax.linen as nn
 
 from jaxalign import models
-from jaxalign.inference import model_card
+from jaxalign.inference import convert_adapter, model_card
 from jaxalign.inference import verify as verification
-from jaxalign.interop import huggingface, t5x, tokenizer_files
+from jaxalign.interop import huggingface, peft_prompt, t5x, tokenizer_files
+from jaxalign.interop.folders import flat
 from jaxalign.interop.new_folder import new_folder
+from jaxalign.models import adapted
 from jaxalign.training import checkpoints, leafwise, new_run
 from jaxalign.training.remote_checkpoints import FOLDER
 from jaxalign.vocabularies import Vocabulary
@@ -29,10 +31,11 @@ def convert(
     src: str,
     dst: str,
     *,
-    format: Literal["hf", "t5x", "jaxalign"],
+    format: Literal["hf", "t5x", "jaxalign", "peft"],
     dtype: Literal["float32", "bfloat16"] = "float32",
     network: str | None = None,
     vocabulary: str | None = None,
+    base: str | None = None,
     verify: bool = False,
 ) -> str:
     """Convert a checkpoint to another format, parameter by parameter.
@@ -41,11 +44,14 @@ def convert(
       src: a jaxalign run or checkpoint, a Hugging Face folder or a T5X checkpoint,
         here or in a bucket
       dst: the folder to make, here or in a bucket; one that holds something is refused
-      format: of DST: a folder for transformers, a checkpoint for T5X, a jaxalign run
+      format: of DST: a folder for transformers, a checkpoint for T5X, a jaxalign run;
+        of a run that trained an adapter, that alone as a folder for peft
       dtype: of the parameters on disk
       network: which one of a jaxalign checkpoint; default: its main one
       vocabulary: a SentencePiece file, a tokenizer.json, a Hugging Face folder, a
         jaxalign run or the word bytes, where SRC has none at hand
+      base: with --format=peft, the network that the adapter is beside, a Hugging Face
+        folder or its name on the hub; default: what the run started from
       verify: compare what both compute of random inputs; where they differ by more
         than rounding, DST is not made
 
@@ -57,6 +63,12 @@ def convert(
       ValueError: for a network or a vocabulary that the format has no place for.
       VerificationError: where DST computes something else.
     """
+    if format == "peft":
+        if dtype != "float32" or vocabulary is not None:
+            raise ValueError("--format=peft takes neither --dtype nor --vocabulary.")
+        return convert_adapter.convert(src, dst, network, base, verify)
+    if base is not None:
+        raise ValueError(f"--base is for --format=peft, not for --format={format}.")
     found = leafwise.opened(src, network)
     used = _vocabulary(found, src, vocabulary)
     if used is None and format != "t5x":
@@ -115,6 +127,8 @@ def write(
     Raises:
       ValueError: for a network that the format has no place for.
     """
+    if peft_prompt.PATH in flat(params):
+        raise ValueError(adapted.UNMERGED)
     if format == "hf":
         card = model_card.text(meta, model, name, made_from, run_dir)
         huggingface.write(path, params, model, vocabulary, dtype=dtype, card=card)

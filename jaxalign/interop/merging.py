@@ -18,13 +18,15 @@ from jaxalign.models import adapters
 def merged(
     adapter: adapters.Adapter, base: Mapping[str, Leaf], own: Mapping[str, Leaf]
 ) -> dict[str, Leaf]:
-    """The leaves of a network with an adapter in it.
+    """The leaves of a network with an adapter in it; a soft prompt is one more leaf.
 
     Args:
       adapter: its kind and settings.
       base: the network's parameters by path, layers apart.
       own: the adapter's, likewise, and whatever else stands in the place of the base's.
     """
+    if not adapter.merges:
+        return {**base, **own}
     beside: dict[str, dict[str, Leaf]] = {}
     replaced = {}
     for path, leaf in own.items():

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from flax import traverse_util
 
 from jaxalign import remote
 from jaxalign.interop import folders, huggingface, leaves, peft, t5x, tensor_files
 from jaxalign.interop.folders import Foreign
-from jaxalign.models import networks
+from jaxalign.models import adapted, networks
 from jaxalign.vocabularies import (
     ByteVocabulary,
     SentencePieceVocabulary,
@@ -58,12 +59,22 @@ class Opened:
         """The parameters, read leaf by leaf onto the shardings of `like`.
 
         Args:
-          like: a tree of ``ShapeDtypeStruct`` with shardings, layers stacked or apart.
+          like: a tree of ``ShapeDtypeStruct`` with shardings, layers stacked or apart,
+            of the network; a soft prompt that is beside it comes to all devices.
         """
-
+        own = self.foreign.leaves
+        beside = {path: leaf for path, leaf in own.items() if adapted.is_adapter(path)}
+        own = {path: leaf for path, leaf in own.items() if path not in beside}
         shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
         scanned = "encoder" in like.get("encoder", {})
-        return folders.place(self.foreign.leaves, shardings, scan_layers=scanned)
+        params = folders.place(own, shardings, scan_layers=scanned)
+        if beside:
+            one = jax.tree.leaves(shardings)[0]
+            if isinstance(one, jax.sharding.NamedSharding):
+                one = one.update(spec=jax.sharding.PartitionSpec())
+            there = traverse_util.unflatten_dict(dict.fromkeys(beside, one), sep="/")
+            params = adapted.overlay(params, folders.place(beside, there))
+        return params
 
     def fingerprint(self) -> str:
         """SHA-256 over names and values; see `leaves.fingerprint`."""

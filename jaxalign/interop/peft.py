@@ -1,7 +1,7 @@
 """Adapters of PEFT (``adapter_config.json``, ``adapter_model.safetensors``), both ways.
 
-LoRA, with rsLoRA and DoRA, and IA3, of T5s whose folder is at hand. Importing this
-module needs neither PyTorch nor peft.
+LoRA, with rsLoRA and DoRA, IA3 and soft prompts (``PROMPT_TUNING``), of T5s whose
+folder is at hand. Importing this module needs neither PyTorch nor peft.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import dataclasses
 import json
 import os
 import re
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,11 @@ from typing import Any
 from flax import traverse_util
 
 from jaxalign import remote
-from jaxalign.interop import huggingface, merging, tensor_files
+from jaxalign.interop import huggingface, merging, peft_prompt, tensor_files
 from jaxalign.interop.folders import Foreign, unstack
 from jaxalign.interop.huggingface_config import names_of
 from jaxalign.interop.leaves import Leaf, of_array
+from jaxalign.interop.new_folder import new_folder
 from jaxalign.models import adapters
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -68,7 +68,10 @@ class PeftAdapter:
         return traverse_util.unflatten_dict(read, sep="/")
 
     def merged(self) -> Foreign:
-        """The network with the adapter merged into it, leaf by leaf as it is read."""
+        """The network with the adapter merged into it, leaf by leaf as it is read.
+
+        A soft prompt, which cannot be, is one more leaf.
+        """
         leaves = merging.merged(self.adapter, self.foreign.leaves, self.own)
         return dataclasses.replace(self.foreign, leaves=leaves)
 
@@ -101,6 +104,10 @@ def open_folder(path: str | os.PathLike[str]) -> PeftAdapter:
         )
     adapter = _adapter(folder, config)
     tensors = tensor_files.read_file(folder / TENSORS)
+    if isinstance(adapter, adapters.SoftPrompt):
+        width = foreign.shape.emb_dim
+        own = peft_prompt.rows(folder / TENSORS, tensors, adapter.length, width)
+        return PeftAdapter(adapter, own, base, foreign)
     own = _own(folder, tensors, adapter, foreign)
     adapter = dataclasses.replace(adapter, **_targets(folder, own, foreign))
     return PeftAdapter(adapter, own, base, foreign)
@@ -116,7 +123,7 @@ def write(
     """Writes a folder that ``PeftModel.from_pretrained`` reads, whole or not at all.
 
     Args:
-      path: that does not exist.
+      path: that does not exist or is an empty folder; it may be in a bucket.
       adapter: as of `jaxalign.training.checkpoints.load_adapter`.
       own: its parameters, in either layout.
       model: the network that it adapts.
@@ -126,6 +133,27 @@ def write(
       FileExistsError: where something is there already.
       ValueError: where more was trained than the adapter.
     """
+    if isinstance(adapter, adapters.SoftPrompt):
+        tensors, settings = peft_prompt.stored(own)
+    else:
+        tensors, settings = _beside_kernels(adapter, own, model)
+    config = {
+        "task_type": "SEQ_2_SEQ_LM",
+        "base_model_name_or_path": os.fspath(base),
+        "inference_mode": True,
+        **settings,
+    }
+    with new_folder(path, CONFIG) as folder:
+        tensor_files.write_folder(folder, tensors, "float32", shard=1 << 62)
+        os.replace(folder / tensor_files.SINGLE, folder / TENSORS)
+        text = json.dumps(config, indent=2, sort_keys=True)
+        (folder / CONFIG).write_text(f"{text}\n", "utf-8")
+
+
+def _beside_kernels(
+    adapter: adapters.LoRA | adapters.IA3, own: Mapping[str, Any], model: Any
+) -> tuple[dict[str, Leaf], dict[str, Any]]:
+    """The tensors and the settings of an adapter that is beside kernels."""
     modules = {
         path.removesuffix("/kernel"): source.name.removesuffix(".weight")
         for path, source in names_of(model.config)
@@ -152,9 +180,6 @@ def write(
         tensors[f"{_PREFIX}{their}.{suffix}"] = leaf
     every = set(modules.values())
     config: dict[str, Any] = {
-        "task_type": "SEQ_2_SEQ_LM",
-        "base_model_name_or_path": os.fspath(base),
-        "inference_mode": True,
         "fan_in_fan_out": False,
         "target_modules": _short(inputs | outputs, every),
     }
@@ -174,19 +199,7 @@ def write(
             "feedforward_modules": _short(inputs, every),
             "init_ia3_weights": True,
         }
-    target = Path(path).expanduser().absolute()
-    if target.exists():
-        raise FileExistsError(f"{target} is there already; give another name.")
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    partial.mkdir(parents=True)
-    try:
-        tensor_files.write_folder(partial, tensors, "float32", shard=1 << 62)
-        os.replace(partial / tensor_files.SINGLE, partial / TENSORS)
-        text = json.dumps(config, indent=2, sort_keys=True)
-        (partial / CONFIG).write_text(f"{text}\n", "utf-8")
-        os.replace(partial, target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    return tensors, config
 
 
 def _base(folder: Path, config: Mapping[str, Any]) -> Path:
@@ -228,9 +241,12 @@ def _adapter(folder: Path, config: Mapping[str, Any]) -> adapters.Adapter:
         raise ValueError(f"{folder / CONFIG} lacks {error}.") from error
     if kind == "IA3":
         return adapters.IA3()
+    if kind == peft_prompt.KIND:
+        return peft_prompt.adapter(folder / CONFIG, config)
     raise ValueError(
-        f"{folder / CONFIG}: peft_type must be LORA or IA3, got {kind or None!r}; "
-        "where it can be merged, merge it with peft (merge_and_unload)."
+        f"{folder / CONFIG}: peft_type must be LORA, IA3 or {peft_prompt.KIND}, got "
+        f"{kind or None!r}; where it can be merged, merge it with peft "
+        "(merge_and_unload)."
     )
 
 

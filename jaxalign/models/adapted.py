@@ -13,6 +13,9 @@ leaf           shape, for a kernel ``[in, out]``           of
 ``lora_keep``  ``[1]``: the share that dropout keeps       LoRA's training
 =============  ==========================================  ===============
 
+and ``soft_prompt [length, emb_dim]`` beside the embedding of tokens
+(`jaxalign.models.soft_prompt`), which is in no kernel's product and cannot be merged.
+
 Layers that are scanned have their axis second in every leaf, as in all parameters.
 """
 
@@ -30,7 +33,15 @@ from flax import traverse_util
 
 Tree = dict[str, Any]
 
-NAMES = ("lora_a", "lora_b", "magnitude", "gain_in", "gain", "lora_keep")
+SOFT_PROMPT = "soft_prompt"
+NAMES = ("lora_a", "lora_b", "magnitude", "gain_in", "gain", "lora_keep", SOFT_PROMPT)
+
+UNMERGED = (
+    "A soft prompt is no change of a network's parameters and cannot be merged into "
+    "them: generate, score, eval, steer, serve and jaxalign.load read the run that "
+    "trained it as it is, and jaxalign convert RUN FOLDER --format=peft writes it as "
+    "an adapter for peft."
+)
 
 exactly = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
@@ -71,6 +82,9 @@ def merge(params: Mapping[str, Any]) -> Tree:
     Returns:
       Parameters of the network alone. Their function is that of `params`, to rounding.
 
+    Raises:
+      ValueError: for a soft prompt, which is no change of parameters.
+
     >>> import numpy
     >>> kernel, ones = numpy.ones((2, 2)), numpy.ones((2, 1))
     >>> merge({"kernel": kernel, "lora_a": ones, "lora_b": ones.T})
@@ -80,6 +94,8 @@ def merge(params: Mapping[str, Any]) -> Tree:
     flat = traverse_util.flatten_dict(dict(params), sep="/")
     kept = {}
     for name, leaf in flat.items():
+        if name.rpartition("/")[2] == SOFT_PROMPT:
+            raise ValueError(UNMERGED)
         if is_adapter(name):
             continue
         module, _, last = name.rpartition("/")
@@ -93,7 +109,12 @@ def merge(params: Mapping[str, Any]) -> Tree:
 
 
 def merge_in_place(adapter: Any, base: Any, own: Any) -> Tree:
-    """`merge` of an adapter's parameters and its base's, which it gives up."""
+    """`merge` of an adapter's parameters and its base's, which it gives up.
+
+    An adapter that cannot be merged stays beside its base, for layers to read.
+    """
+    if not adapter.merges:
+        return adapter.expand(overlay(base, own))
 
     def merged(base: Any, own: Any) -> Tree:
         return merge(adapter.expand(overlay(base, own)))

@@ -32,12 +32,14 @@ from jaxalign.models.adapted import (
     overlay,
     plain,
 )
-from jaxalign.models.layers import Dense
+from jaxalign.models.layers import Dense, Embed
+from jaxalign.models.soft_prompt import SoftPrompt, table
 
 __all__ = [
     "IA3",
     "Adapter",
     "LoRA",
+    "SoftPrompt",
     "adaptable",
     "check_targets",
     "is_adapter",
@@ -89,6 +91,7 @@ class LoRA:
     dora: bool = False
 
     adds: ClassVar[str] = "low-rank updates"
+    merges: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _check_regex("LoRA.targets", self.targets)
@@ -181,6 +184,7 @@ class IA3:
     inputs: str = "mlp/"
 
     adds: ClassVar[str] = "gains"
+    merges: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _check_regex("IA3.targets", self.targets)
@@ -211,8 +215,8 @@ class IA3:
         return tree
 
 
-Adapter = LoRA | IA3
-KINDS: dict[str, type] = {"LoRA": LoRA, "IA3": IA3}
+Adapter = LoRA | IA3 | SoftPrompt
+KINDS: dict[str, type] = {"LoRA": LoRA, "IA3": IA3, "SoftPrompt": SoftPrompt}
 
 
 def stored(adapter: Adapter) -> dict[str, Any]:
@@ -252,11 +256,19 @@ def targeted(base: Mapping[str, Any], targets: str) -> dict[str, Any]:
 
 def adaptable(network: nn.Module) -> frozenset[str]:
     """Paths of the modules whose kernels an adapter can stand beside."""
-    found = set()
+    return frozenset(
+        "/".join(module.path)
+        for module, _ in _calls(network)
+        if isinstance(module, Dense)
+    )
+
+
+def _calls(network: nn.Module) -> list[tuple[nn.Module, str]]:
+    """The modules that a network calls, with the method; nothing is computed."""
+    found = []
 
     def look(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
-        if isinstance(context.module, Dense):
-            found.add("/".join(context.module.path))
+        found.append((context.module, context.method_name))
         return call(*args, **kwargs)
 
     def trace() -> Any:
@@ -264,7 +276,7 @@ def adaptable(network: nn.Module) -> frozenset[str]:
             return network.init({"params": jax.random.key(0)}, example())
 
     jax.eval_shape(trace)
-    return frozenset(found)
+    return found
 
 
 def check_targets(adapter: Adapter, base: Tree, network: nn.Module) -> None:
@@ -273,6 +285,15 @@ def check_targets(adapter: Adapter, base: Tree, network: nn.Module) -> None:
     Raises:
       ValueError: naming them.
     """
+    if isinstance(adapter, SoftPrompt):
+        table(base)
+        if not any(m == "prompt" and isinstance(o, Embed) for o, m in _calls(network)):
+            raise ValueError(
+                f"{type(network).__name__} puts no soft prompt before its tokens: "
+                "encode and decode have to by jaxalign.models.soft_prompt, as those "
+                "of jaxalign.models.T5 do. Or set ADAPTER = @adapters.LoRA()."
+            )
+        return
     wrong = {*targeted(base, adapter.targets)} - adaptable(network)
     if wrong:
         raise ValueError(

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign.batch import Batch
+from jaxalign.models import soft_prompt
 from jaxalign.models.config import T5Config
 from jaxalign.models.layers import Dense, Embed
 from jaxalign.models.networks import register
@@ -40,10 +41,12 @@ class EmbeddingModel(nn.Module):
     def __call__(self, batch: Batch, *, deterministic: bool = True) -> jax.Array:
         """Float32 ``[B, P, features or E]``; 0 where there is no such prompt."""
         segments = batch["encoder_segment_ids"]
-        states = self.encoder(
-            self.token_embedder(batch["encoder_input_tokens"]), segments, deterministic
-        )
-        prompts = jnp.arange(1, batch["prompt_mask"].shape[1] + 1)
+        size = batch["prompt_mask"].shape[1]
+        tokens = batch["encoder_input_tokens"]
+        states = soft_prompt.encode(
+            self.token_embedder, self.encoder, tokens, segments, size, deterministic
+        )[:, : tokens.shape[1]]
+        prompts = jnp.arange(1, size + 1)
         member = (segments[..., None] == prompts).astype(jnp.float32)
         total = jnp.einsum("ble,blp->bpe", states.astype(jnp.float32), member)
         vectors = total / jnp.maximum(jnp.sum(member, axis=1), 1.0)[..., None]

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign.batch import Batch, prompt_of_tokens, sum_by_response
+from jaxalign.models import soft_prompt
 from jaxalign.models.config import T5Config
 from jaxalign.models.layers import Embed
 from jaxalign.models.networks import register
@@ -108,9 +109,13 @@ class ScalarModel(nn.Module):
         return sum_by_response(values, segments, size) / jnp.maximum(count, 1.0)
 
     def _states(self, batch: Batch, deterministic: bool) -> jax.Array:
-        encoded = self.encoder(
-            self.token_embedder(batch["encoder_input_tokens"]),
-            batch["encoder_segment_ids"],
+        of_encoder = batch["encoder_segment_ids"]
+        encoded = soft_prompt.encode(
+            self.token_embedder,
+            self.encoder,
+            batch["encoder_input_tokens"],
+            of_encoder,
+            batch["prompt_mask"].shape[1],
             deterministic,
         )
         if self.read == "prompt_mean":
@@ -121,13 +126,14 @@ class ScalarModel(nn.Module):
             encoded,
             segments,
             prompt_of_tokens(segments, batch["response_prompt"]),
-            batch["encoder_segment_ids"],
+            soft_prompt.segments(self.token_embedder, of_encoder, encoded.shape[1]),
             deterministic,
         )
 
 
 def _of_prompts(head: ScalarHead, batch: Batch, states: jax.Array) -> jax.Array:
-    """``[B, P]``: the head on the mean of each prompt's encoder states."""
+    """``[B, P]``: the head on the mean of the encoder states of a prompt's tokens."""
+    states = states[:, : batch["encoder_segment_ids"].shape[1]]
     prompts = jnp.arange(1, batch["prompt_mask"].shape[1] + 1)
     member = (batch["encoder_segment_ids"][..., None] == prompts).astype(jnp.float32)
     count = jnp.sum(member, axis=1)

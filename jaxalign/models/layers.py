@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign.models.adapted import adapted
+from jaxalign.models.adapted import SOFT_PROMPT, adapted
 from jaxalign.models.config import T5Config
 
 _ACTIVATIONS = {
@@ -111,6 +111,13 @@ class Embed(nn.Module):
         table = constrain(self.embedding, "vocab", None)
         embedded = jnp.take(table, tokens, axis=0, mode="fill")
         return embedded.astype(self.config.activation_dtype)
+
+    def prompt(self) -> jax.Array | None:
+        """The rows ``[n, E]`` of a soft prompt, if an adapter put one here."""
+        if not self.has_variable("params", SOFT_PROMPT):
+            return None
+        rows = constrain(self.get_variable("params", SOFT_PROMPT), None, None)
+        return rows.astype(self.config.activation_dtype)
 
 
 class Dropout(nn.Module):

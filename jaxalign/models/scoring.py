@@ -8,17 +8,22 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign.batch import Batch, prompt_of_tokens, sum_by_response
+from jaxalign.models import soft_prompt
 from jaxalign.models.networks import EncoderDecoder, Params
 from jaxalign.models.vocabulary import head_outputs
 
 
 def encode(model: EncoderDecoder, params: Params, batch: Batch) -> jax.Array:
-    """Encoder states ``[B, Le, E]`` of a batch's prompts, without dropout."""
+    """Encoder states ``[B, Le, E]`` of a batch's prompts, without dropout.
+
+    Those of a soft prompt, if there is one, follow the tokens'.
+    """
     return model.apply(
         {"params": params},
         batch["encoder_input_tokens"],
         batch["encoder_segment_ids"],
         method="encode",
+        **soft_prompt.settings(params, batch),
     )
 
 
@@ -65,6 +70,7 @@ def final_states(
                 batch["encoder_input_tokens"],
                 batch["encoder_segment_ids"],
                 deterministic=deterministic,
+                **soft_prompt.settings(params, batch),
             )
         states = module.decode(
             states,

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign.batch import Batch, prompt_of_tokens
+from jaxalign.models import soft_prompt
 from jaxalign.models.config import T5Config
 from jaxalign.models.layers import Embed
 from jaxalign.models.networks import register
@@ -47,15 +48,24 @@ class T5(nn.Module):
         segment_ids: jax.Array,
         *,
         deterministic: bool = True,
+        prompts: int | None = None,
     ) -> jax.Array:
         """Final-normed states ``[B, Le, E]`` of packed prompts, blind to each other.
 
-        Tokens and segments are int32 ``[B, Le]``; segment 0 is padding.
+        Tokens and segments are int32 ``[B, Le]``; segment 0 is padding. With a soft
+        prompt, say how many ``prompts`` a row has room for; the states of what is
+        before them follow (`jaxalign.models.soft_prompt`).
         """
         chex.assert_rank([input_tokens, segment_ids], 2)
         chex.assert_equal_shape([input_tokens, segment_ids])
-        embedded = self.token_embedder(input_tokens)
-        return self.encoder(embedded, segment_ids, deterministic)
+        return soft_prompt.encode(
+            self.token_embedder,
+            self.encoder,
+            input_tokens,
+            segment_ids,
+            prompts,
+            deterministic,
+        )
 
     def decode(
         self,
@@ -75,7 +85,7 @@ class T5(nn.Module):
 
         Args:
           encoded: ``[B, Le, E]`` from :meth:`encode`.
-          encoder_segment_ids: ``[B, Le]``.
+          encoder_segment_ids: ``[B, Le]``, those of tokens.
           decoder_input_tokens: ``[B, K, Ld]``, targets shifted right.
           decoder_segment_ids: ``[B, K, Ld]``; 0 is padding.
           prompt_segment_ids: ``[B, K, Ld]``, the encoder segment each token may look
@@ -86,6 +96,9 @@ class T5(nn.Module):
           Final-normed states ``[B, K, Ld, E]``; meaningless, but finite, at padding.
         """
         chex.assert_rank([encoded, decoder_input_tokens], [3, 3])
+        encoder_segment_ids = soft_prompt.segments(
+            self.token_embedder, encoder_segment_ids, encoded.shape[1]
+        )
         chex.assert_shape(encoder_segment_ids, encoded.shape[:2])
         chex.assert_equal_shape(
             [decoder_input_tokens, decoder_segment_ids, prompt_segment_ids]
@@ -121,6 +134,7 @@ class T5(nn.Module):
             batch["encoder_input_tokens"],
             batch["encoder_segment_ids"],
             deterministic=deterministic,
+            **soft_prompt.settings(self.variables.get("params", {}), batch),
         )
         states = self.decode(
             encoded,
@@ -191,6 +205,11 @@ class T5(nn.Module):
         if cursor is not None:
             cursor = jnp.asarray(cursor, jnp.int32)
         embedded = self.token_embedder(tokens)
+        encoder_mask = soft_prompt.segments(
+            self.token_embedder,
+            jnp.asarray(encoder_mask != 0, jnp.int32),
+            jax.tree.leaves(cross_kv)[0].shape[-2],
+        )
         return self.decoder.step(
             embedded, position, self_cache, cross_kv, encoder_mask, cursor
         )

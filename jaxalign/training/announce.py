@@ -12,6 +12,8 @@ from typing import Any
 
 import jax
 
+from jaxalign.models.soft_prompt import SoftPrompt
+
 _log = logging.getLogger(__name__)
 
 
@@ -96,7 +98,14 @@ def _trained(run: Any, ready: Any) -> str:
         for tree in (state.params, state.frozen)
     )
     adapter = f", with {run.adapter}" if run.adapter else ""
-    return f"Trains: {train:,} of {train + rest:,} parameters{adapter}"
+    text = f"Trains: {train:,} of {train + rest:,} parameters{adapter}"
+    if isinstance(run.adapter, SoftPrompt):
+        shape, length = ready.inputs.train.shape, run.adapter.length
+        text += (
+            f"; before {shape.prompts} prompts it makes encoder rows of "
+            f"{shape.encoder_length} tokens {shape.prompts * length} longer"
+        )
+    return text
 
 
 def _data(feed: Any) -> str:

@@ -13,6 +13,7 @@ torch = pytest.importorskip("torch", reason="needs torch, of the extra 'test'")
 transformers = pytest.importorskip("transformers", reason="of the extra 'test'")
 
 from jaxalign import models  # noqa: E402
+from jaxalign.cluster import mesh as meshes  # noqa: E402
 from jaxalign.interop import peft as ours  # noqa: E402
 from jaxalign.models import adapters  # noqa: E402
 from jaxalign.training import checkpoints  # noqa: E402
@@ -88,6 +89,7 @@ def batch():
         "encoder_segment_ids": (inputs != 0).astype(np.int32),
         "decoder_input_tokens": targets[:, None],
         "decoder_segment_ids": np.ones_like(targets)[:, None],
+        "prompt_mask": np.ones((2, 1), np.float32),
         "response_prompt": np.zeros((2, 1), np.int32),
     }
 
@@ -160,6 +162,81 @@ def test_gradients_are_those_of_pytorch(kind, base, tmp_path):
         assert abs(leaf.read() - wanted).max() <= bound, name
 
 
+@pytest.mark.parametrize("submodules", [1, None])
+def test_a_soft_prompt_of_peft_has_equal_logits_and_goes_back(
+    submodules, base, tmp_path
+):
+    """With None the tensor has rows for the decoder, which peft does not read."""
+    torch.manual_seed(1)
+    config = peft.PromptTuningConfig(
+        task_type="SEQ_2_SEQ_LM",
+        num_virtual_tokens=3,
+        num_transformer_submodules=submodules,
+    )
+    model = peft.get_peft_model(theirs(base), config).eval()
+    rows = model.prompt_encoder["default"].embedding.weight
+    assert rows.shape == (3 * (submodules or 2), 16)
+    model.save_pretrained(tmp_path / "theirs")
+    logits = logits_of(model)
+    wanted = logits.detach().numpy()
+    tolerance = {"rtol": 0, "atol": 1e-4}
+    loaded = checkpoints.load(tmp_path / "theirs")
+    found = our_logits(loaded.model, loaded.params)
+    np.testing.assert_allclose(found, wanted, **tolerance)
+    plain = adapters.plain(loaded.params)
+    jax.tree.map(np.testing.assert_array_equal, plain, checkpoints.load(base).params)
+    assert abs(our_logits(loaded.model, plain) - wanted).max() > 1e-2
+    opened = ours.open_folder(tmp_path / "theirs")
+    assert opened.adapter == adapters.SoftPrompt(length=3)
+    weights = torch.sin(torch.arange(2 * 4 * 32.0)).reshape(2, 4, 32)
+    (logits * weights).sum().backward()
+
+    def loss(own):
+        params = opened.adapter.expand(adapters.overlay(plain, own))
+        return (our_logits(loaded.model, params) * weights.numpy()).sum()
+
+    gradient = jax.jit(jax.grad(loss))(opened.tree())["token_embedder"]["soft_prompt"]
+    torchs = rows.grad.numpy()
+    bound = 1e-4 * abs(torchs).max()
+    np.testing.assert_allclose(gradient, torchs[:3], rtol=0, atol=bound)
+    assert not torchs[3:].any()
+    # And back, onto a mesh as well.
+    ours.write(tmp_path / "ours", opened.adapter, opened.tree(), loaded.model, base)
+    back = peft.PeftModel.from_pretrained(theirs(base), tmp_path / "ours").eval()
+    np.testing.assert_allclose(logits_of(back).detach().numpy(), wanted, **tolerance)
+    mesh = meshes.make_mesh(data=2, fsdp=2, tensor=2)
+    again = checkpoints.load(tmp_path / "ours", mesh=mesh)
+    jax.tree.map(np.testing.assert_array_equal, again.params, loaded.params)
+
+
+def test_a_soft_prompt_that_cannot_be_read_is_told(base, tmp_path):
+    rows = {"token_embedder": {"soft_prompt": np.ones((3, 16), np.float32)}}
+    net, folder = checkpoints.load(base).model, tmp_path / "a"
+    ours.write(folder, adapters.SoftPrompt(3), rows, net, base)
+    config = json.loads((folder / ours.CONFIG).read_text())
+    for change, message in (
+        ({"num_virtual_tokens": 2}, r"must be \(2, 16\).* got \(3, 16\)"),
+        ({"num_virtual_tokens": "3"}, "num_virtual_tokens must be a whole number"),
+        ({"task_type": "CAUSAL_LM"}, "of task_type='CAUSAL_LM' is not supported"),
+        ({"peft_type": "P_TUNING"}, "must be LORA, IA3 or PROMPT_TUNING"),
+    ):
+        (folder / ours.CONFIG).write_text(json.dumps(config | change))
+        with pytest.raises(ValueError, match=message):
+            checkpoints.load(folder)
+    (folder / ours.CONFIG).write_text(json.dumps(config))
+    held = ours.tensor_files.read_file(folder / ours.TENSORS)
+    (tmp_path / "b").mkdir()
+    renamed = {"embedding": held["prompt_embeddings"]}
+    ours.tensor_files.write_folder(tmp_path / "b", renamed, "float32", shard=1 << 62)
+    (tmp_path / "b" / ours.tensor_files.SINGLE).replace(folder / ours.TENSORS)
+    with pytest.raises(ValueError, match="must hold 'prompt_embeddings' alone"):
+        checkpoints.load(folder)
+    more = adapters.overlay(rows, {"decoder": {"logits_dense": {"kernel": np.ones(1)}}})
+    with pytest.raises(ValueError, match="trained beside the soft prompt"):
+        ours.write(tmp_path / "c", adapters.SoftPrompt(3), more, net, base)
+    assert not (tmp_path / "c").exists()
+
+
 def test_what_cannot_be_read_is_told(base, tmp_path):
     moved(base, "lora").save_pretrained(tmp_path / "a")
     path = tmp_path / "a" / ours.CONFIG
@@ -171,7 +248,9 @@ def test_what_cannot_be_read_is_told(base, tmp_path):
             checkpoints.load(tmp_path / "a")
 
     refused(ValueError, "modules_to_save=.*merge_and_unload", modules_to_save=["x"])
-    refused(ValueError, "must be LORA or IA3, got 'LOHA'", peft_type="LOHA")
+    refused(
+        ValueError, "must be LORA, IA3 or PROMPT_TUNING, got 'LOHA'", peft_type="LOHA"
+    )
     refused(FileNotFoundError, "no folder here", base_model_name_or_path="google/t5")
     refused(ValueError, r"must give \(16, 3\).*got \(16, 4\)", r=3)
     path.write_text(json.dumps(config))

@@ -21,7 +21,10 @@ KINDS = {
     "rslora": adapters.LoRA(rank=3, rslora=True),
     "dora": adapters.LoRA(rank=3, dora=True, targets=ALL),
     "ia3": adapters.IA3(),
+    "prompt": adapters.SoftPrompt(length=3),
+    "uniform": adapters.SoftPrompt(length=2, start="uniform"),
 }
+MERGING = [kind for kind, adapter in KINDS.items() if adapter.merges]
 
 
 def model(scan_layers=False):
@@ -50,7 +53,11 @@ def base():
     return models.init_params(model(), jax.random.key(0))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_is_here():
+    assert {type(adapter) for adapter in KINDS.values()} == {*adapters.KINDS.values()}
+
+
+@pytest.mark.parametrize("kind", MERGING)
 def test_merged_it_is_the_same_function_in_both_layouts(kind, base):
     adapter = KINDS[kind]
     own = with_random(adapter, base)
@@ -73,16 +80,29 @@ def test_merged_it_is_the_same_function_in_both_layouts(kind, base):
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_it_starts_at_the_base_with_the_same_numbers_in_both_layouts(kind, base):
-    adapter, key = KINDS[kind], jax.random.key(1)
-    own = adapter.init(key, base)
+@pytest.mark.parametrize("kind", MERGING)
+def test_what_merges_starts_at_the_base(kind, base):
+    adapter = KINDS[kind]
+    own = adapter.init(jax.random.key(1), base)
     expanded = adapter.expand(adapters.overlay(base, own))
     found, wanted = logits(model(), expanded), logits(model(), base)
     if kind == "dora":  # a length divided by itself, computed in two ways
         np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
     else:
         np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_has_the_same_numbers_and_function_in_both_layouts(kind, base):
+    adapter, key = KINDS[kind], jax.random.key(1)
+    own = adapter.init(key, base)
+    adapters.check_targets(adapter, base, model())
+    expanded = adapter.expand(adapters.overlay(base, own))
+    moved = adapters.overlay(base, with_random(adapter, base))
+    found = logits(model(), adapter.expand(moved))
+    assert float(abs(found - logits(model(), base)).max()) > 0.1
+    scanned = logits(model(True), adapter.expand(models.stack_layers(moved)))
+    np.testing.assert_allclose(scanned, found, rtol=1e-4, atol=1e-4)
     stacked = adapter.init(key, models.stack_layers(base))
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=0.0),

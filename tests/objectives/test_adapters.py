@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import traverse_util
 from objectives_cases import (
     CONFIG,
     BagOfTokens,
@@ -23,34 +24,55 @@ from objectives_cases import (
 
 from jaxalign import models, objectives
 from jaxalign.cluster import mesh as meshes
-from jaxalign.models import adapters
+from jaxalign.models import adapters, soft_prompt
 from jaxalign.models.layers import Dense
 from jaxalign.training import step as steps
 from jaxalign.training.partition import REFERENCE, Partition
 
 LORA = adapters.LoRA(rank=2, alpha=2, targets="mix")
+KINDS = {
+    "LoRA": LORA,
+    "IA3": adapters.IA3(targets="mix", inputs="(?!)"),
+    "SoftPrompt": adapters.SoftPrompt(length=2),
+}
 
 
 class BagWithDense(BagOfTokens):
-    """A network that compiles in no time, with one kernel that takes an adapter."""
+    """A network that compiles in no time, with one kernel that takes an adapter.
+
+    A soft prompt is among what its decoder takes the mean of.
+    """
 
     def setup(self):
         super().setup()
         width = self.config.emb_dim
         self.mix = Dense(width, ("embed", "mlp"), jnp.float32)
 
-    def decode(self, *arguments, **settings):
-        return 0.05 * self.mix(super().decode(*arguments, **settings))
+    def encode(self, tokens, segments, *, prompts=None, deterministic=True):
+        return soft_prompt.encode(
+            self.token_embedder, lambda x, of, _: x, tokens, segments, prompts
+        )
+
+    def decode(self, encoded, of_encoder, *arguments, **settings):
+        of_encoder = soft_prompt.segments(
+            self.token_embedder, of_encoder, encoded.shape[1]
+        )
+        return 0.05 * self.mix(
+            super().decode(encoded, of_encoder, *arguments, **settings)
+        )
 
 
 def moved(networks):
     """The networks with an adapter that is not where it starts."""
-    main = networks["policy"]
-    flat = {"mix": dict(main["mix"])}
-    for i, name in enumerate(("lora_a", "lora_b")):
-        noise = jax.random.normal(jax.random.key(i), main["mix"][name].shape)
-        flat["mix"][name] = main["mix"][name] + 0.2 * noise
-    return {**networks, "policy": adapters.overlay(main, flat)}
+    keys = iter(jax.random.split(jax.random.key(0), 9))
+
+    def move(name, leaf):
+        own = adapters.is_adapter(name)
+        return leaf + 0.2 * jax.random.normal(next(keys), leaf.shape) if own else leaf
+
+    flat = traverse_util.flatten_dict(networks["policy"], sep="/")
+    flat = {name: move(name, leaf) for name, leaf in flat.items()}
+    return {**networks, "policy": traverse_util.unflatten_dict(flat, sep="/")}
 
 
 @functools.cache
@@ -84,17 +106,34 @@ def with_base_reference(case, networks, batch):
     return {**batch, **jax.device_get(case._score(base, batch))}
 
 
-@pytest.mark.parametrize("name", sorted(objectives.OBJECTIVES))
-def test_however_it_is_cut_only_the_adapter_moves(name):
+# Every objective with LoRA; other kinds with those whose forward passes differ.
+FAST = ("SFT", "DPO", "KTO", "DROV")
+CASES = [
+    pytest.param(
+        name,
+        kind,
+        marks=[] if kind == "LoRA" or name in FAST else [pytest.mark.slow],
+    )
+    for name in sorted(objectives.OBJECTIVES)
+    for kind in KINDS
+]
+
+
+def test_every_kind_is_here():
+    assert KINDS.keys() == adapters.KINDS.keys()
+
+
+@pytest.mark.parametrize(("name", "kind"), CASES)
+def test_however_it_is_cut_only_the_adapter_moves(name, kind):
     """Packed on one device with cached columns; and unpacked, in four microbatches,
     over eight devices, with the base as the reference in the step."""
-    case, partition, networks = adapted(name)
+    case, partition, networks = adapted(name, KINDS[kind])
     networks = moved(networks)
     batch = make_batch(case.rows, 4)
     cached = with_base_reference(case, networks, batch)
     gradients, metrics, state, new = step(case, partition, networks, cached)
-    assert set(gradients["policy"]) == {"mix"}
-    assert set(gradients["policy"]["mix"]) == {"lora_a", "lora_b"}
+    names = traverse_util.flatten_dict(gradients["policy"], sep="/")
+    assert names and all(adapters.is_adapter(name) for name in names)
     assert all(abs(x).max() > 0 for x in jax.tree.leaves(gradients["policy"]))
     assert set(state.params) == set(case.objective.networks())
     jax.tree.map(np.testing.assert_array_equal, new.frozen, state.frozen)
@@ -106,6 +145,24 @@ def test_however_it_is_cut_only_the_adapter_moves(name):
     cut = step(case, partition, placed, rows, num_microbatches=4)
     assert_same_gradients(cut[0], gradients)
     assert_same_metrics(cut[1], metrics)
+
+
+def test_a_value_that_shares_the_encoder_reads_the_tokens_of_a_prompt():
+    """Not the rows before it, whose states are there as well."""
+    case = get_case("DROV", BagWithDense, share_trunk=True)
+    partition = Partition("policy", case.objective.frozen, KINDS["SoftPrompt"])
+    networks = moved(partition.with_adapter(dict(case.params), jax.random.key(9)))
+    batches = (make_batch(case.rows, n) for n in (4, 2))
+    packed, pairs = (with_base_reference(case, networks, b) for b in batches)
+    gradients, metrics, *_ = step(case, partition, networks, packed)
+    again = step(case, partition, networks, pairs)
+    assert_same_gradients(again[0], gradients)
+    assert_same_metrics(again[1], metrics)
+    bare = step(
+        case, Partition(), {**networks, "policy": case.params["policy"]}, packed
+    )
+    # The mean of these encoder states is of tokens alone, and no prompt moves it.
+    np.testing.assert_allclose(bare[1]["value/mean"], metrics["value/mean"], rtol=1e-5)
 
 
 T5_LORA = adapters.LoRA(rank=2, targets="attention/|mlp/")

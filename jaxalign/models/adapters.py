@@ -286,7 +286,7 @@ def check_targets(adapter: Adapter, base: Tree, network: nn.Module) -> None:
       ValueError: naming them.
     """
     if isinstance(adapter, SoftPrompt):
-        adapter.axes(base)
+        adapter.check(base)
         if not any(m == "prompt" and isinstance(o, Embed) for o, m in _calls(network)):
             raise ValueError(
                 f"{type(network).__name__} puts no soft prompt before its tokens: "

@@ -76,6 +76,7 @@ class SoftPrompt:
 
     def init(self, key: jax.Array, base: Tree) -> Tree:
         """The rows, for a network's parameters."""
+        self.check(base)
         table = _table(base)
         size, width = table.shape
         if self.start == "uniform":
@@ -88,13 +89,17 @@ class SoftPrompt:
             again = self.length > common
             ids = jax.random.choice(key, common, (self.length,), replace=again)
         else:
-            if max(self.start) >= size:
-                raise ValueError(
-                    f"SoftPrompt.start has the id {max(self.start)}, but the network "
-                    f"has embeddings of the ids 0 to {size - 1}."
-                )
             ids = jnp.resize(jnp.array(self.start), self.length)
         return _placed(jnp.take(jnp.asarray(table), ids, axis=0))
+
+    def check(self, base: Tree) -> None:
+        """Refuses a network's parameters, or their shapes, that have no such rows."""
+        size = _table(base).shape[0]
+        if not isinstance(self.start, str) and max(self.start) >= size:
+            raise ValueError(
+                f"SoftPrompt.start has the id {max(self.start)}, but the network has "
+                f"embeddings of the ids 0 to {size - 1}."
+            )
 
     def axes(self, base: Tree) -> Tree:
         """Logical axes of the rows, given those of the network's parameters."""

@@ -33,7 +33,7 @@ from jaxalign.models.adapted import (
     plain,
 )
 from jaxalign.models.layers import Dense, Embed
-from jaxalign.models.soft_prompt import SoftPrompt, table
+from jaxalign.models.soft_prompt import SoftPrompt
 
 __all__ = [
     "IA3",
@@ -286,7 +286,7 @@ def check_targets(adapter: Adapter, base: Tree, network: nn.Module) -> None:
       ValueError: naming them.
     """
     if isinstance(adapter, SoftPrompt):
-        table(base)
+        adapter.check(base)
         if not any(m == "prompt" and isinstance(o, Embed) for o, m in _calls(network)):
             raise ValueError(
                 f"{type(network).__name__} puts no soft prompt before its tokens: "

@@ -76,8 +76,9 @@ class SoftPrompt:
 
     def init(self, key: jax.Array, base: Tree) -> Tree:
         """The rows, for a network's parameters."""
-        found = table(base)
-        size, width = found.shape
+        self.check(base)
+        table = _table(base)
+        size, width = table.shape
         if self.start == "uniform":
             rows = jax.random.uniform(
                 key, (self.length, width), minval=-0.5, maxval=0.5
@@ -88,17 +89,21 @@ class SoftPrompt:
             again = self.length > common
             ids = jax.random.choice(key, common, (self.length,), replace=again)
         else:
-            if max(self.start) >= size:
-                raise ValueError(
-                    f"SoftPrompt.start has the id {max(self.start)}, but the network "
-                    f"has embeddings of the ids 0 to {size - 1}."
-                )
             ids = jnp.resize(jnp.array(self.start), self.length)
-        return _placed(jnp.take(jnp.asarray(found), ids, axis=0))
+        return _placed(jnp.take(jnp.asarray(table), ids, axis=0))
+
+    def check(self, base: Tree) -> None:
+        """Refuses a network's parameters, or their shapes, that have no such rows."""
+        size = _table(base).shape[0]
+        if not isinstance(self.start, str) and max(self.start) >= size:
+            raise ValueError(
+                f"SoftPrompt.start has the id {max(self.start)}, but the network has "
+                f"embeddings of the ids 0 to {size - 1}."
+            )
 
     def axes(self, base: Tree) -> Tree:
         """Logical axes of the rows, given those of the network's parameters."""
-        return _placed((_AXIS, table(base)[1]))
+        return _placed((_AXIS, _table(base)[1]))
 
     def expand(self, tree: Tree, *, training: bool = False) -> Tree:
         """What layers read: the parameters as they are."""
@@ -106,8 +111,7 @@ class SoftPrompt:
         return tree
 
 
-def table(base: Mapping[str, Any]) -> Any:
-    """The embeddings of a network, as whatever its leaves are."""
+def _table(base: Mapping[str, Any]) -> Any:
     try:
         return base["token_embedder"]["embedding"]
     except KeyError:

@@ -96,7 +96,7 @@ def test_what_merges_starts_at_the_base(kind, base):
 def test_it_has_the_same_numbers_and_function_in_both_layouts(kind, base):
     adapter, key = KINDS[kind], jax.random.key(1)
     own = adapter.init(key, base)
-    adapters.check_targets(adapter, base, model())
+    adapters.check_targets(adapter, models.shapes(model()), model())
     expanded = adapter.expand(adapters.overlay(base, own))
     moved = adapters.overlay(base, with_random(adapter, base))
     found = logits(model(), adapter.expand(moved))

@@ -127,7 +127,13 @@ DONE = {
 }
 
 
-@pytest.mark.parametrize("title, text", SECTIONS, ids=[title for title, _ in SECTIONS])
+@pytest.mark.parametrize(
+    "title, text",
+    [
+        pytest.param(*section, id=section[0], marks=[pytest.mark.slow] * (i > 1))
+        for i, section in enumerate(SECTIONS)
+    ],
+)
 def test_a_section_does_what_it_says(title, text, folder, capsys):
     for command in COMMAND.findall(text):
         _, verb, *flags = shlex.split(command.replace("\\\n", ""))

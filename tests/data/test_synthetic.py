@@ -149,6 +149,7 @@ def test_a_cached_reference_is_refused(tmp_path):
     setup(make_run(tmp_path / "dpo", "DPO", reference="online"))
 
 
+@pytest.mark.slow
 def test_a_run_learns(tmp_path, caplog):
     caplog.set_level("INFO", "jaxalign")
     settings = {"train_steps": 120, "eval_period": 120, "checkpoint_period": 120}

@@ -30,6 +30,7 @@ def test_each_layer_has_a_table(own):
     }
 
 
+@pytest.mark.slow
 def test_layouts_and_steps_agree(own, packed):
     model, params = own
     want = model.apply({"params": params}, packed)

@@ -106,13 +106,13 @@ def with_base_reference(case, networks, batch):
     return {**batch, **jax.device_get(case._score(base, batch))}
 
 
-# Every objective with LoRA; other kinds with those whose forward passes differ.
-FAST = ("SFT", "DPO", "KTO", "DROV")
+# Those whose forward passes differ; all others are among the slow tests.
+FAST = {"LoRA": ("SFT", "DPO", "KTO", "DROV")}
 CASES = [
     pytest.param(
         name,
         kind,
-        marks=[] if kind == "LoRA" or name in FAST else [pytest.mark.slow],
+        marks=[] if name in FAST.get(kind, ("DPO", "DROV")) else [pytest.mark.slow],
     )
     for name in sorted(objectives.OBJECTIVES)
     for kind in KINDS

@@ -45,6 +45,7 @@ def planned():
     )
 
 
+@pytest.mark.slow
 def test_every_candidate_has_the_keys_that_others_read(planned):
     for found in json.loads(json.dumps(planned))["candidates"]:
         assert set(found) >= KEYS

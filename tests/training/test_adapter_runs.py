@@ -103,7 +103,16 @@ def test_it_is_read_by_its_path_merged_and_starts_another_run(work):
     assert described["policy"]["base"]["fingerprint"] == found.fingerprint
 
 
-@pytest.mark.parametrize("name", ["whole", "layers_stacked", "head", "random"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "whole",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("layers_stacked", "head", "random")
+        ),
+    ],
+)
 def test_it_is_read_leaf_by_leaf_merged(work, name):
     """For conversion, and starts with a part of it."""
     loop.train(leaf_by_leaf_job(work, name))
@@ -129,6 +138,7 @@ def leaf_by_leaf_job(work, name):
     return on_base(work, name)
 
 
+@pytest.mark.slow
 def test_in_the_step_in_microbatches_and_scanned_it_is_the_same_run(work):
     """The reference comes of the base that is there; nothing is loaded for it."""
     ways = {"data": 2, "fsdp": 2, "tensor": 2}

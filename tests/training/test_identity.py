@@ -233,7 +233,7 @@ def test_a_checkpoint_restores_in_the_other_layout(work):
     jax.tree.map(np.testing.assert_array_equal, policy, expected)
 
 
-@pytest.mark.parametrize("factored", [1, 128])
+@pytest.mark.parametrize("factored", [1, pytest.param(128, marks=pytest.mark.slow)])
 def test_adafactors_moments_change_their_layout(factored):
     model = _model(num_encoder_layers=2, num_decoder_layers=3)
     tx = optimizers.adafactor(1e-2, min_dim_size_to_factor=factored)

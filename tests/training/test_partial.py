@@ -55,7 +55,9 @@ def _ready(work, run_dir, objective="SFT", kind="jaxalign", model=DEEP, **change
 
 
 @pytest.mark.parametrize("kind", ["jaxalign", "hf", "t5x"])
-@pytest.mark.parametrize("scan_layers", [False, True])
+@pytest.mark.parametrize(
+    "scan_layers", [False, pytest.param(True, marks=pytest.mark.slow)]
+)
 def test_some_parameters_are_renamed_and_some_left_out(
     kind, scan_layers, work, tmp_path, caplog
 ):

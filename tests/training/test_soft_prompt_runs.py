@@ -63,6 +63,7 @@ def test_its_checkpoint_holds_its_rows_alone_and_goes_on_to_the_bit(work):
     np.testing.assert_array_equal(rows(work / "twice"), rows(work / "whole"))
 
 
+@pytest.mark.slow
 def test_in_the_step_in_microbatches_and_scanned_it_is_the_same_run(work):
     """The reference is the base without the rows; nothing is loaded for it."""
     ways = {"data": 2, "fsdp": 2, "tensor": 2}

@@ -130,6 +130,16 @@ def held(params: Mapping[str, Any]) -> bool:
     return SOFT_PROMPT in params.get("token_embedder", {})
 
 
+def refuse_start(path: Any, params: Mapping[str, Any]) -> None:
+    """Refuses parameters with a soft prompt to a run that would start from them."""
+    if held(params):
+        raise ValueError(
+            f"{path} is a network with a soft prompt, which cannot be merged, and no "
+            "run starts from one: start from the network that it was trained on, or "
+            "go on with its own run, the same --run_dir and more --steps."
+        )
+
+
 def settings(params: Mapping[str, Any], batch: Batch) -> dict[str, int]:
     """What ``encode`` is told of a batch: with a soft prompt, how many prompts a row
     has room for."""

@@ -29,7 +29,7 @@ from jaxalign.files import write_atomically
 from jaxalign.interop.assignment import Report, assigned
 from jaxalign.interop.folders import place, stack, unstack
 from jaxalign.interop.leaves import Leaf
-from jaxalign.models import adapters
+from jaxalign.models import adapters, soft_prompt
 from jaxalign.training import leafwise
 from jaxalign.training.run import Setup
 from jaxalign.training.step import REFERENCE
@@ -61,6 +61,7 @@ def load(path: str, name: str, source: str, ready: Setup) -> dict[str, Any]:
     """
     stored = leafwise.opened(path, source)
     held = unstack(stored.leaves)
+    soft_prompt.refuse_start(path, traverse_util.unflatten_dict(held, sep="/"))
     like = _like(ready, name)
     wanted = unstack(like)
     names = _names(ready, name)

@@ -60,12 +60,7 @@ def load_network(path: str, name: str, ready: Setup) -> Any:
         return found
     _check_vocabulary(path, meta, ready.run.vocabulary)
     found = ckpt.load(path, source, ready.mesh)
-    if soft_prompt.held(found.params):
-        raise ValueError(
-            f"{path} is a network with a soft prompt, which cannot be merged, and no "
-            "run starts from one: start from the network that it was trained on, or "
-            "go on with its own run, the same --run_dir and more --steps."
-        )
+    soft_prompt.refuse_start(path, found.params)
     config = found.model.config
     own = ready.run.model.config.scan_layers
     if config.scan_layers == own:

@@ -94,6 +94,11 @@ def test_peft_loads_the_adapter_of_a_run(kind, work, tmp_path):
     assert abs(found - their_logits(work / "base")).max() > 1e-3
     again = logits_of(tmp_path / "out")
     np.testing.assert_allclose(again, wanted, rtol=0, atol=1e-4)
+    if kind == "SoftPrompt":
+        start = {"initial_checkpoint_path": str(tmp_path / "out")}
+        for rules in (None, [("policy/decoder/.*", None)]):
+            with pytest.raises(ValueError, match="with a soft prompt, which cannot be"):
+                loop.train(job(work, "next", None, assignment=rules, **start))
 
 
 def test_what_peft_has_no_place_for_is_refused(work, tmp_path, capsys):

@@ -244,8 +244,9 @@ def reference_policy(
     def checked(policy: Any) -> Any:
         if written is not None and written != params_fingerprint(policy):
             raise ValueError(
-                "The reference of this run is the policy that its seed gave, and this "
-                "version of jax gives another: go on with the version in manifest.json."
+                "The reference of this run is the policy that its seed gave, and jax "
+                f"{jax.__version__} on this processor gives another: go on with the "
+                "version in manifest.json, on a machine as that was."
             )
         return policy
 

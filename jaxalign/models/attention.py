@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxalign.models.attention_paths import PATHS, Segments, weights
 from jaxalign.models.config import T5Config
 from jaxalign.models.layers import ATTENTION_INIT, Dense, constrain
+from jaxalign.models.products import einsum, float32_einsum
 
 KeyValues = tuple[jax.Array, jax.Array]
 
@@ -101,11 +102,9 @@ class Attention(nn.Module):
         own = "n" if keys.ndim == 5 else ""
         query = self.query(x)
         query = query.reshape(*x.shape[:-1], self.config.num_heads, -1)
-        scores = jnp.einsum(
-            f"bnhd,b{own}hkd->bnhk", query, keys, preferred_element_type=jnp.float32
-        )
+        scores = float32_einsum(f"bnhd,b{own}hkd->bnhk", query, keys)
         share = weights(scores, mask[:, :, None], bias).astype(values.dtype)
-        context = jnp.einsum(f"bnhk,b{own}hkd->bnhd", share, values)
+        context = einsum(f"bnhk,b{own}hkd->bnhd", share, values)
         return self._join(context)
 
 

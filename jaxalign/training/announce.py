@@ -12,6 +12,8 @@ from typing import Any
 
 import jax
 
+from jaxalign.models import processor
+
 _log = logging.getLogger(__name__)
 
 
@@ -46,6 +48,7 @@ def started(run: Any, ready: Any, step: int) -> None:
         return
     for line in describe(run, ready, step):
         _log.info("%s", line)
+    processor.warn_of_bfloat16(run.model.config.dtype)
     if step == 0:
         random_start(run, ready.objective)
 

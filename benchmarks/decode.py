@@ -36,7 +36,8 @@ import numpy as np
 
 from jaxalign import decoding, models
 from jaxalign.decoding import Engine, Sampling
-from jaxalign.interop import huggingface
+from jaxalign.interop import folders
+from jaxalign.interop.huggingface_config import config_of, names_of
 
 SMALL = models.T5Config(
     vocab_size=32128,
@@ -102,11 +103,17 @@ def samples(args: argparse.Namespace) -> None:
 
     def hugging_face(dtype: str) -> Callable[[], None]:
         theirs = transformers.T5ForConditionalGeneration(
-            transformers.T5Config(**huggingface.config_to_huggingface(SMALL))
+            transformers.T5Config(**config_of(SMALL), decoder_start_token_id=0)
         ).eval()
-        state = huggingface.params_to_huggingface(params, SMALL)
-        state = {k: torch.tensor(v) for k, v in state.items()}
-        theirs.load_state_dict(state, strict=False)
+        leaves = folders.unstack(params)
+        state = {
+            name: torch.tensor(
+                (leaves[path].transposed if transposed else leaves[path]).read()
+            )
+            for path, (name, transposed) in names_of(SMALL)
+        }
+        unknown = theirs.load_state_dict(state, strict=False).unexpected_keys
+        assert not unknown, unknown
         theirs = theirs.to(getattr(torch, dtype))
         inputs = torch.tensor(prompts, dtype=torch.long)
 

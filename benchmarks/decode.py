@@ -5,12 +5,14 @@
     python benchmarks/decode.py ragged --prompts=FILE.jsonl   # slot refill or not
 
 ``samples``: T5 1.1 small with random weights draws N samples of T tokens for each of B
-prompts, in float32. Hugging Face gets the same weights, prompts and threads, and
+prompts, in float32 and, with ``--dtypes=float32,bfloat16``, in bfloat16, which is there
+the whole of Hugging Face's network and here the activations. It gets the same weights,
+prompts and threads, and
 ``num_return_sequences=N``; its sampling settings are ours (temperature 1, nothing
 truncated). With random weights about one response in 500 draws EOS before its last
 token; no side stops for it, and tokens are counted as if it had not. ``T5X_SRC`` names
 a folder with checkouts of t5x, airio and jestimator; its sampler, on a network of the
-same shape with weights of its own, is measured too.
+same shape with weights of its own, is measured too, in float32.
 
 ``ragged``: one response to each real prompt. Rows of the file have an ``instruction``
 and ``responses``, a list of ``{"generator", "text"}``: random weights never end a
@@ -21,6 +23,7 @@ engine either seats waiting prompts as soon as some have ended, or waits until a
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import statistics
@@ -33,7 +36,8 @@ import numpy as np
 
 from jaxalign import decoding, models
 from jaxalign.decoding import Engine, Sampling
-from jaxalign.interop import huggingface
+from jaxalign.interop import folders
+from jaxalign.interop.huggingface_config import config_of, names_of
 
 SMALL = models.T5Config(
     vocab_size=32128,
@@ -49,7 +53,7 @@ _FULL = Sampling(min_new_tokens=10**6)
 
 
 def _medians(
-    repeats: int, compiled: tuple[str, ...], **runs: Callable[[], None]
+    repeats: int, compiled: tuple[str, ...], runs: dict[str, Callable[[], None]]
 ) -> dict[str, float]:
     """Median seconds of each, taken in turns, so that noise falls on all alike.
 
@@ -78,19 +82,13 @@ def samples(args: argparse.Namespace) -> None:
     import torch
     import transformers
 
-    model = models.T5(SMALL)
-    params = models.init_params(model, jax.random.key(0))
-    theirs = transformers.T5ForConditionalGeneration(
-        transformers.T5Config(**huggingface.config_to_huggingface(SMALL))
-    ).eval()
-    state = huggingface.params_to_huggingface(params, SMALL)
-    theirs.load_state_dict({k: torch.tensor(v) for k, v in state.items()}, strict=False)
+    params = models.init_params(models.T5(SMALL), jax.random.key(0))
     prompts = _random_prompts(args.prompts_count, args.prompt_length)
-    inputs = torch.tensor(prompts, dtype=torch.long)
     torch.set_num_threads(len(os.sched_getaffinity(0)))  # as many as XLA takes
 
-    def ours() -> None:
-        jax.block_until_ready(
+    def ours(dtype: str) -> Callable[[], None]:
+        model = models.T5(dataclasses.replace(SMALL, dtype=dtype))
+        return lambda: jax.block_until_ready(
             decoding.generate(
                 model,
                 params,
@@ -103,27 +101,49 @@ def samples(args: argparse.Namespace) -> None:
             )
         )
 
-    def hugging_face() -> None:
-        with torch.no_grad():
-            found = theirs.generate(
-                inputs,
-                attention_mask=torch.ones_like(inputs),
-                do_sample=True,
-                temperature=1.0,
-                top_k=0,
-                num_return_sequences=args.num_samples,
-                max_new_tokens=args.tokens,
+    def hugging_face(dtype: str) -> Callable[[], None]:
+        theirs = transformers.T5ForConditionalGeneration(
+            transformers.T5Config(**config_of(SMALL), decoder_start_token_id=0)
+        ).eval()
+        leaves = folders.unstack(params)
+        state = {
+            name: torch.tensor(
+                (leaves[path].transposed if transposed else leaves[path]).read()
             )
-        assert found.shape[1] == args.tokens + 1
+            for path, (name, transposed) in names_of(SMALL)
+        }
+        unknown = theirs.load_state_dict(state, strict=False).unexpected_keys
+        assert not unknown, unknown
+        theirs = theirs.to(getattr(torch, dtype))
+        inputs = torch.tensor(prompts, dtype=torch.long)
 
-    runs = {"jaxalign": ours, "hugging_face": hugging_face}
+        def run() -> None:
+            with torch.no_grad():
+                found = theirs.generate(
+                    inputs,
+                    attention_mask=torch.ones_like(inputs),
+                    do_sample=True,
+                    temperature=1.0,
+                    top_k=0,
+                    num_return_sequences=args.num_samples,
+                    max_new_tokens=args.tokens,
+                )
+            assert found.shape[1] == args.tokens + 1
+
+        return run
+
+    dtypes = args.dtypes.split(",")
+    runs = {f"jaxalign {dtype}": ours(dtype) for dtype in dtypes}
     if os.environ.get("T5X_SRC"):
-        runs["t5x"] = _t5x_sampler(prompts, args)
-    seconds = _medians(args.repeats, tuple(runs.keys() - {"hugging_face"}), **runs)
+        runs["t5x float32"] = _t5x_sampler(prompts, args)
+    compiled = tuple(runs)
+    runs |= {f"hugging_face {dtype}": hugging_face(dtype) for dtype in dtypes}
+    seconds = _medians(args.repeats, compiled, runs)
     total = len(prompts) * args.num_samples * args.tokens
+    print(f"{'':22}{'seconds':>8}  {'tokens/s':>8}  of ours in " + ", ".join(dtypes))
     for name, value in seconds.items():
-        ratio = value / seconds["jaxalign"]
-        print(f"{name:13} {value:8.2f} s  {total / value:8.0f} tokens/s  {ratio:6.2f}")
+        ratios = (f"{value / seconds[f'jaxalign {d}']:6.2f}" for d in dtypes)
+        print(f"{name:22}{value:8.2f}  {total / value:8.0f}  {'  '.join(ratios)}")
 
 
 def _t5x_sampler(prompts: np.ndarray, args: argparse.Namespace) -> Callable[[], None]:
@@ -235,8 +255,10 @@ def ragged(args: argparse.Namespace) -> None:
     seconds = _medians(
         args.repeats,
         ("refill", "wait_for_longest"),
-        refill=lambda: drain(args.admit),
-        wait_for_longest=lambda: drain(args.groups),
+        {
+            "refill": lambda: drain(args.admit),
+            "wait_for_longest": lambda: drain(args.groups),
+        },
     )
     for name, value in seconds.items():
         print(f"{name:17} {value:8.2f} s  {lengths.sum() / value:8.0f} tokens/s")
@@ -255,6 +277,7 @@ def main() -> None:
     verb.add_argument("--prompt_length", type=int, default=64)
     verb.add_argument("--num_samples", type=int, default=64)
     verb.add_argument("--tokens", type=int, default=64)
+    verb.add_argument("--dtypes", default="float32", help="comma-separated")
     verb = verbs.choices["ragged"]
     verb.add_argument("--prompts", required=True, help="JSON Lines")
     verb.add_argument("--generator", default="alpaca-7b", help="whose lengths to take")

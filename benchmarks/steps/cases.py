@@ -7,6 +7,7 @@ from typing import Any
 
 # Peers' scripts print "median 1.234s"; see `benchmarks.steps.peers`.
 TORCH_DPO = "peer_torch_dpo.py"
+TORCH_DPO_BF16 = "peer_torch_dpo.py bfloat16"  # autocast; parameters, losses float32
 T5X_SFT = "peer_t5x_sft.py"
 
 
@@ -18,7 +19,8 @@ class Case:
       name: unique.
       gin_files: of the run, the model last.
       bindings: of the run.
-      peer: the script that times the same step elsewhere, if there is one.
+      peer: the script that times the same step elsewhere, if there is one, and what
+        it is told beside the sizes.
       target: how many times as fast as the peer the step is to be.
       mfu_target: the share of the matrix-product ceiling it is to reach.
       devices: the platforms it is for.
@@ -68,25 +70,39 @@ ATTENTION = "models.T5Config.attention = 'chunked'"
 SCAN = "models.T5Config.scan_layers = True"
 REMAT_FULL = "models.T5Config.remat_policy = 'full'"
 
-# The steps of the table of targets.
+# The steps of the table of targets. Peers are in float32 where not said otherwise.
 MAIN = (
-    step_case("sft-small", "sft", "small", peer=T5X_SFT, target=1.25),
+    step_case("sft-small", "sft", "small", peer=T5X_SFT, target=1.5),
+    step_case("sft-small-bf16", "sft", "small", _BF16, peer=T5X_SFT, target=2.5),
     step_case("dpo-small-cached", "dpo", "small", _ADAMW, peer=TORCH_DPO, target=3.0),
     step_case(
         "dpo-small-online", "dpo", "small", _ADAMW, _ONLINE, peer=TORCH_DPO, target=2.0
     ),
     step_case(
-        "dpo-small-packed", "dpo", "small", "PACKING = 4", batch=2, mfu_target=0.6
+        "dpo-small-cached-bf16", "dpo", "small", _ADAMW, _BF16, peer=TORCH_DPO,
+        target=3.0,
     ),
-)
+    step_case(
+        "dpo-small-cached-bf16-both", "dpo", "small", _ADAMW, _BF16,
+        peer=TORCH_DPO_BF16, target=1.8,
+    ),
+    step_case(
+        "dpo-small-online-bf16", "dpo", "small", _ADAMW, _ONLINE, _BF16,
+        peer=TORCH_DPO, target=2.5,
+    ),
+    step_case("dpo-small", "dpo", "small", mfu_target=0.72),
+    step_case(
+        "dpo-small-packed", "dpo", "small", "PACKING = 4", ATTENTION, batch=2,
+        mfu_target=0.66,
+    ),
+)  # fmt: skip
 # The rest of what `jaxalign bench --all` measures.
 MORE = (
     step_case("sft-tiny", "sft", "tiny", batch=32),
     step_case("dpo-tiny-cached", "dpo", "tiny", batch=32),
     step_case("kto-small", "kto", "small", "PACKING = 2", batch=4),
     step_case("dro-v-small", "dro_v", "small"),
-    step_case("sft-small-bf16", "sft", "small", _BF16),
-    step_case("dpo-small-bf16", "dpo", "small", _BF16),
+    step_case("dpo-small-packed-whole", "dpo", "small", "PACKING = 4", batch=2),
     step_case("dpo-small-remat", "dpo", "small", _REMAT),
     step_case("dpo-small-scan", "dpo", "small", SCAN),
     step_case("dpo-small-chunked", "dpo", "small", _ADAMW, CHUNK),

@@ -29,7 +29,7 @@ def folder() -> Path:
     return Path(os.environ.get("BENCH_PEERS", "../shared/bench"))
 
 
-def time_peer(script: str, timeout: int = 900) -> Peer:
+def time_peer(script: str, *more: str, timeout: int = 900) -> Peer:
     """Runs a peer's script.
 
     The threads of this process's machine are given to it, and the environment, in which
@@ -37,6 +37,7 @@ def time_peer(script: str, timeout: int = 900) -> Peer:
 
     Args:
       script: file name in `folder`; prints ``median 1.234s``.
+      more: arguments after its sizes, such as ``bfloat16``.
       timeout: seconds.
 
     Returns:
@@ -51,7 +52,7 @@ def time_peer(script: str, timeout: int = 900) -> Peer:
     environment = {**os.environ, "OMP_NUM_THREADS": threads}
     try:
         done = subprocess.run(
-            [sys.executable, str(path), *_ARGUMENTS],
+            [sys.executable, str(path), *_ARGUMENTS, *more],
             env=environment,
             capture_output=True,
             text=True,

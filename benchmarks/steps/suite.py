@@ -51,7 +51,7 @@ def step_result(case: cases.Case, steps: int, rounds: int) -> Result:
     for _ in range(rounds):
         ours.append(measure(case.request(steps)))
         if case.peer:
-            theirs.append(peers.time_peer(case.peer))
+            theirs.append(peers.time_peer(*case.peer.split()))
             if theirs[-1].seconds is None:
                 break
     found = ours[-1]

@@ -124,7 +124,7 @@ def _typical(logits: jax.Array, p: float) -> jax.Array:
 
 def _row_logits(logits: jax.Array, rows: RowSettings) -> jax.Array:
     """Tempered logits of each row's nucleus."""
-    best = jnp.argmax(logits, axis=-1)
+    best = _argmax(logits)
     greedy = (rows.temperature == 0.0)[..., None]
     shifted = logits - jnp.max(logits, axis=-1, keepdims=True)
     shifted = shifted / jnp.where(greedy, 1.0, rows.temperature[..., None])
@@ -169,6 +169,32 @@ def sampler_logits(
     return _typical(logits, sampling.typical_p)
 
 
+def _blocks(logits: jax.Array) -> jax.Array:
+    """``[..., V]`` as ``[..., V / _BLOCK, _BLOCK]``, padded with ``-inf``."""
+    padding = -logits.shape[-1] % _BLOCK
+    if padding:
+        widths = [(0, 0)] * (logits.ndim - 1) + [(0, padding)]
+        logits = jnp.pad(logits, widths, constant_values=-jnp.inf)
+    return logits.reshape(*logits.shape[:-1], -1, _BLOCK)
+
+
+def _block(blocks: jax.Array, index: jax.Array) -> jax.Array:
+    """Block ``index [...]`` of ``[..., n, _BLOCK]``."""
+    return jnp.take_along_axis(blocks, index[..., None, None], axis=-2)[..., 0, :]
+
+
+def _argmax(logits: jax.Array) -> jax.Array:
+    """``jnp.argmax`` over the last axis, int32.
+
+    Largest numbers of blocks first, then inside of one: XLA's CPU compiler takes a
+    maximum several times as fast as the place of one.
+    """
+    blocks = _blocks(logits)
+    block = jnp.argmax(jnp.max(blocks, axis=-1), axis=-1)
+    inside = jnp.argmax(_block(blocks, block), axis=-1)
+    return (block * _BLOCK + inside).astype(jnp.int32)
+
+
 def _categorical(uniform: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Inverts the distribution function at ``uniform`` ``[...]`` in ``[0, 1)``.
 
@@ -179,12 +205,10 @@ def _categorical(uniform: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.
     inside the chosen block, so no cumulative sum runs over the whole vocabulary.
     """
     largest = jnp.max(logits, axis=-1, keepdims=True)
-    weights = jnp.exp(logits - largest)
-    padding = -logits.shape[-1] % _BLOCK
-    if padding:
-        weights = jnp.pad(weights, [(0, 0)] * (logits.ndim - 1) + [(0, padding)])
-    blocks = weights.reshape(*logits.shape[:-1], -1, _BLOCK)
-    masses = jnp.sum(blocks, axis=-1)
+    blocks = _blocks(logits)
+    # The chosen block's weights are made again below: were these read twice, all of
+    # them would be written to memory, which costs more than the rest of the draw.
+    masses = jnp.sum(jnp.exp(blocks - largest[..., None]), axis=-1)
     ends = jnp.cumsum(masses, axis=-1)
     target = uniform * ends[..., -1]
 
@@ -201,7 +225,7 @@ def _categorical(uniform: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.
         block[..., None],
         axis=-1,
     )[..., 0]
-    inside = jnp.take_along_axis(blocks, block[..., None, None], axis=-2)[..., 0, :]
+    inside = jnp.exp(_block(blocks, block) - largest)
     offset = first_above(jnp.cumsum(inside, axis=-1), inside, target - start)
     # Logits that are NaN leave no mass anywhere; stay inside the vocabulary then (the
     # log-probability returned is NaN and tells).
@@ -245,7 +269,7 @@ def sample(
     ruled = logits if ruled is None else ruled
     tempered = None
     if sampling.temperature == 0.0 and rows is None:
-        tokens = jnp.argmax(ruled, axis=-1).astype(jnp.int32)
+        tokens = _argmax(ruled)
     else:
         draw_uniform = jax.random.uniform
         for _ in range(keys.ndim):

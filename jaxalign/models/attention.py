@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxalign.models.attention_paths import PATHS, Segments, weights
 from jaxalign.models.config import T5Config
 from jaxalign.models.layers import ATTENTION_INIT, Dense, constrain
+from jaxalign.models.products import einsum, float32_einsum
 
 KeyValues = tuple[jax.Array, jax.Array]
 
@@ -98,15 +99,41 @@ class Attention(nn.Module):
         ``[B, 1 or N, Lk]``, ``bias`` float32 ``[B or 1, N or 1, H, Lk]`` or None.
         """
         keys, values = key_values
-        own = "n" if keys.ndim == 5 else ""
+        own = keys.ndim == 5
         query = self.query(x)
         query = query.reshape(*x.shape[:-1], self.config.num_heads, -1)
-        scores = jnp.einsum(
-            f"bnhd,b{own}hkd->bnhk", query, keys, preferred_element_type=jnp.float32
-        )
-        share = weights(scores, mask[:, :, None], bias).astype(values.dtype)
-        context = jnp.einsum(f"bnhk,b{own}hkd->bnhd", share, values)
+        mask = mask[:, :, None]
+        if own and keys.dtype == jnp.bfloat16:
+            context = jax.lax.platform_dependent(
+                *(query, keys, values, mask, bias),
+                cpu=_attend_by_element,
+                default=_attend_own,
+            )
+        elif own:
+            context = _attend_own(query, keys, values, mask, bias)
+        else:
+            scores = float32_einsum("bnhd,bhkd->bnhk", query, keys)
+            share = weights(scores, mask, bias).astype(values.dtype)
+            context = einsum("bnhk,bhkd->bnhd", share, values)
         return self._join(context)
+
+
+def _attend_own(query, keys, values, mask, bias):
+    """Each query of ``[B, N, H, D]`` on keys and values of its own."""
+    scores = float32_einsum("bnhd,bnhkd->bnhk", query, keys)
+    share = weights(scores, mask, bias).astype(values.dtype)
+    return einsum("bnhk,bnhkd->bnhd", share, values)
+
+
+def _attend_by_element(query, keys, values, mask, bias):
+    """`_attend_own` in sums of float32 elements.
+
+    No unit takes products of one vector with a matrix: for them XLA's CPU compiler
+    writes the whole cache in float32 at every token. These sums read it as it is.
+    """
+    query, keys, wide = (x.astype(jnp.float32) for x in (query, keys, values))
+    share = weights(jnp.sum(query[..., None, :] * keys, axis=-1), mask, bias)
+    return jnp.sum(share[..., None] * wide, axis=-2).astype(values.dtype)
 
 
 def write_cache(cache: jax.Array, new: jax.Array, position: jax.Array) -> jax.Array:

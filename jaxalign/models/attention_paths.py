@@ -14,6 +14,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxalign.models import windows
+from jaxalign.models.products import einsum, float32_einsum
+
 # Large enough that exp() of a masked score is 0; finite, so that a padding query with
 # nothing to attend to gets a uniform average instead of NaN.
 MASKED = -1e10
@@ -43,14 +46,14 @@ class Segments:
         >>> Segments(ids, ids, causal=True).mask()[0, 0].astype(int).tolist()
         [[1, 0, 0], [1, 1, 0], [0, 0, 1]]
         """
-        return self._of(self.queries, 0)
+        return self.between(0, 0)
 
-    def _of(self, queries: jax.Array, start: jax.Array | int) -> jax.Array:
-        """The rows of `mask` for the queries ``start ..``."""
-        seen = queries[:, :, None] == self.keys[:, None, :]
+    def between(self, query: jax.Array | int, key: jax.Array | int) -> jax.Array:
+        """`mask` where queries and keys are those of a row from these positions on."""
+        seen = self.queries[:, :, None] == self.keys[:, None, :]
         if self.causal:
-            own = start + jnp.arange(queries.shape[1])
-            seen &= own[:, None] >= jnp.arange(self.keys.shape[1])
+            own = query + jnp.arange(self.queries.shape[1])
+            seen &= own[:, None] >= key + jnp.arange(self.keys.shape[1])
         return seen[:, None]
 
 
@@ -62,11 +65,9 @@ def weights(scores: jax.Array, mask: jax.Array, bias: jax.Array | None) -> jax.A
 
 
 def _attend(query, keys, values, mask, bias):
-    scores = jnp.einsum(
-        "bqhd,bkhd->bhqk", query, keys, preferred_element_type=jnp.float32
-    )
+    scores = float32_einsum("bqhd,bkhd->bhqk", query, keys)
     share = weights(scores, mask, bias).astype(values.dtype)
-    return jnp.einsum("bhqk,bkhd->bqhd", share, values)
+    return einsum("bhqk,bkhd->bqhd", share, values)
 
 
 # Of query [B, Lq, H, D], keys and values [B, Lk, H, D], segments, and a bias, float32
@@ -83,15 +84,16 @@ def chunked(query, keys, values, segments: Segments, bias) -> jax.Array:
     """`whole`, `CHUNK` queries at a time; the backward pass makes their scores again.
 
     Scores of ``[B, H, CHUNK, Lk]`` exist at once (Rabe & Staats 2021, with whole rows
-    of keys). Queries beyond the last full chunk come after the loop.
+    of keys); on CPUs only those of the keys that some query of the chunk sees, see
+    `jaxalign.models.windows`. Queries beyond the last full chunk come after the loop.
     """
     length = query.shape[1]
     full = length - length % CHUNK
 
-    # A loop's body keeps XLA from merging the second pass with the first.
-    @jax.checkpoint
     def some(start, query, ids, bias):
-        return _attend(query, keys, values, segments._of(ids, start), bias)
+        return windows.attend(
+            _attend, start, query, keys, values, segments.replace(queries=ids), bias
+        )
 
     def chunk(i):
         start = i * CHUNK

@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxalign.models.adapted import SOFT_PROMPT, adapted
 from jaxalign.models.config import T5Config
+from jaxalign.models.products import matmul
 
 _ACTIVATIONS = {
     # T5 uses the tanh approximation, "gelu_new" elsewhere.
@@ -37,30 +38,6 @@ def parameter(module: nn.Module, name: str, init, axes, shape) -> jax.Array:
     """A module's float32 parameter with logical axis names."""
     init = nn.with_logical_partitioning(init, axes)
     return module.param(name, init, shape, jnp.float32)
-
-
-@jax.custom_vjp
-def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """``x [..., E] @ kernel [E, F]``, whose gradients need no transposed copies.
-
-    JAX's own rule for the kernel's gradient contracts ``dy`` with ``x`` and transposes
-    the result; CPUs then write the elementwise work before ``dy`` a second time, column
-    by column.
-    """
-    return jnp.dot(x, kernel)
-
-
-def _matmul_forward(x, kernel):
-    return jnp.dot(x, kernel), (x, kernel)
-
-
-def _matmul_backward(residuals, dy):
-    x, kernel = residuals
-    dx = jnp.einsum("...f,ef->...e", dy, kernel)
-    return dx, jnp.einsum("...e,...f->ef", x, dy)
-
-
-matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 class Dense(nn.Module):

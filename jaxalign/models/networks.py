@@ -14,6 +14,7 @@ from flax import traverse_util
 
 from jaxalign import user_code
 from jaxalign.batch import example
+from jaxalign.models import processor
 from jaxalign.models.config import T5Config
 from jaxalign.models.conversion import unstack_layers
 from jaxalign.models.stacks import PARAM_SCAN_AXIS
@@ -114,6 +115,7 @@ def restored(description: Mapping[str, Any]) -> nn.Module:
             f"it, marked with @models.register; known: {sorted(KINDS)}."
         )
     config = T5Config.stored(description["shape"], description.get("execution", {}))
+    processor.warn_of_bfloat16(config.dtype)
     return KINDS[kind](config=config, **description.get("options", {}))
 
 

@@ -21,6 +21,7 @@ from jaxalign.models.layers import (
     constrain,
     parameter,
 )
+from jaxalign.models.products import WITH_KERNEL
 
 # The axis of every parameter on which scanned layers are stacked, T5X's
 # param_scan_axis; see jaxalign.models.conversion.
@@ -32,7 +33,7 @@ CROSS_SCAN_AXIS = 1
 CACHE_SCAN_AXIS = 2
 
 _REMAT = {
-    "minimal": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
+    "minimal": jax.checkpoint_policies.save_only_these_names(WITH_KERNEL),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign.models.layers import constrain
+from jaxalign.models.products import float32_einsum
 
 
 class HeadOutputs(NamedTuple):
@@ -40,9 +41,7 @@ class HeadOutputs(NamedTuple):
 def project(states: jax.Array, kernel: jax.Array) -> jax.Array:
     """``states [..., E] @ kernel [E, V]`` accumulated and returned in float32."""
     kernel = kernel.astype(states.dtype)
-    return _constrain(
-        jnp.einsum("...e,ev->...v", states, kernel, preferred_element_type=jnp.float32)
-    )
+    return _constrain(float32_einsum("...e,ev->...v", states, kernel))
 
 
 def _constrain(logits: jax.Array) -> jax.Array:
@@ -114,9 +113,8 @@ def _backward(chunk: int, residuals: Any, cotangents: Any) -> Any:
         dlogits = of_log_z[..., None] * jnp.exp(logits - log_z[..., None])
         dlogits = _constrain(dlogits + jnp.where(hit, of_target[..., None], 0.0))
         dlogits = dlogits.astype(states.dtype)
-        einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-        dstates = einsum("...v,ev->...e", dlogits, kernel.astype(states.dtype))
-        dkernel = einsum("...e,...v->ev", states, dlogits)
+        dstates = float32_einsum("...v,ev->...e", dlogits, kernel.astype(states.dtype))
+        dkernel = float32_einsum("...e,...v->ev", states, dlogits)
         return dstates.astype(states.dtype), dkernel
 
     per_token = (targets, log_z, of_target, of_log_z)

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 
+from jaxalign.models import processor
 from jaxalign.models.soft_prompt import SoftPrompt
 
 _log = logging.getLogger(__name__)
@@ -48,6 +49,7 @@ def started(run: Any, ready: Any, step: int) -> None:
         return
     for line in describe(run, ready, step):
         _log.info("%s", line)
+    processor.warn_of_bfloat16(run.model.config.dtype)
     if step == 0:
         random_start(run, ready.objective)
 

@@ -10,6 +10,8 @@ import pytest
 from benchmarks.steps import cases, peers, suite, synthetic, worker
 from benchmarks.steps.__main__ import main
 from benchmarks.steps.results import Result, read, slower, write
+from jaxalign.cluster import mesh as meshes
+from jaxalign.planning import programs
 
 TINY = cases.step_case(
     "tiny", "dpo", "tiny", batch=8, inputs=16, targets=8, peer="peer.py", target=2.0
@@ -65,6 +67,43 @@ def test_a_peer_that_is_missing_is_named(peer, script, reason):
     found = peers.time_peer("peer.py")
     assert found.seconds is None
     assert reason in found.note
+
+
+def test_a_peer_is_told_its_dtype(peer):
+    peer("import sys\nprint('median 2.0s' if sys.argv[5:] == ['bfloat16'] else '')")
+    assert peers.time_peer("peer.py", "bfloat16").seconds == 2.0
+    assert peers.time_peer("peer.py").seconds is None
+
+
+def test_the_ceiling_of_bfloat16_is_that_of_its_faster_product(monkeypatch):
+    asked = []
+    seconds = {"bfloat16": 2.0, "float32": 0.5}
+
+    def timed(function):
+        asked.append(str(function().dtype))
+        return seconds[asked[-1]]
+
+    monkeypatch.setattr(worker, "_timed", timed)
+    assert worker.matmul_ceiling("bfloat16", size=8, repeats=2) == 2 * 8**3 / 0.5
+    assert asked == ["bfloat16", "bfloat16", "float32", "float32"]
+    asked.clear()
+    assert worker.matmul_ceiling("float32", size=8, repeats=2) == 2 * 8**3 / 0.5
+    assert asked == ["float32", "float32"]
+
+
+def test_packing_adds_no_operations_to_a_models():
+    def operations(batch, *bindings):
+        case = cases.step_case(
+            "", "dpo", "tiny", *bindings, batch=batch, inputs=16, targets=8
+        )
+        run = worker.configured_run(list(case.gin_files), list(case.bindings), True)
+        ready = programs.abstract_setup(run, meshes.named_mesh(run.mesh))
+        arguments = programs.program(ready, "train").arguments
+        return worker.model_flops(ready, arguments, data=False)
+
+    alone = operations(8)
+    assert operations(2, "PACKING = 4") == alone
+    assert operations(2, "PACKING = 4", cases.ATTENTION, cases.CHUNK) == alone
 
 
 def test_t5x_needs_its_checkout(peer, tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxalign.cluster import mesh as meshes
-from jaxalign.models import attention_paths
+from jaxalign.models import attention_paths, windows
 from jaxalign.models.attention_paths import CHUNK, PATHS, Segments
 
 B, H, D = 2, 3, 8
@@ -71,6 +71,9 @@ LENGTHS = {
     "chunks and a rest": (2 * CHUNK + 3, CHUNK, False),
     "causal": (2 * CHUNK, 2 * CHUNK, True),
     "causal with a rest": (CHUNK + 9, CHUNK + 9, True),
+    "a row of several": (3 * CHUNK + 40, 3 * CHUNK + 40, False),
+    "prompts of several rows": (2 * CHUNK, 4 * CHUNK, False),
+    "causal, several": (4 * CHUNK, 4 * CHUNK, True),
 }
 # The kernel is slow when interpreted, and pads: a few cases are all of it.
 INTERPRETED = ("short", "chunks and a rest", "causal with a rest")
@@ -108,6 +111,45 @@ def test_gradients_equal_those_of_whole(path, name, on_tpu):
     chex.assert_trees_all_close(
         gradients(PATHS[path]), gradients(attention_paths.whole), rtol=1e-4, atol=1e-4
     )
+
+
+def spans(of_query, of_key, causal=False):
+    """Where each chunk's window begins, and the fewest keys that it needs."""
+    found = []
+    for start in range(0, of_query.shape[1], CHUNK):
+        chunk = Segments(of_query[:, start : start + CHUNK], of_key, causal)
+        found.append(tuple(int(x) for x in windows.span(jnp.int32(start), chunk)))
+    return found
+
+
+def test_a_chunk_needs_the_keys_of_its_own_segments():
+    # Four segments of a chunk each; three that lie across the chunks, and padding.
+    even = np.repeat([1, 2, 3, 4], CHUNK)[None]
+    across = np.repeat([1, 2, 3, 0], [100, 200, 150, 62])[None]
+    assert spans(even, even) == [(0, 128), (128, 128), (256, 128), (384, 128)]
+    assert spans(across, across) == [(0, 300), (100, 200), (100, 350), (300, 150)]
+    assert spans(across, across, causal=True) == [
+        (0, 128), (100, 156), (100, 284), (300, 150),
+    ]  # fmt: skip
+    # All rows of a batch share a window, and padding needs no key.
+    both = np.concatenate([even, across])
+    assert spans(both, both)[3] == (300, 212)
+    assert spans(0 * even, even) == [(0, 0)] * 4
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_what_lies_outside_of_a_window_is_not_computed(causal):
+    """A NaN in another chunk's keys would reach a product that took all of them."""
+    qkv, bias, _ = arrays(4 * CHUNK, 4 * CHUNK, causal)
+    of = np.repeat([[1, 2, 3, 4]], CHUNK, axis=1).repeat(B, 0).astype(np.int32)
+    segments = Segments(of, of, causal)
+    query, keys, values = map(jnp.asarray, qkv)
+    bad = values.at[:, CHUNK : 2 * CHUNK].set(jnp.nan)
+    got = jax.jit(attention_paths.chunked)(query, keys, bad, segments, bias)
+    want = attention_paths.whole(query, keys, values, segments, bias)
+    rest = np.r_[:CHUNK, 2 * CHUNK : 4 * CHUNK]
+    np.testing.assert_allclose(got[:, rest], want[:, rest], atol=2e-5)
+    assert np.isnan(got[:, CHUNK : 2 * CHUNK]).all()
 
 
 def test_kernel_is_called_for_each_devices_rows_and_heads(on_tpu):

@@ -31,16 +31,16 @@ def einsum(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
     >>> einsum("ab,bc->ac", jnp.ones((2, 3)), jnp.ones((3, 1))).tolist()
     [[3.0], [3.0]]
     """
-    if x.dtype == jnp.float32:
-        return jnp.einsum(subscripts, x, y)
-    return _rounded(_spelt(subscripts, x), x, y)
+    if x.dtype == jnp.bfloat16:
+        return _rounded(_spelt(subscripts, x), x, y)
+    return jnp.einsum(subscripts, x, y)
 
 
 def float32_einsum(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
     """`einsum` with a float32 result."""
-    if x.dtype == jnp.float32:
-        return jnp.einsum(subscripts, x, y)
-    return _summed(_spelt(subscripts, x), x, y)
+    if x.dtype == jnp.bfloat16:
+        return _summed(_spelt(subscripts, x), x, y)
+    return jnp.einsum(subscripts, x, y, preferred_element_type=jnp.float32)
 
 
 def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -50,9 +50,11 @@ def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
     the result; CPUs then write the elementwise work before ``dy`` a second time, column
     by column.
     """
-    if x.dtype == jnp.float32:
-        return checkpoint_name(_matmul(x, kernel), WITH_KERNEL)
-    return checkpoint_name(einsum("...e,ef->...f", x, kernel), WITH_KERNEL)
+    if x.dtype == jnp.bfloat16:
+        product = einsum("...e,ef->...f", x, kernel)
+    else:
+        product = _matmul(x, kernel)
+    return checkpoint_name(product, WITH_KERNEL)
 
 
 def _spelt(subscripts: str, x: jax.Array) -> str:

@@ -101,9 +101,9 @@ def test_packing_adds_no_operations_to_a_models():
         arguments = programs.program(ready, "train").arguments
         return worker.model_flops(ready, arguments, data=False)
 
-    alone = operations(8)
-    assert operations(2, "PACKING = 4") == alone
-    assert operations(2, "PACKING = 4", cases.ATTENTION, cases.CHUNK) == alone
+    alone = operations(32)
+    assert operations(8, "PACKING = 4") == alone
+    assert operations(8, "PACKING = 4", cases.ATTENTION, cases.CHUNK) == alone
 
 
 def test_t5x_needs_its_checkout(peer, tmp_path, monkeypatch):

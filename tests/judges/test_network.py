@@ -20,6 +20,8 @@ def loaded(monkeypatch, kind):
     found = checkpoints.Network(model, params, vocabulary, {}, None)
     monkeypatch.setattr(checkpoints, "newest", lambda path, network: found)
     monkeypatch.setattr(checkpoints, "fingerprint", lambda path, network: f"{path}'s")
+    meta = {"main": "main", "networks": {"main": models.stored(model)}}
+    monkeypatch.setattr(checkpoints, "newest_meta", lambda path: meta)
     return found
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import traverse_util
 from objectives_cases import (
     CONFIG,
     BagOfTokens,
@@ -29,6 +30,7 @@ from jaxalign.training import step as steps
 from jaxalign.training.partition import REFERENCE, Partition
 
 LORA = adapters.LoRA(rank=2, alpha=2, targets="mix")
+REWARD_LORA = adapters.LoRA(rank=2, alpha=2, targets="decoder/.*mlp/wo")
 
 
 class BagWithDense(BagOfTokens):
@@ -43,21 +45,25 @@ class BagWithDense(BagOfTokens):
         return 0.05 * self.mix(super().decode(*arguments, **settings))
 
 
-def moved(networks):
+def moved(networks, partition):
     """The networks with an adapter that is not where it starts."""
-    main = networks["policy"]
-    flat = {"mix": dict(main["mix"])}
-    for i, name in enumerate(("lora_a", "lora_b")):
-        noise = jax.random.normal(jax.random.key(i), main["mix"][name].shape)
-        flat["mix"][name] = main["mix"][name] + 0.2 * noise
-    return {**networks, "policy": adapters.overlay(main, flat)}
+    own, base = partition.split(networks)
+    keys = iter(jax.random.split(jax.random.key(0), 200))
+    own[partition.main] = jax.tree.map(
+        lambda x: x + 0.2 * jax.random.normal(next(keys), x.shape),
+        own[partition.main],
+    )
+    return adapters.overlay(base, own)
 
 
 @functools.cache
 def adapted(name, adapter=LORA, network=BagWithDense):
     """An objective's case, a partition, and networks with the adapter."""
     case = get_case(name, network)
-    partition = Partition("policy", case.objective.frozen, adapter)
+    main = case.objective.main
+    if main != "policy" and network is BagWithDense:  # it has a trunk of its own
+        adapter = REWARD_LORA
+    partition = Partition(main, case.objective.frozen, adapter)
     networks = partition.with_adapter(dict(case.params), jax.random.key(9))
     return case, partition, networks
 
@@ -89,13 +95,13 @@ def test_however_it_is_cut_only_the_adapter_moves(name):
     """Packed on one device with cached columns; and unpacked, in four microbatches,
     over eight devices, with the base as the reference in the step."""
     case, partition, networks = adapted(name)
-    networks = moved(networks)
+    networks = moved(networks, partition)
     batch = make_batch(case.rows, 4)
     cached = with_base_reference(case, networks, batch)
     gradients, metrics, state, new = step(case, partition, networks, cached)
-    assert set(gradients["policy"]) == {"mix"}
-    assert set(gradients["policy"]["mix"]) == {"lora_a", "lora_b"}
-    assert all(abs(x).max() > 0 for x in jax.tree.leaves(gradients["policy"]))
+    own = traverse_util.flatten_dict(gradients[partition.main])
+    assert {path[-1] for path in own} == {"lora_a", "lora_b"} and len(own) == 2
+    assert all(abs(x).max() > 0 for x in own.values())
     assert set(state.params) == set(case.objective.networks())
     jax.tree.map(np.testing.assert_array_equal, new.frozen, state.frozen)
     mesh = meshes.make_mesh(data=2, fsdp=2, tensor=2)

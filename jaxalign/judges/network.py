@@ -65,7 +65,7 @@ class NetworkJudge:
         Raises:
           ValueError: when a number is not finite: the parameters are damaged.
         """
-        self._load()
+        self.load()
         about = metadata or [None] * len(prompts)
         pairs = [
             self._texts(prompt, response, more)
@@ -82,10 +82,12 @@ class NetworkJudge:
             title=self._path,
         )
 
-    def _load(self) -> None:
+    def load(self) -> checkpoints.Network:
+        """What it scores with, read when it is first asked for."""
         if self._loaded is None:
             self._loaded = checkpoints.newest(self._path, self._network)
             self._forward = self._bound(self._loaded)
+        return self._loaded
 
     def _bound(self, loaded: checkpoints.Network) -> scoring.Function:
         """The function of what is loaded."""

@@ -169,7 +169,7 @@ class RewardJudge(NetworkJudge):
         del metadata
         if not len(prompts):
             return np.zeros(0, np.float32)
-        self._load()
+        self.load()
         pools: dict[str, list[int]] = {}
         for i, prompt in enumerate(prompts):
             pools.setdefault(prompt, []).append(i)
@@ -232,7 +232,7 @@ class RewardComparison(RewardJudge):
         del metadata
         if not len(prompts):
             return np.zeros(0, np.float32)
-        self._load()
+        self.load()
         vocabulary = self._loaded.vocabulary
         rows = [
             memory.text_row(str(n), vocabulary, prompt, two, pairs=[(0, 1, 0.0)])

@@ -112,6 +112,7 @@ class RewardJudge(NetworkJudge):
     def __init__(self, path: str, meta: Mapping[str, Any], settings: Mapping[str, Any]):
         super().__init__(path, "reward", self._no_forward, network=None)
         self._settings = dict(settings)
+        self._heads: scoring.Function | None = None
         stats = meta.get("score_stats")
         if stats or settings:
             told = {"stats": stats, **settings}
@@ -167,9 +168,36 @@ class RewardJudge(NetworkJudge):
           ValueError: when a number is not finite: the parameters are damaged.
         """
         del metadata
+        self.load()
+        return self._pooled(prompts, responses, self._forward)
+
+    def heads(self, prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray:
+        """Each member's score, attributes in one sum: float32 ``[n, members]``, raw.
+
+        Of a network without heads ``[n, 1]``.
+        """
+        loaded = self.load()
+        if not isinstance(loaded.model, models.RewardModel):
+            return self._pooled(prompts, responses, self._forward)[:, None]
+        if self._heads is None:
+            weights = np.array(list(loaded.model.weights.values()), np.float32)
+            self._heads = lambda params, batch: {
+                "response_score": loaded.model.apply(
+                    {"params": params}, batch, method="outputs"
+                )
+                @ weights
+            }
+        return self._pooled(prompts, responses, self._heads)
+
+    def _pooled(
+        self,
+        prompts: Sequence[str],
+        responses: Sequence[str],
+        function: scoring.Function,
+    ) -> np.ndarray:
+        """The function of each response, those to one prompt beside each other."""
         if not len(prompts):
             return np.zeros(0, np.float32)
-        self.load()
         pools: dict[str, list[int]] = {}
         for i, prompt in enumerate(prompts):
             pools.setdefault(prompt, []).append(i)
@@ -187,21 +215,24 @@ class RewardJudge(NetworkJudge):
                     [responses[i] for i in places],
                 )
                 for n, (prompt, places) in enumerate(rows)
-            ]
-        )
+            ],
+            function,
+        )["response_score"]
         order = [i for _, places in rows for i in places]
-        scores = np.empty(len(order), np.float32)
-        scores[order] = found["response_score"]
+        scores = np.empty_like(found)
+        scores[order] = found
         return scores
 
-    def _scored(self, rows: Sequence[Any]) -> scoring.Columns:
+    def _scored(
+        self, rows: Sequence[Any], function: scoring.Function
+    ) -> scoring.Columns:
         cache = memory.MemoryCache(rows, self._loaded.vocabulary, "texts")
         widest = memory.power_of_two(max(len(row.responses) for row in rows))
         feed = memory.feed(cache, batch_size=max(1, min(_ROWS, _POOL // widest)))
         mesh = meshes.make_mesh(devices=jax.local_devices()[:1])
         return scoring.score(
             feed,
-            self._forward,
+            function,
             self._loaded.params,
             mesh,
             verify=0.0,
@@ -238,7 +269,7 @@ class RewardComparison(RewardJudge):
             memory.text_row(str(n), vocabulary, prompt, two, pairs=[(0, 1, 0.0)])
             for n, (prompt, *two) in enumerate(zip(prompts, a, b, strict=True))
         ]
-        found = self._scored(rows)["pair_score"].astype(np.float64)
+        found = self._scored(rows, self._forward)["pair_score"].astype(np.float64)
         return (1.0 / (1.0 + np.exp(-found))).astype(np.float32)
 
 

@@ -22,7 +22,7 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text(
         textwrap.dedent(
             """
-            calls = []
+            import os
             def length(prompt, response):
                 return len(response)
             def some(prompt, response):
@@ -32,8 +32,9 @@ def folder(tmp_path, monkeypatch):
             def longer(prompt, a, b):
                 return 0.5 if len(a) == len(b) else float(len(a) > len(b))
             def counted(prompts: list[str], responses: list[str]):
-                calls.append(len(prompts))
-                if len(calls) == 3:
+                with open("calls", "a") as file:
+                    file.write(str(len(prompts)))
+                if os.path.getsize("calls") == 3:
                     raise KeyboardInterrupt
                 return [len(r) for r in responses]
             """
@@ -92,8 +93,7 @@ def test_a_killed_run_asks_for_one_batch_again(folder, monkeypatch):
     assert not (folder / "killed.jsonl").exists()
     found = scored("counted", "rows", "killed.jsonl")
     assert found == whole
-    module = next(m for n, m in sys.modules.items() if hasattr(m, "counted"))
-    assert module.calls == [2, 2, 2, 2, 1]
+    assert (folder / "calls").read_text() == "22221"
 
 
 def test_who_scores_must_be_said(folder):

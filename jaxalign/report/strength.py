@@ -190,8 +190,8 @@ def _lengths(rows, found) -> str:
         return ""
     edges = np.unique(np.quantile(gap, np.linspace(0, 1, 11)))
     of = np.clip(np.searchsorted(edges, gap, side="right") - 1, 0, len(edges) - 2)
-    means = [found.mean[of == i].mean() for i in range(len(edges) - 1)]
-    centres = [gap[of == i].mean() for i in range(len(edges) - 1)]
+    means = [found.mean[of == i].mean() for i in np.unique(of)]
+    centres = [gap[of == i].mean() for i in np.unique(of)]
     low, high = min(0.0, *means), max(0.0, *means)
     plot = Plot(
         (min(centres), max(centres)), (low, high),

@@ -205,7 +205,7 @@ def test_what_cannot_be_is_refused_before_any_training(folder, monkeypatch):
             {"gin_files": ["runs/dpo.gin"]},
             "DPO trains no scores.*runs/reward_model.gin",
         ),
-        ({"bindings": [*TINY, "READ = 'pair_mean'"]}, "compares two responses"),
+        ({"bindings": [*TINY, "READ = 'pair_mean'", "CENTRE = 0.0"]}, "compares two"),
     ):
         with pytest.raises(ValueError, match=says):
             preference_strength.run(

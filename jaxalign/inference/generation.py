@@ -165,7 +165,7 @@ def generate(
     rows = read_rows(prompts, "prompts", output, field_map, on_bad_row, template)
     asked["checkpoint"] = policy.fingerprint
     per_prompt = 1 if mbr else num_samples
-    with _appending(local_output, asked) as (there, write):
+    with appending(local_output, asked) as (there, write):
         # Prompts that need no decoding; lines of the next that are there.
         whole, skip = divmod(there, per_prompt)
         if num_beams > 1:
@@ -313,7 +313,7 @@ def _key(asked: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _appending(
+def appending(
     path: Path, asked: Mapping[str, Any]
 ) -> Iterator[tuple[int, Callable[[list[str]], None]]]:
     """How many whole lines an earlier run left of an output, and what appends more.

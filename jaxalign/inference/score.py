@@ -1,4 +1,4 @@
-"""``jaxalign score``: log-probabilities of a file's completions.
+"""``jaxalign score``: log-probabilities of a file's completions, or a judge's scores.
 
 A checkpoint carries its network's shape and its vocabulary, so that its path is enough.
 The same command, started again after a kill, goes on where it last saved.
@@ -19,7 +19,7 @@ from jaxalign import models, remote
 from jaxalign.cluster import exclusive
 from jaxalign.data import chat_template as chat_templates
 from jaxalign.files import json_sha256
-from jaxalign.inference import generation, outputs
+from jaxalign.inference import generation, judged, outputs
 from jaxalign.inference.evaluation import write_jsonl
 from jaxalign.training import checkpoints, scoring
 
@@ -27,7 +27,8 @@ from jaxalign.training import checkpoints, scoring
 @exclusive.one_output_at_a_time
 def score(
     *,
-    checkpoint: str,
+    checkpoint: str | None = None,
+    judge: str | None = None,
     data: str,
     output: str,
     batch_size: int = 16,
@@ -36,15 +37,19 @@ def score(
     on_bad_row: str = "error",
     chat_template: str | None = None,
 ) -> int:
-    """Scores the completions of a file.
+    """Scores the completions of a file, or its pairs.
 
     Args:
-      checkpoint: a run directory or one of its checkpoints.
-      data: JSON Lines, CSV or TSV: rows with ``prompt`` and ``completion``.
+      checkpoint: a run directory or one of its checkpoints, whose policy scores.
+      judge: who scores in its place, such as ``reward:runs/rm``: see `jaxalign.judges`.
+      data: JSON Lines, CSV or TSV: rows with ``prompt`` and ``completion``; for a judge
+        also ``prompt``, ``chosen`` and ``rejected``.
       output: a JSON Lines file: each row as it was read, with ``logp`` (the summed
-        log-probability of the completion, EOS included) and ``num_tokens``. Nothing is
-        truncated. An unfinished one goes on, a finished one is kept.
-      batch_size: encoder rows at a time.
+        log-probability of the completion, EOS included) and ``num_tokens``; of a judge
+        with ``score``, or ``chosen_score`` and ``rejected_score``, null where it has no
+        verdict. Nothing is truncated. An unfinished one goes on, a finished one is
+        kept.
+      batch_size: encoder rows at a time, of a checkpoint.
       mesh: sizes ``{"data", "fsdp", "tensor"}`` as in training; None: one device, or
         all devices of a job of several processes, which must divide `batch_size`.
       field_map: our field names to the file's.
@@ -56,8 +61,23 @@ def score(
       The number of lines in the file.
 
     Raises:
-      ValueError: when a finished output was made with other settings.
+      ValueError: when a finished output was made with other settings, or not one of
+        `checkpoint` and `judge` is given.
     """
+    if (checkpoint is None) == (judge is None):
+        raise ValueError(
+            "Say who scores: either --checkpoint=runs/sft, for log-probabilities, or "
+            "--judge=reward:runs/rm (any of jaxalign.judges)."
+        )
+    if judge is not None:
+        return judged.score(
+            judge,
+            data=data,
+            output=output,
+            field_map=field_map,
+            on_bad_row=on_bad_row,
+            template=chat_templates.resolve(chat_template),
+        )
     asked = {"verb": "score", "field_map": field_map, "on_bad_row": on_bad_row}
     asked["data"] = outputs.input_key(data)
     if (template := chat_templates.resolve(chat_template)) is not None:

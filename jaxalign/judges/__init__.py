@@ -4,7 +4,7 @@ One string names a judge on the command line and in gin:
 
 * ``my_judge.py:score``, ``package.module:function``: a function of a prompt and a
   response, or of a prompt and two responses, or of lists of them;
-* ``reward:runs/rm``: a scalar network of a checkpoint;
+* ``reward:runs/rm``: a scalar network of a checkpoint (`rewards`);
 * ``likelihood:runs/dpo``: log-probability of the response; ``#mean`` per token;
 * ``token:runs/metricx#250089``: logit of one token, first of the decoder's;
   ``token:monot5#1176,6136``: probability of the first of two (`first_step`);
@@ -28,7 +28,7 @@ from jaxalign.evaluation.judging import (
     scores,
     verdicts,
 )
-from jaxalign.judges import first_step, network, text
+from jaxalign.judges import first_step, network, rewards, text
 from jaxalign.judges.functions import from_function
 from jaxalign.judges.text import TextJudge, TextPreference
 
@@ -77,7 +77,7 @@ class WeightedSum:
 
 
 KINDS: dict[str, Callable[[str], Judge | PairwiseJudge]] = {
-    "reward": network.reward,
+    "reward": rewards.reward,
     "likelihood": network.likelihood,
     "token": first_step.token,
     "text": text.judge,

@@ -1,4 +1,4 @@
-"""Judges that are networks of a checkpoint: rewards and likelihoods of responses."""
+"""Judges that are networks of a checkpoint; of these the likelihood of responses."""
 
 from __future__ import annotations
 
@@ -65,9 +65,7 @@ class NetworkJudge:
         Raises:
           ValueError: when a number is not finite: the parameters are damaged.
         """
-        if self._loaded is None:
-            loaded = self._loaded = checkpoints.newest(self._path, self._network)
-            self._forward = lambda p, b: self._function(loaded.model, p, b)
+        self.load()
         about = metadata or [None] * len(prompts)
         pairs = [
             self._texts(prompt, response, more)
@@ -84,6 +82,17 @@ class NetworkJudge:
             title=self._path,
         )
 
+    def load(self) -> checkpoints.Network:
+        """What it scores with, read when it is first asked for."""
+        if self._loaded is None:
+            self._loaded = checkpoints.newest(self._path, self._network)
+            self._forward = self._bound(self._loaded)
+        return self._loaded
+
+    def _bound(self, loaded: checkpoints.Network) -> scoring.Function:
+        """The function of what is loaded."""
+        return lambda params, batch: self._function(loaded.model, params, batch)
+
     def _texts(self, prompt: str, response: str, more: Any) -> tuple[Any, Any]:
         """What encoder and decoder read, as `scoring.score_texts` takes it."""
         if self._template is None:
@@ -95,22 +104,6 @@ class NetworkJudge:
         if self._max_length:
             ids = ids[: self._max_length - 1]
         return ids + (eos if self._template.number("eos", 0) else []), eos
-
-
-def reward(path: str) -> NetworkJudge:
-    """``reward:PATH``: the scalar that a checkpoint's main network gives a response."""
-
-    def forward(model: Any, params: Any, batch: batches.Batch) -> jax.Array:
-        rewards = model.apply({"params": params}, batch)
-        if rewards.shape != batch["response_mask"].shape:
-            raise ValueError(
-                f"The network of {path} is a {type(model).__name__}, which gives no "
-                f"number for each response: reward:{path} needs one with a scalar head;"
-                f" did you mean likelihood:{path}?"
-            )
-        return rewards
-
-    return NetworkJudge(path, "reward", forward, network=None)
 
 
 def likelihood(text: str) -> NetworkJudge:

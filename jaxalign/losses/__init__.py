@@ -21,14 +21,27 @@ from jaxalign.losses.pairwise import (
 )
 from jaxalign.losses.reference_free import cpo, orpo, simpo, slic_hf
 from jaxalign.losses.rewards import dro_p, dro_p_at_mean, dro_v, reward_weights
+from jaxalign.losses.scores import (
+    AGGREGATES,
+    aggregate,
+    bradley_terry,
+    centring,
+    plackett_luce,
+    score_ordinal,
+    score_regression,
+)
 from jaxalign.losses.unpaired import apo_zero_unpaired, bco, kto, kto_at_reference_point
 
 __all__ = [
+    "AGGREGATES",
     "RATIONALE_TERMS",
+    "aggregate",
     "apo_down",
     "apo_zero",
     "apo_zero_unpaired",
     "bco",
+    "bradley_terry",
+    "centring",
     "cpo",
     "cross_entropy",
     "dpo",
@@ -45,9 +58,12 @@ __all__ = [
     "masked",
     "nca_pair",
     "orpo",
+    "plackett_luce",
     "rationale",
     "reward_weights",
     "robust_dpo",
+    "score_ordinal",
+    "score_regression",
     "simpo",
     "slic_hf",
     "sppo_hard",

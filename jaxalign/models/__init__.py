@@ -15,6 +15,7 @@ from jaxalign.models.networks import (
     shapes,
     stored,
 )
+from jaxalign.models.reward import RewardModel
 from jaxalign.models.scoring import (
     encode,
     final_states,
@@ -27,6 +28,7 @@ from jaxalign.models.vocabulary import HeadOutputs, head_outputs, mean_logits
 __all__ = [
     "EmbeddingModel",
     "EncoderDecoder",
+    "RewardModel",
     "ScalarModel",
     "graft",
     "register",

@@ -69,7 +69,9 @@ class Objective(abc.ABC):
     * ``running``: names of `statistics` that go on adding up over the steps of a run;
     * ``main``: the network that a checkpoint is used for;
     * ``frozen``: networks that no step changes;
-    * ``additive``: whether the loss of a batch is the sum of its microbatches' losses.
+    * ``additive``: whether the loss of a batch is the sum of its microbatches' losses;
+    * ``standardised``: whether checkpoints keep mean and deviation of what it scores
+      (`jaxalign.training.standard`).
 
     Attributes:
       model: the policy's network.
@@ -88,6 +90,7 @@ class Objective(abc.ABC):
     main: ClassVar[str] = "policy"
     frozen: ClassVar[tuple[str, ...]] = ()
     additive: ClassVar[bool] = True
+    standardised: ClassVar[bool] = False
 
     @property
     def uses_reference(self) -> bool:

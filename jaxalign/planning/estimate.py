@@ -80,6 +80,8 @@ def candidate(
     """
     mesh = meshes.make_mesh(**sizes, devices=topology.devices)
     ready = programs.abstract_setup(run, mesh)
+    if not programs.writes_text(ready):  # a reward model decodes nothing
+        steps = tuple(step for step in steps if step != "decode") or ("train",)
     state = ready.abstract_state
     found: dict[str, Any] = {
         "topology": topology.name,
@@ -97,7 +99,7 @@ def candidate(
     for step in steps:
         held = state.networks, state.opt_state
         if step != "train":
-            held = state.networks["policy"], ()
+            held = state.networks[ready.objective.main], ()
         sizes = map(bytes_per_device, held)
         held = dict(zip(("parameters", "optimizer"), sizes, strict=True))
         found["programs"][step] = _program(ready, topology, step, held)

@@ -7,6 +7,7 @@ arguments are ``ShapeDtypeStruct``s with the shardings that the run would use.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign import batch as batch_lib
+from jaxalign import models
 from jaxalign.cluster import mesh as meshes
 from jaxalign.data import convert
 from jaxalign.data.plan import RowShape
@@ -74,14 +76,24 @@ def abstract_batch(ready: runs.Setup, *, reference: bool) -> dict[str, Any]:
     }
 
 
+def writes_text(ready: runs.Setup) -> bool:
+    """Whether a run trains a policy, and no reward model, which decodes nothing."""
+    main = ready.networks[ready.objective.main]
+    return isinstance(main, models.EncoderDecoder)
+
+
+def _numbers(model: Any, params: Any, batch: Any) -> jax.Array:
+    return model.apply({"params": params}, batch)
+
+
 def program(ready: runs.Setup, step: str) -> Program:
     """One of `STEPS` of a run.
 
-    ``score`` is the reference pass: every response under the policy. ``decode`` samples
+    ``score`` is the reference pass: every response under the policy, or the scores of a
+    reward model. ``decode`` samples
     one full-length response to each of ``BATCH_SIZE`` prompts with the run's sampler.
     """
-    policy = ready.abstract_state.networks["policy"]
-    key = jax.eval_shape(lambda: jax.random.key(0))
+    policy = ready.abstract_state.networks[ready.objective.main]
     if step == "train":
         key = jax.eval_shape(lambda: jax.random.key(0))
         batch = abstract_batch(ready, reference=ready.run.reference == "cached")
@@ -89,6 +101,9 @@ def program(ready: runs.Setup, step: str) -> Program:
     if step == "score":
         batch = abstract_batch(ready, reference=False)
         function = reference_cache.scorer(ready.objective)
+        if not writes_text(ready):
+            model = ready.networks[ready.objective.main]
+            function = functools.partial(_numbers, model)
         score = scoring.compiled(function, ready.mesh)
         return Program(score, (adapters.plain(policy), batch))
     sampler, lengths = ready.run.sampler, ready.run.dataset.feature_lengths

@@ -1,4 +1,7 @@
-"""The OpenAI-compatible HTTP API: ``/v1/completions`` and ``/v1/chat/completions``."""
+"""The HTTP API: ``/v1/completions`` and ``/v1/chat/completions`` as OpenAI has them.
+
+Of a reward model it is `jaxalign.serving.rerank`.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,12 @@ import socket
 from collections.abc import AsyncIterator, Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
-from jaxalign.serving import guard, refusals, requests, server
+from jaxalign.serving import guard, requests, rerank, server
 from jaxalign.serving.answers import Answer
 from jaxalign.serving.batching import Batcher, EngineFailed, Samples
+from jaxalign.serving.http import read_body, refusal_response, refused
 from jaxalign.serving.metrics import CONTENT_TYPE, Metrics
-from jaxalign.serving.refusals import Refusal, shown
+from jaxalign.serving.refusals import Refusal
 from jaxalign.serving.requests import Limits
 
 # Starlette is an extra: imported where it is used.
@@ -74,7 +78,7 @@ def application(
     async def answer(request: Request) -> Response:
         chat = request.url.path == "/v1/chat/completions"
         guard.require_json(request.headers.getlist("content-type"))
-        body = await _body(request, limits)
+        body = await read_body(request, limits)
         work = requests.parse(
             body, chat=chat, model=model, vocabulary=vocabulary, limits=limits
         )
@@ -112,7 +116,7 @@ def application(
 
     checks = {"hosts": hosts, "api_key": api_key, "metrics": metrics}
     return Starlette(
-        middleware=[Middleware(guard.Guard, refuse=_refusal_response, **checks)],
+        middleware=[Middleware(guard.Guard, refuse=refusal_response, **checks)],
         routes=[
             Route("/v1/completions", answer, methods=["POST"]),
             Route("/v1/chat/completions", answer, methods=["POST"]),
@@ -120,35 +124,9 @@ def application(
             Route("/health", health),
             Route("/metrics", prometheus),
         ],
-        exception_handlers=dict.fromkeys((Refusal, 404, 405, Exception), _refused),
+        exception_handlers=dict.fromkeys((Refusal, 404, 405, Exception), refused),
         lifespan=lifespan,
     )
-
-
-async def _body(request: Request, limits: Limits) -> Any:
-    """The JSON body, read no further than the limit."""
-    from starlette.requests import ClientDisconnect
-
-    chunks, size = [], 0
-    try:
-        async with asyncio.timeout(limits.body_seconds):
-            async for chunk in request.stream():
-                size += len(chunk)
-                if size > limits.body_bytes:
-                    raise Refusal(
-                        f"The body is larger than {limits.body_bytes} bytes; send "
-                        "fewer or shorter prompts.",
-                        code="body_too_large",
-                        status=413,
-                    )
-                chunks.append(chunk)
-    except TimeoutError:
-        raise Refusal(
-            f"The body did not arrive in {limits.body_seconds} seconds.", status=408
-        ) from None
-    except ClientDisconnect:
-        raise Refusal("The client left before its request had arrived.") from None
-    return refusals.from_json(b"".join(chunks))
 
 
 async def _while_connected(
@@ -206,28 +184,6 @@ async def _events(
     yield "data: [DONE]\n\n"
 
 
-_HEADERS = {429: {"Retry-After": "1"}, 401: {"WWW-Authenticate": "Bearer"}}
-
-
-def _refusal_response(refusal: Refusal) -> Response:
-    from starlette.responses import JSONResponse
-
-    return JSONResponse(refusal.body(), refusal.status, _HEADERS.get(refusal.status))
-
-
-async def _refused(request: Request, error: Exception) -> Response:
-    """Whatever goes wrong, in the API's format."""
-    if isinstance(error, Refusal):
-        return _refusal_response(error)
-    path, method = shown(request.url.path), shown(request.method)
-    status = getattr(error, "status_code", 500)
-    what = {
-        404: f"No {path} here; there are {', '.join(guard.PATHS)}.",
-        405: f"{path} does not take {method}.",
-    }.get(status, "The server failed; see its log.")
-    return _refusal_response(Refusal(what, status=status))
-
-
 def serve(
     *,
     checkpoint: str,
@@ -247,7 +203,7 @@ def serve(
     allowed_hosts: Sequence[str] = (),
     api_key: str | None = None,
 ) -> None:
-    """Serves a checkpoint until interrupted.
+    """Serves a checkpoint until interrupted: a policy's texts, a reward model's scores.
 
     Args:
       checkpoint: a run directory or one of its checkpoints.
@@ -258,8 +214,8 @@ def serve(
       batch_size: prompts decoded at a time.
       max_waiting: requests that may wait; more get status 429.
       max_prompt_tokens: longer prompts are refused.
-      max_new_tokens: of a response, and the default.
-      max_samples: responses to one request.
+      max_new_tokens: of a response, and the default; of a text to score.
+      max_samples: responses to one request; texts to score, or comparisons.
       max_body_bytes: of a request.
       max_connections: at a time.
       header_seconds: for a request's headers to arrive.
@@ -287,32 +243,39 @@ def serve(
     from jaxalign.serving.backend import EngineBackend
     from jaxalign.training import checkpoints
 
+    limits = Limits(
+        body_bytes=max_body_bytes,
+        prompt_tokens=max_prompt_tokens,
+        new_tokens=max_new_tokens,
+        samples=max_samples,
+    )
+    common = {
+        "limits": limits,
+        "max_waiting": max_waiting,
+        "hosts": (host, socket.gethostname(), *allowed_hosts),
+        "api_key": key and key.strip(),
+    }
     with server.listen(host, port) as sock:
-        policy = checkpoints.load(checkpoint)
-        backend = EngineBackend(
-            policy,
-            max_prompt_tokens=max_prompt_tokens,
-            max_new_tokens=max_new_tokens,
-            max_samples=max_samples,
-            batch_size=batch_size,
-            max_engines=max_engines,
-            max_engine_bytes=max_engine_bytes,
-        )
-        app = application(
-            backend,
-            policy.vocabulary,
-            model=model or policy.path.parents[1].name,
-            limits=Limits(
-                body_bytes=max_body_bytes,
-                prompt_tokens=max_prompt_tokens,
-                new_tokens=max_new_tokens,
-                samples=max_samples,
-            ),
-            batch_size=batch_size,
-            max_waiting=max_waiting,
-            hosts=(host, socket.gethostname(), *allowed_hosts),
-            api_key=key and key.strip(),
-        )
+        if rerank.is_reward_model(checkpoint):
+            app = rerank.of_checkpoint(checkpoint, model=model, **common)
+        else:
+            policy = checkpoints.load(checkpoint)
+            backend = EngineBackend(
+                policy,
+                max_prompt_tokens=max_prompt_tokens,
+                max_new_tokens=max_new_tokens,
+                max_samples=max_samples,
+                batch_size=batch_size,
+                max_engines=max_engines,
+                max_engine_bytes=max_engine_bytes,
+            )
+            app = application(
+                backend,
+                policy.vocabulary,
+                model=model or policy.path.parents[1].name,
+                batch_size=batch_size,
+                **common,
+            )
         config = server.configuration(
             app, header_seconds=header_seconds, max_connections=max_connections
         )

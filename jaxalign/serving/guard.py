@@ -18,7 +18,8 @@ from typing import Any
 from jaxalign.serving.metrics import Metrics
 from jaxalign.serving.refusals import Refusal, shown
 
-PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/models", "/health", "/metrics")
+PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/rerank", "/v1/score")
+PATHS += ("/v1/models", "/health", "/metrics")
 _HOST = re.compile(r"(\[[\da-f:.]+\]|[\w.-]+)(?::\d{1,5})?", re.ASCII | re.IGNORECASE)
 _OPEN = ("/health",)  # asked by what watches the server, which has no key
 

@@ -73,7 +73,7 @@ def parse(
     if not isinstance(body, dict):
         raise Refusal(f"The body must be a JSON object, got {name_of(body)}.")
     _check_fields(body, chat)
-    if _typed(body, "model", str) != model:
+    if typed(body, "model", str) != model:
         raise Refusal(
             f"No model {shown(body['model'])} here; expected {model!r}.",
             param="model",
@@ -82,7 +82,7 @@ def parse(
         )
     texts = [_chat_prompt(body)] if chat else _prompts(body)
     field = "messages" if chat else "prompt"
-    n = _integer(body, "n", 1, 1, limits.samples)
+    n = integer(body, "n", 1, 1, limits.samples)
     if n * len(texts) > limits.samples:
         raise Refusal(
             f"{len(texts)} prompts times n = {n} are more than {limits.samples} "
@@ -92,15 +92,15 @@ def parse(
     prompts = [
         _tokens(i, text, field, vocabulary, limits) for i, text in enumerate(texts)
     ]
-    seed = _integer(body, "seed", None, -(2**63), 2**63 - 1)
+    seed = integer(body, "seed", None, -(2**63), 2**63 - 1)
     seed = secrets.randbits(32) if seed is None else seed
-    temperature = _number(body, "temperature", 1.0, 0.0, 2.0)
-    top_p = _number(body, "top_p", 1.0, 0.0, 1.0)
+    temperature = number(body, "temperature", 1.0, 0.0, 2.0)
+    top_p = number(body, "top_p", 1.0, 0.0, 1.0)
     # Below these, float32 logits overflow: the most probable token is what is meant.
     temperature = 0.0 if temperature < 1e-4 else float(temperature)
     new_tokens = limits.new_tokens
     for name in ("max_tokens", "max_completion_tokens"):  # the latter goes before
-        new_tokens = _integer(body, name, new_tokens, 1, limits.new_tokens)
+        new_tokens = integer(body, name, new_tokens, 1, limits.new_tokens)
     return Work(
         prompts,
         # An odd constant: no two prompts of a request share a seed.
@@ -108,7 +108,7 @@ def parse(
         Settings(temperature, max(float(top_p), 1e-4)),
         new_tokens,
         n,
-        stream=_typed(body, "stream", bool, False),
+        stream=typed(body, "stream", bool, False),
         include_usage=_include_usage(body),
         stops=Stops(_stops(body), vocabulary),
         eos_id=vocabulary.eos_id,
@@ -125,7 +125,7 @@ def _check_fields(body: Mapping[str, Any], chat: bool) -> None:
         if name in known:
             continue
         if name in _IGNORED:
-            _typed(body, name, _IGNORED[name], None)
+            typed(body, name, _IGNORED[name], None)
         elif name not in neutral:
             near = hint(name[:100], known)
             raise Refusal(f"Unknown field {shown(name)}.{near}", param=name[:100])
@@ -142,7 +142,7 @@ def _same(a: Any, b: Any) -> bool:
     return isinstance(a, bool) == isinstance(b, bool) and a == b
 
 
-def _typed(body: Mapping[str, Any], name: str, kind: type, *default: Any) -> Any:
+def typed(body: Mapping[str, Any], name: str, kind: type, *default: Any) -> Any:
     """A field of a type, or the default where it is missing or null."""
     value = body.get(name)
     if value is None and default:
@@ -153,7 +153,7 @@ def _typed(body: Mapping[str, Any], name: str, kind: type, *default: Any) -> Any
     return value
 
 
-def _number(body, name, default, low, high, kind=(int, float), what="a number"):
+def number(body, name, default, low, high, kind=(int, float), what="a number"):
     value = body.get(name)
     if value is None:
         return default
@@ -163,13 +163,13 @@ def _number(body, name, default, low, high, kind=(int, float), what="a number"):
     return value
 
 
-def _integer(body, name, default, low, high):
-    return _number(body, name, default, low, high, (int,), "an integer")
+def integer(body, name, default, low, high):
+    return number(body, name, default, low, high, (int,), "an integer")
 
 
 def _include_usage(body: Mapping[str, Any]) -> bool:
     """Whether a stream ends with its usage; an answer in one piece always has it."""
-    options = _typed(body, "stream_options", dict, {})
+    options = typed(body, "stream_options", dict, {})
     # Padding against observers of the line, which this server does not send.
     neutral = {"include_obfuscation": False}
     for name, value in options.items():
@@ -180,7 +180,7 @@ def _include_usage(body: Mapping[str, Any]) -> bool:
             param="stream_options",
         )
     name = "stream_options.include_usage"
-    return _typed({name: options.get("include_usage")}, name, bool, False)
+    return typed({name: options.get("include_usage")}, name, bool, False)
 
 
 def _stops(body: Mapping[str, Any]) -> tuple[str, ...]:

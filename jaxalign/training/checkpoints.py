@@ -223,8 +223,13 @@ def chat_template(path: str | Path) -> str | None:
 
 def fingerprint(path: str | Path, network: str | None = "policy") -> str:
     """SHA-256 of the parameters that `newest` would load; only ``meta`` is read."""
-    meta = _newest_intact(path, lambda path: read_meta(path))
+    meta = newest_meta(path)
     return description(meta, network or meta["main"], path)["fingerprint"]
+
+
+def newest_meta(path: str | Path) -> dict[str, Any]:
+    """The ``meta`` of the checkpoint that `newest` would load."""
+    return _newest_intact(path, lambda path: read_meta(path))
 
 
 def description(

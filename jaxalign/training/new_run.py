@@ -22,7 +22,7 @@ from jaxalign.training import damage, remote_checkpoints, run_directory
 
 # Of a run's ``meta``: what stays true of its parameters wherever they are.
 KEPT = ("objective", "seed", "batch_size", "data_fingerprint", "feature_lengths")
-KEPT += ("reward_stats", "parents", "chat_template")
+KEPT += ("reward_stats", "score_stats", "parents", "chat_template")
 
 
 def write(

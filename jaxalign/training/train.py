@@ -35,6 +35,7 @@ from jaxalign.training.checkpoint_writer import Checkpoints
 from jaxalign.training.metric_writers import MetricWriter, write_calibration
 from jaxalign.training.progress import Progress
 from jaxalign.training.run import Run, Setup, in_layout_of, setup
+from jaxalign.training.standard import Standard
 
 _log = logging.getLogger(__name__)
 
@@ -179,9 +180,11 @@ def train(run: Run, config_text: str = "") -> dict[str, float]:
     stop = distributed.StopOnSigterm()
     profile = profiling.Profile(run_dir, run.profile_steps, enabled=main_process)
 
+    standard = Standard(ready)
+
     def save(state: steps.TrainState) -> None:
         told = {"symptoms": watch.state(), "step": int(state.step)}
-        checkpoints.save(state, {**meta, **told}, then=saved)
+        checkpoints.save(state, {**meta, **told, **standard.of(state)}, then=saved)
 
     def saved(meta: dict[str, Any]) -> None:  # in another thread, while steps go on
         def reached() -> None:

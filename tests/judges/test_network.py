@@ -20,6 +20,8 @@ def loaded(monkeypatch, kind):
     found = checkpoints.Network(model, params, vocabulary, {}, None)
     monkeypatch.setattr(checkpoints, "newest", lambda path, network: found)
     monkeypatch.setattr(checkpoints, "fingerprint", lambda path, network: f"{path}'s")
+    meta = {"main": "main", "networks": {"main": models.stored(model)}}
+    monkeypatch.setattr(checkpoints, "newest_meta", lambda path: meta)
     return found
 
 
@@ -86,3 +88,27 @@ def test_settings_of_a_token_judge_are_checked():
     ):
         with pytest.raises(ValueError, match=says):
             judges.resolve(name)
+
+
+def test_a_number_that_is_not_finite_is_named_and_never_a_score(monkeypatch):
+    found = loaded(monkeypatch, models.RewardModel)
+    head = found.params["reward_head"]
+    head["bias"] = head["bias"] * np.nan
+    with pytest.raises(ValueError, match="of response 0 is nan.*not finite"):
+        judges.resolve("reward:runs/a")(["p"], ["r"])
+
+
+def test_what_reads_both_responses_compares_them_in_either_order(monkeypatch):
+    def pairwise(config):
+        return models.RewardModel(config, read="pair_mean")
+
+    loaded(monkeypatch, pairwise)
+    judge = judges.resolve("reward:runs/a")
+    assert judges.is_pairwise(judge)
+    a, b = ["one", "two", "same"], ["other", "", "same"]
+    found = judge.compare(["p"] * 3, a, b)
+    np.testing.assert_allclose(judge.compare(["p"] * 3, b, a), 1 - found, atol=1e-6)
+    assert found[2] == 0.5 and 0 < found[0] < 1 and found[0] != 0.5
+    preferred, bias = judges.preferences(judge, ["p"] * 3, a, b)
+    np.testing.assert_allclose(preferred, found, atol=1e-6)
+    assert np.abs(bias).max() < 1e-6

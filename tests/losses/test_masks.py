@@ -22,11 +22,11 @@ _SETTINGS = {
     "z_loss": 1e-2,
     "vocab_size": 7,
 }
-_INTEGERS = ("labels", "chosen_lengths", "rejected_lengths")
+_INTEGERS = ("labels", "levels", "lists", "chosen_lengths", "rejected_lengths")
 _SCALARS = ("reference_point", "reward_shift", "mean")
 # Arrays although they have a default.
-_ARRAYS = ("mean_logits", "offset")
-_NO_LOSSES = ("masked", "log_ratios", "RATIONALE_TERMS")
+_ARRAYS = ("mean_logits", "offset", "margin")
+_NO_LOSSES = ("masked", "log_ratios", "RATIONALE_TERMS", "AGGREGATES", "aggregate")
 LOSSES = [name for name in losses.__all__ if name not in _NO_LOSSES]
 
 
@@ -42,6 +42,8 @@ def _arguments(name: str) -> tuple[dict, dict]:
             fixed[field] = jnp.array([1.0, 1.0, 0.0, 0.0])
         elif field in _SETTINGS:
             fixed[field] = _SETTINGS[field]
+        elif field == "thresholds":  # of all entries together
+            fixed[field] = jnp.array([0.5])
         elif field in _SCALARS:
             fixed[field] = jnp.float32(0.4)
         elif field in _INTEGERS:

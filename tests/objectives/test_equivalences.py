@@ -149,7 +149,8 @@ def test_padding_rows_change_nothing(case):
 def test_a_non_finite_gradient_changes_nothing_from_then_on(case):
     batch = case.with_reference(make_batch(case.rows, 2))
     poisoned = {**case.params}
-    poisoned["policy"] = jax.tree.map(lambda x: x * np.nan, case.params["policy"])
+    main = case.objective.main
+    poisoned[main] = jax.tree.map(lambda x: x * np.nan, case.params[main])
     state = case.state(poisoned)
     state, _ = case.step_function()(state, batch, case.key)
     assert not bool(state.finite) and int(state.step) == 0

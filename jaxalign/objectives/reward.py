@@ -226,7 +226,8 @@ class BradleyTerry(RewardObjective):
             found["rewards/chosen"] = Mean.of(combine(model, chosen, **plain), mask)
             found["rewards/rejected"] = Mean.of(combine(model, rejected, **plain), mask)
         if self.members > 1:
-            spread = jnp.std(jnp.sum(gap, axis=-1), axis=-1)
+            weights = jnp.asarray(list(model.weights.values()), jnp.float32)
+            spread = jnp.std(jnp.sum(gap * weights, axis=-1), axis=-1)
             found["rewards/disagreement"] = Mean.of(spread, mask)
         ahead = self._differences(batch)
         for i, name in enumerate(self.attributes or ()):
@@ -250,7 +251,7 @@ def add_attribute(name: str, axes: str, empty: float) -> None:
 
 
 def _mixed(bits: jax.Array) -> jax.Array:
-    """A hash of 32 bits (Wang 2007; the constants are MurmurHash3's)."""
+    """The finaliser of MurmurHash3 (Appleby 2011), a hash of 32 bits."""
     bits = (bits ^ (bits >> 16)) * jnp.uint32(0x85EBCA6B)
     bits = (bits ^ (bits >> 13)) * jnp.uint32(0xC2B2AE35)
     return bits ^ (bits >> 16)

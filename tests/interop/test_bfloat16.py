@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from support.hugging_face import torch_model
+from hugging_face import torch_model
 
 from jaxalign import models
 

@@ -30,8 +30,9 @@ class ContrastiveReward(BradleyTerry):
     """Bradley-Terry on two views of each response, and a contrastive loss on features.
 
     Attributes:
-      dropout: what makes the views differ; it must be on, and the network's
-        ``dropout_rate`` above 0 (the paper's is 0.05).
+      dropout: what makes the views differ, and so has to be on.
+      view_dropout: the network's rate of it (the paper's is 0.05); None: that of its
+        configuration.
       contrast: weight of the contrastive loss.
       compared: ``"responses"``: the features of each; ``"differences"``: of each pair
         the difference of its features, chosen less rejected, and its negative.
@@ -39,6 +40,7 @@ class ContrastiveReward(BradleyTerry):
     """
 
     dropout: bool = True
+    view_dropout: float | None = None
     contrast: float = 1.0
     compared: str = "responses"
     temperature: float = 0.05
@@ -67,6 +69,19 @@ class ContrastiveReward(BradleyTerry):
                 f"{kind}.dropout=False: the two views of a response differ by their "
                 "dropout masks, and would be the same. Leave it on."
             )
+
+        if self.view_dropout is not None and not 0.0 < self.view_dropout < 1.0:
+            raise ValueError(
+                f"{kind}.view_dropout must lie in (0, 1), or be None for the network's "
+                f"own dropout_rate, got {self.view_dropout}."
+            )
+
+    def networks(self) -> dict[str, Any]:
+        network = super().networks()["reward"]
+        if self.view_dropout is None:
+            return {"reward": network}
+        config = dataclasses.replace(network.config, dropout_rate=self.view_dropout)
+        return {"reward": network.clone(config=config)}
 
     @abc.abstractmethod
     def contrastive(

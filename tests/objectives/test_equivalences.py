@@ -24,8 +24,8 @@ from jaxalign.training import step as steps
 
 
 def test_however_it_is_cut_at_once(light_case):
-    """Packed on one device; and unpacked, padded, over eight devices, with the reference
-    in the step, in four microbatches where the loss is a sum over them."""
+    """Packed on one device; and unpacked, padded, over eight devices, the reference in
+    the step, in four microbatches where the loss is a sum over them."""
     case = light_case
     whole = case.step(case.with_reference(make_batch(case.rows, 4)))
     batch = with_empty_rows(make_batch(case.rows, 2))

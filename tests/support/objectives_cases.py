@@ -98,7 +98,9 @@ def make_batch(rows: list[data.Row], prompts_per_row: int) -> dict[str, np.ndarr
     """Lays rows out, so many prompts beside each other, in the given order."""
     n = prompts_per_row
     p, r = len(rows[0].prompts), len(rows[0].responses)
-    shape = RowShape(8 * n * p, 2, 8 * n * p, prompts=n * p, responses=n * r, pairs=n)
+    pairs = max(len(row.pairs) for row in rows)
+    length = 8 * n * max(p, -(-r // 2))  # of responses in two decoder rows
+    shape = RowShape(8 * n * p, 2, length, n * p, n * r, n * pairs)
     arrays = []
     for start in range(0, len(rows), n):
         part = rows[start : start + n]

@@ -114,13 +114,18 @@ class MetaRM(BradleyTerry):
 
     def _samples(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
         """Of each pair ``[B, Q]`` its weight in `J`, and its share of a prompt."""
-        real, k = _of_samples(batch), jnp.maximum(batch["pair_samples"], 2.0)
+        real, k = _of_samples(batch), jnp.maximum(_siblings(batch), 2.0)
         return real * 2.0 / k**2, real * 2.0 / (k * (k - 1.0))
+
+
+def _siblings(batch: Batch) -> jax.Array:
+    """``[B, Q]``: the samples of a pair's prompt; 0 of preferences."""
+    return batch.get("pair_samples", jnp.zeros_like(batch["pair_mask"]))
 
 
 def _of_samples(batch: Batch) -> jax.Array:
     """``[B, Q]`` mask of pairs of samples."""
-    return batch["pair_mask"] * (batch["pair_samples"] > 0)
+    return batch["pair_mask"] * (_siblings(batch) > 0)
 
 
 def _preferences(batch: Batch) -> Batch:

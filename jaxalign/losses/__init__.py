@@ -4,6 +4,7 @@ A loss never sees a model, a tokenizer or a trainer. Objectives
 (`jaxalign.objectives`) join a loss with a model's forward pass and its metrics.
 """
 
+from jaxalign.losses.contrastive import info_nce, score_spread, sinkhorn, swav
 from jaxalign.losses.likelihood import RATIONALE_TERMS, cross_entropy, rationale
 from jaxalign.losses.pairwise import (
     apo_down,
@@ -51,6 +52,7 @@ __all__ = [
     "dro_v",
     "exo_pair",
     "hinge",
+    "info_nce",
     "ipo",
     "kto",
     "kto_at_reference_point",
@@ -64,7 +66,10 @@ __all__ = [
     "robust_dpo",
     "score_ordinal",
     "score_regression",
+    "score_spread",
     "simpo",
+    "sinkhorn",
     "slic_hf",
     "sppo_hard",
+    "swav",
 ]

@@ -69,6 +69,7 @@ class RewardModel(nn.Module):
         weights in the sum that is a response's score; empty: one thing without a name.
       label: the token of ``"joint_label"`` and ``"pair_label"``.
       levels: of a Likert scale; the thresholds between them are parameters.
+      prototypes: directions among the features, parameters of a contrastive loss.
       aggregate: of the members' scores, see `jaxalign.losses.aggregate`.
       penalty: of ``"penalised"``.
     """
@@ -79,6 +80,7 @@ class RewardModel(nn.Module):
     attributes: str = ""
     label: int = -1
     levels: int = 0
+    prototypes: int = 0
     aggregate: str = "mean"
     penalty: float = 1.0
 
@@ -105,6 +107,15 @@ class RewardModel(nn.Module):
                 "threshold_steps",
                 nn.with_logical_partitioning(_equal_steps, ("scalar", "scalar_2")),
                 (len(self.weights), self.levels - 1),
+                jnp.float32,
+            )
+        if self.prototypes:
+            self.directions = self.param(
+                "prototypes",
+                nn.with_logical_partitioning(
+                    nn.initializers.normal(1.0), ("scalar", "embed")
+                ),
+                (self.prototypes, self.config.emb_dim),
                 jnp.float32,
             )
 
@@ -160,12 +171,35 @@ class RewardModel(nn.Module):
             found = self._of_decoder(batch, deterministic)
         return found.reshape(*found.shape[:2], self.members, len(self.weights))
 
+    def features(self, batch: Batch, *, deterministic: bool = True) -> jax.Array:
+        """What a response's score is read off: float32 ``[B, R, E]``.
+
+        Zeros where there is no response; a network that compares has none.
+        """
+        if self.read.startswith("joint_"):
+            return self._joint_features(*joint.with_response(batch), deterministic)
+        states, kept = self._decoded(batch, deterministic)
+        return self._by_response(states, kept, batch)
+
+    def heads(self, features: jax.Array) -> jax.Array:
+        """`outputs` of features, where there is a response."""
+        values = self._values(features)
+        return values.reshape(*features.shape[:2], self.members, len(self.weights))
+
     def thresholds(self) -> jax.Array:
         """Ascending thresholds between levels, ``[attributes, levels - 1]``."""
         first, steps = self.steps[:, :1], nn.softplus(self.steps[:, 1:])
         return jnp.concatenate([first, first + jnp.cumsum(steps, axis=1)], axis=1)
 
     def _of_decoder(self, batch: Batch, deterministic: bool) -> jax.Array:
+        states, kept = self._decoded(batch, deterministic)
+        # The head is affine, and of few numbers: first the head, then the mean.
+        return self._by_response(self.reward_head(states), kept, batch)
+
+    def _decoded(
+        self, batch: Batch, deterministic: bool
+    ) -> tuple[jax.Array, jax.Array]:
+        """States ``[B, K, Ld, E]``, and which of them a response's mean is of."""
         of_encoder = batch["encoder_segment_ids"]
         encoded = soft_prompt.encode(
             self.token_embedder,
@@ -175,21 +209,26 @@ class RewardModel(nn.Module):
             batch["prompt_mask"].shape[1],
             deterministic,
         )
-        segments, size = batch["decoder_segment_ids"], batch["response_mask"].shape[1]
-        values = self.reward_head(
-            self.decoder(
-                self.token_embedder(batch["decoder_input_tokens"]),
-                encoded,
-                segments,
-                prompt_of_tokens(segments, batch["response_prompt"]),
-                soft_prompt.segments(self.token_embedder, of_encoder, encoded.shape[1]),
-                deterministic,
-            )
+        segments = batch["decoder_segment_ids"]
+        states = self.decoder(
+            self.token_embedder(batch["decoder_input_tokens"]),
+            encoded,
+            segments,
+            prompt_of_tokens(segments, batch["response_prompt"]),
+            soft_prompt.segments(self.token_embedder, of_encoder, encoded.shape[1]),
+            deterministic,
         )
         following = jnp.pad(segments[..., 1:], ((0, 0), (0, 0), (0, 1)))
         kept = segments != following
         if self.read == "response_mean":
             kept = jnp.ones_like(kept)
+        return states, kept
+
+    def _by_response(
+        self, values: jax.Array, kept: jax.Array, batch: Batch
+    ) -> jax.Array:
+        """Means ``[B, R, n]`` of tokens' ``[B, K, Ld, n]``; 0 of no response."""
+        segments, size = batch["decoder_segment_ids"], batch["response_mask"].shape[1]
         count = sum_by_response(kept.astype(jnp.float32), segments, size)
         summed = jax.vmap(
             lambda v: sum_by_response(jnp.where(kept, v, 0.0), segments, size), -1, -1
@@ -200,6 +239,14 @@ class RewardModel(nn.Module):
         self, tokens: jax.Array, segments: jax.Array, deterministic: bool
     ) -> jax.Array:
         """Of rows ``[B, n, L]``; 0 where one is empty."""
+        features = self._joint_features(tokens, segments, deterministic)
+        real = segments[..., :1] > 0
+        return jnp.where(real, self._values(features), 0.0)
+
+    def _joint_features(
+        self, tokens: jax.Array, segments: jax.Array, deterministic: bool
+    ) -> jax.Array:
+        """``[B, n, E]`` of rows ``[B, n, L]``; 0 where one is empty."""
         shape, length = tokens.shape[:2], tokens.shape[-1]
         tokens, segments = (x.reshape(-1, length) for x in (tokens, segments))
         encoded = soft_prompt.encode(
@@ -210,7 +257,7 @@ class RewardModel(nn.Module):
             member = segments[..., None].astype(jnp.float32)
             states = encoded[:, :length].astype(jnp.float32)
             total = jnp.sum(states * member, axis=1)
-            values = self.reward_head(total / jnp.maximum(jnp.sum(member, 1), 1.0))
+            features = total / jnp.maximum(jnp.sum(member, 1), 1.0)
         else:
             first = segments[:, None, :1]
             states = self.decoder(
@@ -221,11 +268,16 @@ class RewardModel(nn.Module):
                 soft_prompt.segments(self.token_embedder, segments, encoded.shape[1]),
                 deterministic,
             )
-            values = self._logit(states[:, 0, 0])
-        return jnp.where(real, values, 0.0).reshape(*shape, -1)
+            features = states[:, 0, 0].astype(jnp.float32)
+        return jnp.where(real, features, 0.0).reshape(*shape, -1)
+
+    def _values(self, features: jax.Array) -> jax.Array:
+        """What is read off features: ``[..., heads]``."""
+        read = self._logit if self.read.endswith("_label") else self.reward_head
+        return read(features)
 
     def _logit(self, states: jax.Array) -> jax.Array:
-        """``[n, 1]``: the label's logit, as `T5` computes it."""
+        """``[..., 1]``: the label's logit, as `T5` computes it."""
         if self.config.logits_via_embedding:
             scale = 1.0 / math.sqrt(self.config.emb_dim)
             kernel = self.token_embedder.embedding.T * scale

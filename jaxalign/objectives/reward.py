@@ -174,7 +174,10 @@ class BradleyTerry(RewardObjective):
         return {**super().denominators(batch), "votes": votes}
 
     def loss(self, params: Params, step: Step) -> LossOutput:
-        batch, outputs = step.batch, self.outputs(params, step)
+        return self.loss_of(step.batch, self.outputs(params, step))
+
+    def loss_of(self, batch: Batch, outputs: jax.Array) -> LossOutput:
+        """`loss`, given every head's numbers."""
         votes, ahead = self._votes(batch), self._differences(batch)
         if self.read in PAIRWISE:
             chosen, rejected = outputs, jnp.zeros_like(outputs)

@@ -91,7 +91,7 @@ def run(
     if num_samples < 2:
         raise ValueError(f"--num_samples must be at least 2, got {num_samples}.")
     given = gin_files, bindings, search_paths
-    schema, mesh, batch_size = _described(*given, initial, batch_size)
+    schema, mesh, batch_size = described(*given, initial, batch_size)
     judging = judges.resolve(judge)
     template = checkpoints.chat_template(initial)
     examples, _ = records.load(prompts, "prompts", chat_template=template)
@@ -153,7 +153,7 @@ def run(
     )
 
 
-def _described(
+def described(
     gin_files: Sequence[str],
     bindings: Sequence[str],
     search_paths: Sequence[str | Path],

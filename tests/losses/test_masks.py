@@ -27,6 +27,8 @@ _SCALARS = ("reference_point", "reward_shift", "mean")
 # Arrays although they have a default.
 _ARRAYS = ("mean_logits", "offset", "margin")
 _NO_LOSSES = ("masked", "log_ratios", "RATIONALE_TERMS", "AGGREGATES", "aggregate")
+# Of vectors, which see each other; their own test has its masks (test_contrastive.py).
+_NO_LOSSES += ("info_nce", "sinkhorn", "swav")
 LOSSES = [name for name in losses.__all__ if name not in _NO_LOSSES]
 
 

@@ -42,6 +42,24 @@ def test_packed_equals_unpacked(
     np.testing.assert_allclose(whole, reward.combine(model, got), atol=2e-5)
 
 
+@pytest.mark.parametrize("settings", POINTWISE, ids=lambda s: s["read"])
+def test_scores_are_read_off_features(config, random_params, packed, settings):
+    model = models.RewardModel(config, **settings, prototypes=3)
+    params = random_params(model)
+    assert params["prototypes"].shape == (3, config.emb_dim)
+
+    @jax.jit
+    def read(params, batch):
+        features = model.apply({"params": params}, batch, method="features")
+        return features, model.apply({"params": params}, features, method="heads")
+
+    features, found = read(params, packed)
+    real = packed["response_mask"] > 0
+    assert features.dtype == jnp.float32 and not np.asarray(features)[~real].any()
+    expected = outputs(model, params, packed)
+    np.testing.assert_allclose(np.asarray(found)[real], expected[real], atol=2e-5)
+
+
 def test_a_single_head_at_the_last_state_is_the_scalar_model(
     config, random_params, packed
 ):

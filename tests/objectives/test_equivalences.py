@@ -17,14 +17,15 @@ from objectives_cases import (
     make_batch,
 )
 
+from jaxalign import objectives
 from jaxalign.cluster import mesh as meshes
 from jaxalign.models import attention_paths
 from jaxalign.training import step as steps
 
 
 def test_however_it_is_cut_at_once(light_case):
-    """Packed on one device; and unpacked, padded, in four microbatches, over eight
-    devices, with the reference in the step."""
+    """Packed on one device; and unpacked, padded, over eight devices, the reference in
+    the step, in four microbatches where the loss is a sum over them."""
     case = light_case
     whole = case.step(case.with_reference(make_batch(case.rows, 4)))
     batch = with_empty_rows(make_batch(case.rows, 2))
@@ -36,7 +37,7 @@ def test_however_it_is_cut_at_once(light_case):
         meshes.put_batch(mesh, batch),
         params=jax.device_put(case.params, shardings),
         reference=case.reference if online else None,
-        num_microbatches=4,
+        num_microbatches=4 if case.objective.additive else 1,
     )
     assert_same_gradients(cut[0], whole[0])
     assert_same_metrics(cut[1], whole[1])
@@ -62,11 +63,28 @@ def test_packed_equals_unpacked(case):
 
 
 def test_microbatches_equal_the_whole_batch(case):
+    if not case.objective.additive:
+        assert_cuts_are_refused(case)
+        return
     batch = case.with_reference(make_batch(case.rows, 2))
     whole = case.step(batch)
     cut = case.step(batch, num_microbatches=4)
     assert_same_gradients(cut[0], whole[0])
     assert_same_metrics(cut[1], whole[1])
+
+
+def assert_cuts_are_refused(case):
+    """Before anything is compiled."""
+    name = type(case.objective).__name__
+    with pytest.raises(ValueError, match=f"{name} compares all rows of a batch.*is no"):
+        steps.make_train_step(case.objective, case.tx, num_microbatches=4)
+
+
+@pytest.mark.parametrize(
+    "name", [n for n, kind in objectives.OBJECTIVES.items() if not kind.additive]
+)
+def test_a_loss_over_the_batch_refuses_microbatches(name):
+    assert_cuts_are_refused(get_case(name, BagOfTokens))
 
 
 def assert_eight_devices_equal_one(case, sizes):

@@ -98,14 +98,20 @@ def make_batch(rows: list[data.Row], prompts_per_row: int) -> dict[str, np.ndarr
     """Lays rows out, so many prompts beside each other, in the given order."""
     n = prompts_per_row
     p, r = len(rows[0].prompts), len(rows[0].responses)
-    shape = RowShape(8 * n * p, 2, 8 * n * p, prompts=n * p, responses=n * r, pairs=n)
+    pairs = max(len(row.pairs) for row in rows)
+    length = 8 * n * max(p, -(-r // 2))  # of responses in two decoder rows
+    shape = RowShape(8 * n * p, 2, length, n * p, n * r, n * pairs)
     arrays = []
     for start in range(0, len(rows), n):
         part = rows[start : start + n]
         placement = Placement(
             np.arange(start, start + n), np.arange(n * r) % r % 2, inputs=8, targets=8
         )
-        arrays.append(data.to_arrays(part, placement, shape))
+        columns = {
+            name: [value for row in part for value in row.columns[name]]
+            for name in part[0].columns
+        }
+        arrays.append(data.to_arrays(part, placement, shape, columns))
     return {k: np.stack([a[k] for a in arrays]) for k in arrays[0]}
 
 
@@ -125,6 +131,9 @@ class Case:
         self.tx = optax.sgd(1.0)  # the update is the gradient
         self.key = jax.random.key(3)
         self.rows = make_rows(rationales=self.objective.schema == "rationale")
+        if "pair_samples" in self.objective.columns:  # every other pair is of samples
+            for i, row in enumerate(self.rows):
+                row.columns["pair_samples"] = [2.0 * (i % 2)]
         self._score = jax.jit(
             lambda p, b: objectives.reference_columns(
                 self.objective.model, p, b, mismatched=self.objective.uses_mismatched

@@ -197,8 +197,9 @@ def whole(folder):
     return west(folder, "whole")
 
 
-FILES = ("human", "test", "prompts", "base.gaps", "round1/samples", "round1/selected",
-         "round1/likely", "round1/pairs", "round1/data", "round1/model.gaps")  # fmt: skip
+FILES = ("human", "test", "prompts", "base.gaps", "round1/samples",
+         "round1/selected", "round1/likely", "round1/pairs", "round1/data",
+         "round1/model.gaps")  # fmt: skip
 
 
 def test_a_round_is_what_the_paper_does(folder, whole):

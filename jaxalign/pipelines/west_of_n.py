@@ -183,8 +183,8 @@ def run(
             row = {"round": number, "model": str(trained)}
             row |= held_out.measured(study, f"{home}/model", unseen, judge)
             table.append({**row, "became": pools.counts(selected, kept)})
-            last = {"pairs": jsonl.read_rows(kept), "pools": jsonl.read_rows(selected)}
+            shown = [jsonl.read_rows(path) for path in (kept, selected, human)]
         if jax.process_index() == 0:
             jsonl.write_rows(study.folder / "rounds.jsonl", table)
-        study.page("West-of-N", page.body(table, last["pairs"], last["pools"]))
+        study.page("West-of-N", page.body(table, *shown))
     return "\n".join(map(page.line, table))

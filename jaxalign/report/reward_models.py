@@ -56,7 +56,7 @@ def _percent(value: float | None) -> str:
 
 
 def _number(value: float | None) -> str:
-    return "-" if value is None else number(value)
+    return "-" if value is None else number(round(value, 6))
 
 
 def _interval(one: Mapping[str, Any] | None, percent: bool = True) -> str:

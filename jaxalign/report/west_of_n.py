@@ -32,19 +32,25 @@ def line(row: Row) -> str:
     return f"{told}: {row['model']}"
 
 
-def body(table: Sequence[Row], pairs: Sequence[Row], pools: Sequence[Row]) -> str:
+def body(
+    table: Sequence[Row],
+    pairs: Sequence[Row],
+    pools: Sequence[Row],
+    people: Sequence[Row],
+) -> str:
     """The sections of the page.
 
     Args:
       table: a row a model, as in ``rounds.jsonl``.
       pairs: of the last round, those that were learnt from.
       pools: of the last round, all.
+      people: the human pairs, to compare lengths with.
     """
     return "".join(
         [
             _models(table),
             "<h2>The last round's pairs</h2>",
-            _lengths(pairs),
+            _lengths(pairs, people),
             f'<div class="grid">{_confidence(pairs)}{_likelihood(pairs)}'
             f"{_scores(pools)}</div>",
             _examples(pairs),
@@ -84,15 +90,21 @@ def _models(table: Sequence[Row]) -> str:
     return note + style.table(head, rows)
 
 
-def _lengths(pairs: Sequence[Row]) -> str:
-    gaps = [len(p["chosen"]) - len(p["rejected"]) for p in pairs]
-    longer = float(np.mean([(g > 0) + 0.5 * (g == 0) for g in gaps]))
+def _lengths(pairs: Sequence[Row], people: Sequence[Row]) -> str:
+    (longer, gap), (theirs, their_gap) = map(_longer, (pairs, people))
     told = (
-        f"{len(pairs):,} pairs. The longer response is the better one in {longer:.1%}; "
-        f"the better one has {np.mean(gaps):+.1f} characters on average. A number far "
-        "from that of people is what the reward model exploits."
+        f"{len(pairs):,} pairs. The longer response is the better one in {longer:.1%} "
+        f"(of people's pairs in {theirs:.1%}); the better one has {gap:+.1f} characters "
+        f"on average (people's {their_gap:+.1f}). What lies between is what the reward "
+        "model may exploit."
     )
     return f"<p>{html.escape(told)}</p>"
+
+
+def _longer(pairs: Sequence[Row]) -> tuple[float, float]:
+    """How often the chosen response is the longer one, and by how much on average."""
+    gaps = [len(p["chosen"]) - len(p["rejected"]) for p in pairs]
+    return float(np.mean([(g > 0) + 0.5 * (g == 0) for g in gaps])), np.mean(gaps)
 
 
 def _histogram(values: Sequence[float], caption: str, label: str, colour: int) -> str:

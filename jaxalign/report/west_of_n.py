@@ -93,10 +93,10 @@ def _models(table: Sequence[Row]) -> str:
 def _lengths(pairs: Sequence[Row], people: Sequence[Row]) -> str:
     (longer, gap), (theirs, their_gap) = map(_longer, (pairs, people))
     told = (
-        f"{len(pairs):,} pairs. The longer response is the better one in {longer:.1%} "
-        f"(of people's pairs in {theirs:.1%}); the better one has {gap:+.1f} characters "
-        f"on average (people's {their_gap:+.1f}). What lies between is what the reward "
-        "model may exploit."
+        f"{len(pairs):,} pairs. The longer response is the better one in {longer:.1%}, "
+        f"of people's pairs in {theirs:.1%}; the better one has {gap:+.1f} characters "
+        f"on average, in people's {their_gap:+.1f}. What lies between is what the "
+        "reward model may exploit."
     )
     return f"<p>{html.escape(told)}</p>"
 
@@ -104,7 +104,8 @@ def _lengths(pairs: Sequence[Row], people: Sequence[Row]) -> str:
 def _longer(pairs: Sequence[Row]) -> tuple[float, float]:
     """How often the chosen response is the longer one, and by how much on average."""
     gaps = [len(p["chosen"]) - len(p["rejected"]) for p in pairs]
-    return float(np.mean([(g > 0) + 0.5 * (g == 0) for g in gaps])), np.mean(gaps)
+    share = np.mean([(g > 0) + 0.5 * (g == 0) for g in gaps])
+    return float(share), float(np.mean(gaps))
 
 
 def _histogram(values: Sequence[float], caption: str, label: str, colour: int) -> str:

@@ -1,4 +1,8 @@
-"""``jaxalign eval``: generates for a file of prompts and judges the result."""
+"""``jaxalign eval``: generates for a file of prompts and judges the result.
+
+Of reward models: how right their verdicts on a file of pairs are, in numbers and on a
+page (`jaxalign.inference.reward_evaluation`).
+"""
 
 from __future__ import annotations
 
@@ -16,18 +20,23 @@ from jaxalign.data import jsonl
 from jaxalign.data.jsonl import json_line
 from jaxalign.decoding import Sampling
 from jaxalign.evaluation import compare, metrics
-from jaxalign.inference import generation, outputs
+from jaxalign.files import write_atomically
+from jaxalign.inference import generation, outputs, reward_evaluation, reward_pools
+from jaxalign.report import reward_models as page
 from jaxalign.training import checkpoints
 
 
 @exclusive.one_output_at_a_time
 def evaluate(
     *,
-    checkpoint: str,
+    checkpoint: str | None = None,
     data: str,
     baseline: str | None = None,
     judge: str | None = None,
     metric_fns: Sequence[str] = (),
+    reward_models: Sequence[str] = (),
+    pools: str | None = None,
+    gold: str | None = None,
     output: str | None = None,
     num_samples: int = 1,
     temperature: float = 0.0,
@@ -40,17 +49,26 @@ def evaluate(
     field_map: Mapping[str, str] | None = None,
     on_bad_row: str = "error",
 ) -> dict[str, Any]:
-    """Generates for a file of prompts and judges the result.
+    """Generates for a file of prompts and judges the result; or evaluates judges.
 
     Args:
-      checkpoint: a run directory or one of its checkpoints.
-      data: rows with a ``prompt`` and, for `metric_fns`, a ``completion``.
+      checkpoint: a run directory or one of its checkpoints; that of a reward model,
+        with nothing to judge it by, is one of `reward_models`.
+      data: rows with a ``prompt`` and, for `metric_fns`, a ``completion``; for
+        `reward_models` pairs of ``chosen`` and ``rejected``, by whose ``split``,
+        ``category``, ``subset``, ``source`` and ``band`` results are parted.
       baseline: another checkpoint, to compare with.
       judge: of responses, or of two of them: see `jaxalign.judges`.
       metric_fns: comma-separated names in `jaxalign.evaluation.metrics`, such as
         exact_match, or ``"module:function"``, each ``(targets, predictions) ->
         dict`` as seqio's.
-      output: a JSON file for the result, if any.
+      reward_models: run directories, or judges of any kind, whose verdicts on pairs are
+        evaluated: accuracy, calibration, biases, agreement.
+      pools: samples for best-of-n curves of those: what `generate` wrote, or rows with
+        ``prompt`` and ``responses``.
+      gold: a judge that is right about `pools`, for over-optimisation.
+      output: a JSON file for the result, if any; beside that of reward models lies a
+        page, FILE.html.
       num_samples: per prompt.
       temperature: 0, the default, takes the most probable tokens.
       top_k: keep so many tokens; 0 keeps all.
@@ -64,7 +82,8 @@ def evaluate(
       on_bad_row: ``"error"`` or ``"skip"``.
 
     Returns:
-      ``{"metrics": ..., "reward": ..., "comparison": ...}``, with what was asked for.
+      ``{"metrics": ..., "reward": ..., "comparison": ...}``, with what was asked for;
+      of reward models what `jaxalign.inference.reward_evaluation.evaluate` says.
 
     Raises:
       ValueError: when nothing was asked for, or a finished output was made with other
@@ -73,6 +92,26 @@ def evaluate(
     # How it is computed is no part of what was asked for.
     asked = dict(locals())
     del asked["output"], asked["batch_size"], asked["mesh"]
+    if not reward_models and checkpoint and not judge and not metric_fns:
+        if reward_evaluation.is_reward_model(checkpoint):
+            reward_models, checkpoint = (checkpoint,), None
+    if reward_models:
+        if checkpoint or baseline or judge or metric_fns:
+            raise ValueError(
+                "--reward_models are judges, evaluated on pairs: --checkpoint, "
+                "--baseline, --judge and --metrics are of policies. Leave out either."
+            )
+        return _of_reward_models(
+            reward_models, data, pools, gold, output, field_map, on_bad_row
+        )
+    if not checkpoint:
+        raise ValueError(
+            "Say what to evaluate: --checkpoint=runs/sft, or --reward_models=runs/rm."
+        )
+    if pools or gold:
+        raise ValueError("--pools and --gold are for --reward_models=runs/rm.")
+    for name in ("reward_models", "pools", "gold"):  # no part of what others asked for
+        del asked[name]
     if not judge and not metric_fns:
         raise ValueError(
             "Nothing to evaluate with: give --judge=my_judge.py:score, or "
@@ -144,6 +183,51 @@ def evaluate(
         asked |= {"checkpoint": used[checkpoint], "baseline": used.get(baseline)}
         _write(output, [jsonl.dumps(result, indent=2) + "\n"], asked)
     return result
+
+
+def _of_reward_models(
+    names: Sequence[str],
+    data: str,
+    pools: str | None,
+    gold: str | None,
+    output: str | None,
+    field_map: Mapping[str, str] | None,
+    on_bad_row: str,
+) -> dict[str, Any]:
+    """The result, in a file with its page beside it where `output` says one."""
+    if gold and not pools:
+        raise ValueError("--gold judges samples: give them, --pools=samples.jsonl.")
+    of = {name: judges.resolve(reward_evaluation.judge_name(name)) for name in names}
+    right = judges.resolve(gold) if gold else None
+    asked = {
+        "verb": "eval",
+        "data": outputs.input_key(data),
+        "reward_models": [[name, judge.fingerprint] for name, judge in of.items()],
+        "pools": outputs.input_key(pools) if pools else None,
+        "gold": right.fingerprint if right else None,
+        "field_map": field_map,
+        "on_bad_row": on_bad_row,
+    }
+    if outputs.kept(output, asked) >= 0:
+        return jsonl.read_json(output) if jax.process_index() == 0 else {}
+    rows = reward_evaluation.read_rows(data, names, output, field_map, on_bad_row)
+    drawn = reward_pools.read(pools) if pools else ()
+    result = jsonl.nulled(reward_evaluation.evaluate(rows, of, drawn, right))
+    result = {"data": data, **result}
+    if output:
+        if jax.process_index() == 0:
+            with remote.writing(output.removesuffix(".json") + ".html") as local:
+                local.parent.mkdir(parents=True, exist_ok=True)
+                write_atomically(local, page.page(result))
+        _write(output, [jsonl.dumps(result, indent=2) + "\n"], asked)
+    return result
+
+
+def as_text(result: Mapping[str, Any]) -> str:
+    """What the command line prints."""
+    if "models" in result:
+        return reward_evaluation.as_text(result)
+    return jsonl.dumps(result, indent=2)
 
 
 def write_jsonl(

@@ -156,7 +156,8 @@ def test_a_value_that_shares_the_encoder_reads_the_tokens_of_a_prompt():
     """Not the rows before it, whose states are there as well."""
     case = get_case("DROV", BagWithDense, share_trunk=True)
     partition = Partition("policy", case.objective.frozen, KINDS["SoftPrompt"])
-    networks = moved(partition.with_adapter(dict(case.params), jax.random.key(9)))
+    networks = partition.with_adapter(dict(case.params), jax.random.key(9))
+    networks = moved(networks, partition)
     batches = (make_batch(case.rows, n) for n in (4, 2))
     packed, pairs = (with_base_reference(case, networks, b) for b in batches)
     gradients, metrics, *_ = step(case, partition, networks, packed)

@@ -252,7 +252,6 @@ def test_a_run_is_evaluated_by_its_path(folder, whole, monkeypatch):
 
 
 def test_a_killed_study_ends_with_the_same_bytes(folder, whole, monkeypatch):
-    monkeypatch.setattr(west_of_n, "_POOLS", 16)
     moments = [
         (generation, "_lines", 9),
         (pools, "filtered", 1),

@@ -9,7 +9,7 @@ import pytest
 import tiny_run
 
 from jaxalign import cli, judges
-from jaxalign.inference import generation
+from jaxalign.inference import evaluation, generation
 from jaxalign.pipelines import held_out, pools, west_of_n
 from jaxalign.pipelines import study as studies
 from jaxalign.training.train import train
@@ -236,8 +236,22 @@ def judge_of(folder):
     return judges.resolve(f"likelihood:{folder / 'sft'}")
 
 
+def test_a_run_is_evaluated_by_its_path(folder, whole, monkeypatch):
+    monkeypatch.chdir(folder)
+    found = evaluation.evaluate(checkpoint="whole/base", data="data.jsonl")
+    (told,) = found["models"].values()
+    scores = judges.resolve("reward:whole/base?scale=raw")
+    rows = lines(folder / "data.jsonl")
+    prompts = [row["prompt"] for row in rows]
+    chosen, rejected = (
+        scores(prompts, [row[side] for row in rows]) for side in ("chosen", "rejected")
+    )
+    assert told["accuracy"]["mean"] == pytest.approx(np.mean(chosen > rejected))
+    loss = np.log1p(np.exp(rejected.astype(float) - chosen))
+    assert told["log_loss"]["mean"] == pytest.approx(loss.mean(), rel=1e-5)
+
+
 def test_a_killed_study_ends_with_the_same_bytes(folder, whole, monkeypatch):
-    monkeypatch.setattr(west_of_n, "_POOLS", 16)
     moments = [
         (generation, "_lines", 9),
         (pools, "filtered", 1),

@@ -18,6 +18,7 @@ from jaxalign import models
 from jaxalign.data.bad_rows import nearest
 from jaxalign.judges.network import NetworkJudge
 from jaxalign.judges.template import Template
+from jaxalign.models.products import float32_einsum
 
 # What the encoder reads, without EOS unless it says so. MetricX-24 without a reference:
 _METRICX = "source: {prompt} candidate: {response}"
@@ -130,9 +131,7 @@ def _first_step(
                 f"from 0; there is no {number}."
             )
     columns = kernel[:, list(reading.ids)].astype(states.dtype)
-    logits = jnp.einsum(
-        "bkde,en->bkdn", states, columns, preferred_element_type=jnp.float32
-    )
+    logits = float32_einsum("...e,en->...n", states, columns)
     values = logits[..., 0]
     if len(reading.ids) == 2:
         values = jax.nn.softmax(logits)[..., 0]

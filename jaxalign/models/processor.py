@@ -54,7 +54,7 @@ def warn_of_bfloat16(dtype: str) -> None:
         return
     _warned = True
     _log.warning(
-        "bfloat16 on a processor without a unit for it (AVX512-BF16 or AMX): it saves "
-        "no time here, and rounds. float32 is recommended: ACTIVATION_DTYPE = "
+        "bfloat16 on a processor without a unit for it (AVX512-BF16 or AMX): it is "
+        "emulated here, and rounds. float32 is recommended: ACTIVATION_DTYPE = "
         "'float32'; see docs/performance.md."
     )

@@ -150,7 +150,10 @@ def _warn_of_another_template(run: Run) -> None:
     path = run.initial_checkpoint_path
     if not path:
         return
-    told = ckpt.chat_template(path)
+    try:
+        told = ckpt.chat_template(path)
+    except FileNotFoundError:
+        return  # which the start says
     if told is None or told == chat_template.resolve(run.dataset.chat_template):
         return
     names = {text: name for name, text in chat_template.TEMPLATES.items()}

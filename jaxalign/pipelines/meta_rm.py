@@ -24,6 +24,7 @@ from jaxalign import batch, configs, judges, remote
 from jaxalign.data import jsonl, records
 from jaxalign.inference import generation
 from jaxalign.objectives import MetaRM
+from jaxalign.pipelines import held_out as places
 from jaxalign.pipelines import iterate, verdicts
 from jaxalign.pipelines import policy_samples as stages
 from jaxalign.pipelines.study import Study
@@ -110,7 +111,7 @@ def run(
         for record in example.records
     ]
     asked_of = _groups(held_out) if held_out else []
-    policy, model = _place(initial), _place(reward)
+    policy, model = places.place(initial), places.place(reward)
     first, table = policy, []
     with Study(run_dir, redo=redo) as study:
         pairs = study.file(
@@ -205,10 +206,6 @@ def run(
                 jsonl.write_rows(study.folder / "rounds.jsonl", table)
         study.page("A reward model and its policy in turn")
     return "\n".join(map(_line, table))
-
-
-def _place(path: str) -> str | Path:
-    return path if remote.is_remote(path) else Path(path).absolute()
 
 
 def _columns(

@@ -12,8 +12,10 @@ from typing import Any
 
 import jax
 
+from jaxalign.data import chat_template
 from jaxalign.models import processor
 from jaxalign.models.soft_prompt import SoftPrompt
+from jaxalign.training import checkpoints
 
 _log = logging.getLogger(__name__)
 
@@ -37,6 +39,31 @@ def random_start(run: Any, objective: Any) -> None:
         )
 
 
+def another_template(run: Any) -> None:
+    """Warns of a start that learnt chats in another frame than this run's.
+
+    Args:
+      run: the `jaxalign.training.run.Run`.
+    """
+    path = run.initial_checkpoint_path
+    if not path:
+        return
+    try:
+        told = checkpoints.chat_template(path)
+    except FileNotFoundError:
+        return  # which the start says
+    if told is None or told == chat_template.resolve(run.dataset.chat_template):
+        return
+    names = {text: name for name, text in chat_template.TEMPLATES.items()}
+    _log.warning(
+        "%s learnt chats by CHAT_TEMPLATE=%r, this run has %r: chat messages will look "
+        "different to it.",
+        path,
+        names.get(told, told),
+        run.dataset.chat_template or chat_template.DEFAULT,
+    )
+
+
 def started(run: Any, ready: Any, step: int) -> None:
     """Says what a run is, before its step is compiled.
 
@@ -52,6 +79,7 @@ def started(run: Any, ready: Any, step: int) -> None:
     processor.warn_of_bfloat16(run.model.config.dtype)
     if step == 0:
         random_start(run, ready.objective)
+        another_template(run)
 
 
 def describe(run: Any, ready: Any, step: int) -> list[str]:

@@ -45,6 +45,7 @@ def describe(run: runs.Run) -> str:
         "temporaries of a step, per device": int(memory.temp_size_in_bytes),
     }
     announce.random_start(run, ready.objective)
+    announce.another_template(run)
     lines = announce.describe(run, ready, 0)
     lines += ["", "Parameters:", *_parameter_table(ready.abstract_state.networks)]
     lines += ["", "Batch:"]

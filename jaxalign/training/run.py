@@ -15,7 +15,6 @@ from jaxalign import configs, models, user_code, vocabularies
 from jaxalign.batch import Batch
 from jaxalign.cluster import distributed
 from jaxalign.cluster import mesh as meshes
-from jaxalign.data import chat_template
 from jaxalign.models import adapters
 from jaxalign.objectives import Objective
 from jaxalign.objectives.metrics import Metrics
@@ -141,29 +140,7 @@ def from_gin() -> Run:
             configs.set_network(text, f"as in {path}")
             run = make()
     _log.info("Network: %s, %s", configs.network(), models.describe(run.model))
-    _warn_of_another_template(run)
     return run
-
-
-def _warn_of_another_template(run: Run) -> None:
-    """A policy that learnt one frame of chats does not read another."""
-    path = run.initial_checkpoint_path
-    if not path:
-        return
-    try:
-        told = ckpt.chat_template(path)
-    except FileNotFoundError:
-        return  # which the start says
-    if told is None or told == chat_template.resolve(run.dataset.chat_template):
-        return
-    names = {text: name for name, text in chat_template.TEMPLATES.items()}
-    _log.warning(
-        "%s learnt chats by CHAT_TEMPLATE=%r, this run has %r: chat messages will look "
-        "different to it.",
-        path,
-        names.get(told, told),
-        run.dataset.chat_template or chat_template.DEFAULT,
-    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,8 +16,10 @@ from jaxalign.models.stacks import Decoder, Encoder
 READS = ("prompt_mean", "response_mean", "response_last")
 
 
-class ScalarHead(nn.Module):
-    """An affine map ``[..., E] -> [...]`` in float32; parameters kernel and bias."""
+class AffineHead(nn.Module):
+    """An affine map ``[..., E] -> [..., outputs]`` in float32: kernel and bias."""
+
+    outputs: int = 1
 
     @nn.compact
     def __call__(self, states: jax.Array) -> jax.Array:
@@ -27,16 +29,23 @@ class ScalarHead(nn.Module):
                 nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal"),
                 ("embed", "scalar"),
             ),
-            (states.shape[-1], 1),
+            (states.shape[-1], self.outputs),
             jnp.float32,
         )
         bias = self.param(
             "bias",
             nn.with_logical_partitioning(nn.initializers.zeros, ("scalar",)),
-            (1,),
+            (self.outputs,),
             jnp.float32,
         )
-        return (states.astype(jnp.float32) @ kernel + bias)[..., 0]
+        return states.astype(jnp.float32) @ kernel + bias
+
+
+class ScalarHead(AffineHead):
+    """The same with one output, ``[..., E] -> [...]``."""
+
+    def __call__(self, states: jax.Array) -> jax.Array:
+        return super().__call__(states)[..., 0]
 
 
 @register

@@ -14,37 +14,13 @@ from jaxalign.batch import Batch, prompt_of_tokens, sum_by_response
 from jaxalign.losses.scores import AGGREGATES, aggregate
 from jaxalign.models import joint, soft_prompt
 from jaxalign.models.config import T5Config
+from jaxalign.models.heads import AffineHead
 from jaxalign.models.layers import Embed
 from jaxalign.models.networks import register
 from jaxalign.models.stacks import Decoder, Encoder
 
 READS = ("response_last", "response_mean", "joint_mean", "joint_label")
 PAIRWISE = ("pair_mean", "pair_label")
-
-
-class RewardHead(nn.Module):
-    """An affine map ``[..., E] -> [..., outputs]`` in float32."""
-
-    outputs: int
-
-    @nn.compact
-    def __call__(self, states: jax.Array) -> jax.Array:
-        kernel = self.param(
-            "kernel",
-            nn.with_logical_partitioning(
-                nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal"),
-                ("embed", "scalar"),
-            ),
-            (states.shape[-1], self.outputs),
-            jnp.float32,
-        )
-        bias = self.param(
-            "bias",
-            nn.with_logical_partitioning(nn.initializers.zeros, ("scalar",)),
-            (self.outputs,),
-            jnp.float32,
-        )
-        return states.astype(jnp.float32) @ kernel + bias
 
 
 @register
@@ -101,7 +77,7 @@ class RewardModel(nn.Module):
         if not self.read.endswith("_mean") or self.read == "response_mean":
             self.decoder = Decoder(self.config)
         if not self.read.endswith("_label"):
-            self.reward_head = RewardHead(self.members * len(self.weights))
+            self.reward_head = AffineHead(self.members * len(self.weights))
         if self.levels:
             self.steps = self.param(
                 "threshold_steps",
